@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each way of computing softmax cross-entropy costs, and how exact it is.
+
+`python -m bench --help` lists the commands. Every command measures into one *section*: a plain
+dictionary that goes to a JSON file as it is, and from which its tables are printed. So a table can
+be printed again from a committed file.
+
+    cases.py        what is measured: shapes, dtypes, modes, their inputs and their bytes
+    contenders/     who is measured: one module a package, plain functions
+    timing.py       how: compiled ahead, warmed up, interleaved
+    environment.py  where and with which versions
+    results.py      the JSON file, geometric means
+    terminal.py     tables to stdout, progress and notes to stderr
+    speed.py  accuracy.py       the commands: measure(), then tables() of what was measured
+"""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is measured. One module a package, each a few plain functions; the tables below name them.
+
+A function takes `(logits, labels)` and returns one loss a row. Its module imports its package at
+the top, so a package that is not installed shows when the module is loaded, and only then.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from bench.cases import Dtype, Labels
+
+OURS = "jaxsoftmax"
+BASELINE = "optax"
+
+
+class Entry(NamedTuple):
+    """A row of the tables below."""
+
+    name: str
+    """As printed, and as the key of its results."""
+    module: str
+    function: str
+    half_only: bool = False
+    """Left out in float32, where another row computes the same."""
+
+
+class Contender(NamedTuple):
+    """An entry whose package is there."""
+
+    name: str
+    function: Callable[..., Any]
+
+
+LOGITS = {
+    Labels.INTEGER: (
+        Entry(OURS, "ours", "integer_labels"),
+        Entry(BASELINE, "with_optax", "integer_labels_upcast"),
+        Entry("optax, no upcast", "with_optax", "integer_labels", half_only=True),
+        Entry("jax.nn", "with_jax_nn", "integer_labels"),
+    ),
+    Labels.DENSE: (
+        Entry(OURS, "ours", "dense_labels"),
+        Entry(BASELINE, "with_optax", "dense_labels_upcast"),
+        Entry("optax, no upcast", "with_optax", "dense_labels", half_only=True),
+        Entry("jax.nn", "with_jax_nn", "dense_labels"),
+    ),
+}
+
+NOTES = {
+    BASELINE: "on the logits upcast to float32",
+    "optax, no upcast": "on the logits as they come",
+    "jax.nn": "log_softmax of the logits as they come, then the labels' share",
+}
+
+
+def explain(names: Iterable[str]) -> str:
+    """Say in a line what is behind those names that do not say it themselves."""
+    notes = [f"{name}: {NOTES[name]}" for name in dict.fromkeys(names) if name in NOTES]
+    return "; ".join(notes) + "." if notes else ""
+
+
+def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[str]]:
+    """Import what can be imported.
+
+    Returns:
+        The contenders to measure in `dtype`, in the order of the table, and a line for each entry
+        that is left out because its package cannot be imported.
+    """
+    found, left_out = [], []
+    for entry in entries:
+        if entry.half_only and dtype is Dtype.FLOAT32:
+            continue
+        try:
+            module = importlib.import_module(f"{__name__}.{entry.module}")
+        except ImportError as error:
+            # A peer may be absent; the library under test and this package may not.
+            if (error.name or "").partition(".")[0] in (OURS, "bench"):
+                raise
+            left_out.append(f"left out: {entry.name} ({error})")
+        else:
+            found.append(Contender(entry.name, getattr(module, entry.function)))
+    return found, left_out

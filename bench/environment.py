@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where results come from: the device, the versions, the commit, the date."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax")
+
+
+def describe() -> dict[str, Any]:
+    """Return what a reader needs to compare two results; a package not installed is None."""
+    return {
+        "device": device_name(),
+        "platform": jax.default_backend(),
+        "cpus": cpu_count(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def in_words(environment: dict[str, Any]) -> str:
+    """Say an environment in one line, for under a table."""
+    versions = [f"{name} {number}" for name, number in environment["versions"].items() if number]
+    parts = [environment["device"], *versions, f"Python {environment['python']}"]
+    return ", ".join([*parts, environment["date"]])
+
+
+def device_name() -> str:
+    """Name the default device: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
+    if jax.default_backend() == "cpu":
+        return f"{_cpu_model()}, {cpu_count()} cores"
+    return jax.devices()[0].device_kind
+
+
+def slug(name: str) -> str:
+    """Turn a device's name into a file's: `amd-epyc-2-cores`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cpu_count() -> int:
+    """Count the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with `+` when the library or bench differs from it."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", "jaxsoftmax", "bench/*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()

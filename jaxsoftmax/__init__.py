@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax and softmax cross-entropy for JAX, with derivatives that stay exact."""
+
+from importlib.metadata import version as _version
+
+from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
+from ._cross_entropy import (
+    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
+)
+from ._softmax import log_softmax as log_softmax
+from ._softmax import logsumexp as logsumexp
+from ._softmax import softmax as softmax
+from ._softmax import softmax_jacobian as softmax_jacobian
+
+__version__ = _version("jaxsoftmax")
+
+__all__ = [
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "softmax_jacobian",
+]

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""softmax, log_softmax, logsumexp and the softmax Jacobian: each function, its rule below it."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from . import _checks
+from ._numerics import (
+    excess,
+    from_rows,
+    log_sum_exp,
+    max_and_remainder,
+    one_hot,
+    shifted_exp,
+    to_rows,
+    upcast,
+)
+
+Axis = int | Sequence[int] | None
+
+
+def softmax(
+    x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Float[Array, "..."]:
+    r"""Softmax: `exp(x_k) / Σ_j exp(x_j)` along `axis`; a drop-in for `jax.nn.softmax`.
+
+    Args:
+      x: logits of any shape; integers are promoted to floating point.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: boolean, broadcasts to the shape of `x`: the classes to include. The others get
+        probability 0 and gradient exactly 0.
+
+    Returns:
+      Probabilities with the shape and dtype of `x`, computed in float32 or wider. A row that
+      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros.
+
+    Raises:
+      TypeError: `x` is not real or `where` not boolean.
+      ValueError: an axis out of range or without classes, or a mask that does not broadcast.
+
+    Differentiable in `x` in reverse mode, to any order; forward mode over reverse works.
+    The derivative is `ŷ_i (g_i − Σ_k g_k ŷ_k)`, docs/derivation.md equation (31): the reference
+    value taken out of `g` keeps it accurate where the model is confident.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.softmax(jnp.array([0.0, 0.0, -jnp.inf])))
+      [0.5 0.5 0. ]
+    """
+    x, axes, where = _prepare("softmax", x, axis, where)
+    with jax.named_scope("jaxsoftmax.softmax"):
+        return _masked_apply(_softmax, 0, x, axes, where)
+
+
+@jax.custom_vjp
+def _softmax(x: jax.Array) -> jax.Array:
+    return _softmax_fwd(x)[0]
+
+
+def _softmax_fwd(x):
+    m, r = max_and_remainder(x)
+    return (shifted_exp(x, m) / (1 + r)[..., None]).astype(x.dtype), (x, m, r)
+
+
+# ∂ŷ_j/∂z_i = ŷ_i (δ_ij − ŷ_j), so dz_i = ŷ_i ((g_i − c) − Σ_k (g_k − c) ŷ_k) for any number c.
+# A confident row (r < 1) takes c = g at its one maximum: the largest term of the sum is then
+# exactly 0. There e = 1 at the maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
+def _softmax_bwd(residuals, g):
+    x, m, r = residuals
+    g = upcast(g)
+    e = shifted_exp(x, m)
+    at_max = jnp.sum(g * jnp.floor(e), axis=-1)
+    g = g - jnp.where(r < 1, at_max, 0)[..., None]
+    mean = jnp.sum(g * e, axis=-1) / (1 + r)
+    return ((e / (1 + r)[..., None] * (g - mean[..., None])).astype(x.dtype),)
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+def log_softmax(
+    x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Float[Array, "..."]:
+    r"""Logarithm of the softmax, `x_k − log Σ_j exp(x_j)`; a drop-in for `jax.nn.log_softmax`.
+
+    Args:
+      x: logits of any shape; integers are promoted to floating point.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: boolean, broadcasts to the shape of `x`: the classes to include. The others get
+        −inf and gradient exactly 0.
+
+    Returns:
+      Log-probabilities with the shape and dtype of `x`, computed in float32 or wider. The
+      largest one is `−log1p(r)`, exact however close to 0 it is.
+
+    Raises:
+      TypeError: `x` is not real or `where` not boolean.
+      ValueError: an axis out of range or without classes, or a mask that does not broadcast.
+
+    Differentiable in `x` in reverse mode, to any order; forward mode over reverse works. The
+    derivative is `g_i − ŷ_i Σ g`, docs/derivation.md equation (30).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.log_softmax(jnp.array([30.0, 0.0]))[0])
+      -9.357623e-14
+    """
+    x, axes, where = _prepare("log_softmax", x, axis, where)
+    with jax.named_scope("jaxsoftmax.log_softmax"):
+        return _masked_apply(_log_softmax, -jnp.inf, x, axes, where)
+
+
+@jax.custom_vjp
+def _log_softmax(x: jax.Array) -> jax.Array:
+    return _log_softmax_fwd(x)[0]
+
+
+def _log_softmax_fwd(x):
+    m, r = max_and_remainder(x)
+    shifted = upcast(x) - m[..., None]
+    return (shifted - jnp.log1p(r)[..., None]).astype(x.dtype), (x, m, r)
+
+
+# dz_i = g_i − ŷ_i Σ g = −(Y ŷ_i − y_i) with the cotangent g for the target y.
+def _log_softmax_bwd(residuals, g):
+    x, m, r = residuals
+    g = upcast(g)
+    return ((-excess(jnp.sum(g, axis=-1), g, shifted_exp(x, m), r)).astype(x.dtype),)
+
+
+_log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+
+
+def logsumexp(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
+    r"""`log Σ_k b_k exp(a_k)`; a drop-in for `jax.nn.logsumexp` on real numbers.
+
+    Args:
+      a: exponents of any shape; integers are promoted to floating point.
+      axis: the axis, axes, or None (the default) for all axes to sum over.
+      b: weights that broadcast with `a`; 1 where not given. They may be negative or 0.
+      keepdims: keep the summed axes with size 1.
+      return_sign: also return the sign of the sum, and the logarithm of its absolute value.
+      where: boolean, broadcasts to the shape of `a`: the terms to include.
+
+    Returns:
+      The logarithm in the promoted dtype of `a` and `b`, computed in float32 or wider; with
+      `return_sign` a pair (logarithm, sign). A sum of nothing is −inf; a negative sum without
+      `return_sign` is NaN.
+
+    Raises:
+      TypeError: `a` or `b` is not real, or `where` not boolean.
+      ValueError: an axis out of range, or shapes that do not broadcast.
+
+    Differentiable in `a` and `b` in reverse mode, to any order; forward mode over reverse
+    works. `d/da_k = b_k exp(a_k)/S` and `d/db_k = exp(a_k)/S` with S the sum.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.logsumexp(jnp.zeros(70_000, jnp.float16)))
+      11.16
+    """
+    a = _checks.as_inexact("logsumexp", "a", a)
+    if b is not None:
+        b = _checks.as_inexact("logsumexp", "b", b)
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+        try:
+            shape = jnp.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            raise ValueError(
+                f"logsumexp: b must have a shape that broadcasts with {a.shape}, "
+                f"the shape of a; got {b.shape}"
+            ) from None
+        a, b = (jnp.broadcast_to(v.astype(dtype), shape) for v in (a, b))
+    axes = _checks.as_axes("logsumexp", axis, a.ndim)
+    where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
+    with jax.named_scope("jaxsoftmax.logsumexp"):
+        out, sign = _logsumexp_axes(a, b, where, axes)
+        if keepdims:
+            out, sign = jnp.expand_dims(out, axes), jnp.expand_dims(sign, axes)
+        if return_sign:
+            return out, sign
+        return out if b is None else jnp.where(sign < 0, jnp.nan, out)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _logsumexp_axes(a, b, where, axes):
+    if where is not None:
+        a = jnp.where(where, a, -jnp.inf)
+        b = None if b is None else jnp.where(where, b, 0)
+    rows = to_rows(a, axes)
+    if rows.shape[-1] == 0:
+        out = jnp.full(rows.shape[:-1], -jnp.inf, a.dtype)
+        return out, jnp.zeros_like(out)
+    if b is None:
+        out = row_logsumexp(rows)
+        sign = jnp.where(out == -jnp.inf, 0, jnp.where(jnp.isnan(out), out, 1))
+    else:
+        out, sign = _weighted_logsumexp(rows, to_rows(b, axes))
+    return out.astype(a.dtype), jax.lax.stop_gradient(sign).astype(a.dtype)
+
+
+@jax.custom_vjp
+def row_logsumexp(x: jax.Array) -> jax.Array:
+    """lse of each row of `x [..., C]`, in the accumulation dtype."""
+    return _row_logsumexp_fwd(x)[0]
+
+
+def _row_logsumexp_fwd(x):
+    m, r = max_and_remainder(x)
+    return log_sum_exp(m, r), (x, m, r)
+
+
+# d lse / dz_i = ŷ_i
+def _row_logsumexp_bwd(residuals, g):
+    x, m, r = residuals
+    return ((shifted_exp(x, m) * (g / (1 + r))[..., None]).astype(x.dtype),)
+
+
+row_logsumexp.defvjp(_row_logsumexp_fwd, _row_logsumexp_bwd)
+
+
+@jax.custom_vjp
+def _weighted_logsumexp(x: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _weighted_logsumexp_fwd(x, b)[0]
+
+
+# S = b_j + Σ_{k≠j} b_k e_k with j the largest x_j among b ≠ 0. With σ = sign b_j and
+# q = (|b_j| − 1) + σ Σ_{k≠j} b_k e_k, |S| = |1 + q|: log1p(q) keeps what log would lose near 1,
+# log|S| what q would lose far from it (docs/derivation.md, equation 40).
+def _weighted_logsumexp_fwd(x, b):
+    live = b != 0
+    z, w = upcast(x), upcast(b)
+    m = jnp.max(jnp.where(live, z, -jnp.inf), axis=-1)
+    shift = jax.lax.stop_gradient(jnp.where(jnp.isfinite(m), m, 0))
+    e = jnp.exp(jnp.where(live, z, -jnp.inf) - shift[..., None])
+    at_top = one_hot(jnp.argmax(jnp.where(live, z, -jnp.inf), axis=-1), x.shape[-1])
+    terms = jnp.where(live, w * e, 0)
+    first = jnp.sum(jnp.where(at_top, terms, 0), axis=-1)
+    rest = jnp.sum(jnp.where(at_top, 0, terms), axis=-1)
+    total = first + rest
+    sign = jnp.sign(total)
+    q = (jnp.abs(first) - 1) + jnp.sign(first) * rest
+    near = q >= -0.5
+    log_abs = jnp.where(near, jnp.log1p(jnp.where(near, q, 0)), jnp.log(jnp.abs(total)))
+    return (shift + log_abs, sign), (x, b, shift, total)
+
+
+# d log|S| / dx_k = b_k e_k / S ;  d log|S| / db_k = e_k / S
+def _weighted_logsumexp_bwd(residuals, cotangents):
+    x, b, shift, total = residuals
+    scale = (cotangents[0] / total)[..., None]
+    e = shifted_exp(x, shift)
+    dx = jnp.where(b != 0, upcast(b) * e * scale, 0)
+    return dx.astype(x.dtype), (e * scale).astype(b.dtype)
+
+
+_weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
+
+
+def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch classes classes"]:
+    r"""The Jacobian of the softmax, `J[..., i, j] = ∂ŷ_i/∂x_j = ŷ_i (δ_ij − ŷ_j)`.
+
+    Args:
+      x: logits of any shape; integers are promoted to floating point.
+      axis: the class axis.
+
+    Returns:
+      `[*batch, C, C]` in the dtype of `x`, where `batch` is the shape of `x` without `axis`.
+      The diagonal `ŷ_i (1 − ŷ_i)` is computed without the subtraction.
+
+    Raises:
+      TypeError: `x` is not real, or `axis` not an integer.
+      ValueError: `axis` is out of range or has no classes.
+
+    Differentiable in `x` in every mode. docs/derivation.md equation (29).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.softmax_jacobian(jnp.array([30.0, 0.0])))
+      [[ 9.357623e-14 -9.357623e-14]
+       [-9.357623e-14  9.357623e-14]]
+    """
+    x = _checks.as_inexact("softmax_jacobian", "x", x)
+    if not isinstance(axis, int):
+        raise TypeError(f"softmax_jacobian: axis must be an integer; got {axis!r}")
+    axes = _checks.as_axes("softmax_jacobian", axis, x.ndim)
+    _checks.check_has_classes("softmax_jacobian", "x", x.shape, axes)
+    with jax.named_scope("jaxsoftmax.softmax_jacobian"):
+        return _softmax_jacobian(x, axes)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _softmax_jacobian(x, axes):
+    rows = to_rows(x, axes)
+    m, r = max_and_remainder(rows)
+    e, r = shifted_exp(rows, m), r[..., None]
+    probabilities = e / (1 + r)
+    complement = ((1 - e) + r) / (1 + r)  # 1 − ŷ_i
+    diagonal = jnp.eye(e.shape[-1], dtype=bool).reshape((1,) * (e.ndim - 1) + (e.shape[-1],) * 2)
+    factor = jnp.where(diagonal, complement[..., None, :], -probabilities[..., None, :])
+    return (probabilities[..., :, None] * factor).astype(x.dtype)
+
+
+def _broadcast_mask(function, where, shape, meaning):
+    if where is None:
+        return None
+    where = _checks.as_mask(function, "where", where)
+    _checks.check_broadcasts(function, "where", where.shape, shape, meaning)
+    return jnp.broadcast_to(where, shape)
+
+
+def _prepare(function, x, axis, where):
+    x = _checks.as_inexact(function, "x", x)
+    axes = _checks.as_axes(function, axis, x.ndim)
+    if x.size:
+        _checks.check_has_classes(function, "x", x.shape, axes)
+    return x, axes, _broadcast_mask(function, where, x.shape, "the shape of x")
+
+
+@partial(jax.jit, static_argnames=("rule", "excluded", "axes"))
+def _masked_apply(rule, excluded, x, axes, where):
+    """`rule` on the rows of `x`; classes outside `where` enter as −inf, leave as `excluded`."""
+    if where is not None:
+        x = jnp.where(where, x, -jnp.inf)
+    out = from_rows(rule(to_rows(x, axes)), axes, x.shape)
+    return out if where is None else jnp.where(where, out, excluded)

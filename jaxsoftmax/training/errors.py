@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way the program ends early on purpose."""
+
+
+class ProgramError(Exception):
+    """Something the user can put right: shown as one line on stderr.
+
+    Attributes:
+        exit_code: 2 for bad input (nothing was written), 1 for a failure while training.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        """Takes the line to show, without the program's name."""
+        super().__init__(message)
+        self.exit_code = exit_code

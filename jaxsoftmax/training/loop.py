@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from start to end: epochs, what is written after each, and picking up again."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import jaxsoftmax
+from jaxsoftmax.training import checkpoint, data, model, plots
+from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, train_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run is made of; the same options on the same machine give the same numbers."""
+
+    data: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    hidden: tuple[int, ...]
+    seed: int
+
+
+class Result(NamedTuple):
+    """What the summary shows."""
+
+    options: Options
+    dataset: data.Dataset
+    parameters: int
+    resumed_from: int
+    history: list[dict[str, float]]
+    seconds: float
+
+
+def train(
+    options: Options,
+    given: Collection[str],
+    folder: Path,
+    resume: bool,
+    on_epoch: Callable[[int, int, dict[str, float] | None], None],
+) -> Result:
+    """Trains and writes everything into `folder`.
+
+    Args:
+        options: what to train on and how.
+        given: the names of the options that the user gave; on resuming, the others come from
+            the run itself.
+        folder: the output folder. Created only once the input is known to be good.
+        resume: continue the run in `folder`; one that was killed before it wrote anything
+            starts from its beginning.
+        on_epoch: called with the epochs done, the epochs wanted, and the newest metrics: once
+            before training and once after each epoch.
+
+    Returns:
+        The options that were used, and the metrics of every epoch.
+
+    Raises:
+        ProgramError: with the line to show.
+        KeyboardInterrupt: on Ctrl-C, never in the middle of writing.
+    """
+    recorded = None
+    if checkpoint.holds_run(folder):
+        if not resume:
+            raise ProgramError(
+                f"{folder}: already holds a run; add --resume to continue it, or choose another "
+                "folder with --output"
+            )
+        recorded = checkpoint.read_config(folder)
+        options = _resumed_options(options, given, folder, recorded)
+    dataset = data.load(options.data)
+    # From here on the data is known by its full path: a run resumes from any directory.
+    options = dataclasses.replace(options, data=dataset.source)
+    if recorded is not None and recorded["data_sha256"] != dataset.sha256:
+        raise ProgramError(
+            f"--data {dataset.source}: its arrays (sha256 {dataset.sha256[:12]}) are not those "
+            f"that the run in {folder} was started on (sha256 "
+            f"{str(recorded['data_sha256'])[:12]}, {recorded['options']['data']})"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(options, dataset)
+    checkpoints = checkpoint.Checkpoints(folder)
+    try:
+        done = checkpoints.latest()
+        if options.epochs < done:
+            raise ProgramError(
+                f"--epochs {options.epochs}: the run in {folder} has already trained {done} epochs"
+            )
+        if config != recorded:
+            checkpoint.write_config(folder, config)
+        return _train(options, dataset, folder, checkpoints, on_epoch)
+    finally:
+        checkpoints.close()
+
+
+def _train(
+    options: Options,
+    dataset: data.Dataset,
+    folder: Path,
+    checkpoints: checkpoint.Checkpoints,
+    on_epoch: Callable[[int, int, dict[str, float] | None], None],
+) -> Result:
+    start = time.perf_counter()
+    key = jax.random.key(options.seed)
+    optimizer = OPTIMIZERS[options.optimizer](options.learning_rate)
+    batch_size = min(options.batch_size, len(dataset.train_x))
+    sizes = (dataset.train_x.shape[1], *options.hidden, dataset.classes)
+    # Every random number is a function of (seed, epoch), 0 being the initialisation: a resumed
+    # run needs no random state to go on as if it had never stopped.
+    params = model.init(jax.random.fold_in(key, 0), sizes)
+    state = State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType] - a pytree
+    # Kept with the parameters: without the scaling they predict nothing.
+    scaling = {"mean": jax.numpy.asarray(dataset.mean), "scale": jax.numpy.asarray(dataset.scale)}
+    resumed_from = checkpoints.latest()
+    history = checkpoint.trim_metrics(folder, resumed_from)
+    if resumed_from:
+        like = {"state": state, "scaling": scaling}
+        state = checkpoints.restore(resumed_from, like)["state"]
+    train_x, train_y, test_x, test_y = jax.device_put(
+        (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
+    )
+    on_epoch(resumed_from, options.epochs, history[-1] if history else None)
+    for epoch in range(resumed_from + 1, options.epochs + 1):
+        epoch_key = jax.random.fold_in(key, epoch)
+        state = train_epoch(
+            state, epoch_key, train_x, train_y, optimizer=optimizer, batch_size=batch_size
+        )
+        train, test = (
+            evaluate(state.params, x, y) for x, y in ((train_x, train_y), (test_x, test_y))
+        )
+        metrics = {
+            "epoch": epoch,
+            "train_loss": float(train.loss),
+            "train_accuracy": float(train.accuracy),
+            "test_loss": float(test.loss),
+            "test_accuracy": float(test.accuracy),
+        }
+        if not all(map(math.isfinite, metrics.values())):
+            raise ProgramError(
+                f"training diverged in epoch {epoch}: the loss is {metrics['train_loss']} "
+                f"(held out {metrics['test_loss']}); try a smaller --learning-rate than "
+                f"{options.learning_rate:g}",
+                exit_code=1,
+            )
+        with _interrupts_deferred():
+            checkpoint.append_metrics(folder, metrics)
+            checkpoints.save(epoch, {"state": state, "scaling": scaling})
+        history.append(metrics)
+        on_epoch(epoch, options.epochs, metrics)
+    predictions = np.asarray(evaluate(state.params, test_x, test_y).predictions)
+    with _interrupts_deferred():
+        checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
+        checkpoint.write_atomically(
+            folder / checkpoint.CONFUSION_PLOT,
+            plots.confusion_png(dataset.test_y, predictions, dataset.classes),
+        )
+    return Result(
+        options=options,
+        dataset=dataset,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        resumed_from=resumed_from,
+        history=history,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _config(options: Options, dataset: data.Dataset) -> dict[str, Any]:
+    """What `--resume` compares with, as it reads back from JSON."""
+    return {
+        "jaxsoftmax": jaxsoftmax.__version__,
+        "options": {**dataclasses.asdict(options), "hidden": list(options.hidden)},
+        "data_sha256": dataset.sha256,
+    }
+
+
+def _resumed_options(
+    options: Options, given: Collection[str], folder: Path, recorded: dict[str, Any]
+) -> Options:
+    """The run's own options, with more epochs if the user asks for them."""
+    try:
+        theirs = Options(**{**recorded["options"], "hidden": tuple(recorded["options"]["hidden"])})
+        _ = recorded["data_sha256"]
+    except (KeyError, TypeError) as error:
+        raise ProgramError(
+            f"{folder / checkpoint.CONFIG}: not the file this program wrote: {error}"
+        ) from error
+    for name in given:
+        flag = "--" + name.replace("_", "-")
+        ours, recorded_value = getattr(options, name), getattr(theirs, name)
+        # A file may have been moved: what counts is its contents, compared by the caller.
+        if name == "epochs" or (name == "data" and recorded_value != data.DIGITS):
+            continue
+        if ours != recorded_value:
+            raise ProgramError(
+                f"{flag} {_text(ours)}: the run in {folder} was started with {flag} "
+                f"{_text(recorded_value)}; leave the option out, or choose another --output"
+            )
+    return dataclasses.replace(
+        theirs, **{name: getattr(options, name) for name in ("epochs", "data") if name in given}
+    )
+
+
+def _text(value: Any) -> str:
+    """An option's value as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets an epoch be written to its end before Ctrl-C takes effect."""
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's commands run end to end on tiny shapes; its arithmetic is checked by hand."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer
+
+from bench import accuracy, contenders, environment, results, speed, terminal, timing
+from bench.cases import Case, Dtype, Labels, Mode, Shape, inputs, parse_shape, program
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A name that is None in sys.modules cannot be imported: as if the package were not installed.
+WITHOUT_OPTAX = """
+import runpy, sys
+sys.modules["optax"] = None
+runpy.run_module("bench", run_name="__main__", alter_sys=True)
+"""
+
+
+def bench(*arguments: str, without_optax: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-c", WITHOUT_OPTAX] if without_optax else ["-m", "bench"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
+    path = tmp_path / "deep" / "results.json"
+    done = bench(
+        "speed", "--shape", "8x16", "--shape", "4x33", "--repeats", "3", "--json", f"{path}"
+    )
+    assert done.returncode == 0, done.stderr
+
+    sections = json.loads(path.read_text())
+    assert list(sections) == ["speed/integer"]
+    section = sections["speed/integer"]
+    assert section["command"] == "python -m bench speed --shape 8x16 --shape 4x33 --repeats 3"
+    assert section["left_out"] == []
+    assert section["environment"]["versions"]["jax"] == jax.__version__
+    assert {"device", "platform", "cpus", "python", "commit", "date"} < set(section["environment"])
+
+    float32, half = (
+        ["jaxsoftmax", "optax", "jax.nn"],
+        [
+            "jaxsoftmax",
+            "optax",
+            "optax, no upcast",
+            "jax.nn",
+        ],
+    )
+    asked = [
+        (tokens, classes, dtype, mode, names)
+        for tokens, classes in ((8, 16), (4, 33))
+        for dtype, names in (("float32", float32), ("bfloat16", half))
+        for mode in ("forward", "value-and-grad")
+    ]
+    assert asked == [
+        (
+            case["tokens"],
+            case["classes"],
+            case["dtype"],
+            case["mode"],
+            [row["name"] for row in case["contenders"]],
+        )
+        for case in section["cases"]
+    ]
+    for case in section["cases"]:
+        passes = 1 if case["mode"] == "forward" else 3
+        itemsize = 4 if case["dtype"] == "float32" else 2
+        assert case["bytes"] == passes * itemsize * case["tokens"] * case["classes"]
+        ours = case["contenders"][0]["median_s"]
+        for row in case["contenders"]:
+            assert 0 < row["q1_s"] <= row["median_s"] <= row["q3_s"]
+            assert row["compile_s"] > 0
+            assert row["ratio"] == pytest.approx(ours / row["median_s"])
+
+    for mean in section["geometric_means"]:
+        of_shapes = [
+            row["ratio"]
+            for case in section["cases"]
+            for row in case["contenders"]
+            if (case["dtype"], case["mode"], row["name"])
+            == (mean["dtype"], mean["mode"], mean["contender"])
+        ]
+        assert mean["ratio"] == pytest.approx(math.sqrt(math.prod(of_shapes)))
+        assert (mean["best"], mean["worst"]) == (min(of_shapes), max(of_shapes))
+        assert mean["worst_shape"] in ("8x16", "4x33")
+    assert len(section["geometric_means"]) == 2 * 2 + 2 * 3
+
+    for words in ("forward, float32", "value-and-grad, bfloat16", "optax, no upcast", "8x16"):
+        assert words in done.stdout
+    assert "geometric mean" in done.stdout
+
+
+def test_accuracy_prints_markdown_and_keeps_other_sections(tmp_path: Path):
+    path = tmp_path / "results.json"
+    path.write_text('{"speed/integer": {"kept": true}}')
+    arguments = ["--lead", "1", "--lead", "30", "--classes", "20", "--rows", "2", "--markdown"]
+    done = bench("accuracy", *arguments, "--json", f"{path}")
+    assert done.returncode == 0, done.stderr
+
+    sections = json.loads(path.read_text())
+    assert sections["speed/integer"] == {"kept": True}
+    section = sections["accuracy/float32/integer"]
+    assert [(row["lead"], row["name"]) for row in section["errors"]] == [
+        (lead, name) for lead in (1.0, 30.0) for name in ("jaxsoftmax", "optax", "jax.nn")
+    ]
+    optax_far = section["errors"][4]
+    assert optax_far["target"] == pytest.approx(1)  # the gradient is 0 where it should be 1e-12
+    assert optax_far["others"] < 1e-5
+    assert all(row["loss"] < 1e-6 and row["target"] < 1e-5 for row in section["errors"][:3])
+
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| relative error of | by | lead 1 | 30 |"
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * 3
+    assert lines[-1].startswith(f"Measured by `python -m bench accuracy {' '.join(arguments)}` on ")
+    for version in ("jaxsoftmax", "jax", "optax"):
+        assert f"{version} {section['environment']['versions'][version]}" in lines[-1]
+    assert section["environment"]["date"] in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("speed", "--shape", "8x16", "--repeats", "1", "--mode", "forward"),
+        ("accuracy", "--lead", "1", "--classes", "5", "--rows", "1", "--dtype", "bfloat16"),
+    ],
+    ids=["speed", "accuracy"],
+)
+def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_path: Path):
+    path = tmp_path / "results.json"
+    done = bench(*arguments, "--json", f"{path}", without_optax=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "left out: optax",
+        "left out: optax, no upcast",
+    ]
+    (section,) = json.loads(path.read_text()).values()
+    assert section["left_out"] == lines
+    rows = section.get("errors") or [row for case in section["cases"] for row in case["contenders"]]
+    assert {row["name"] for row in rows} == {"jaxsoftmax", "jax.nn"}
+    assert "jax.nn" in done.stdout
+
+
+def test_our_own_import_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "bench.contenders.ours", raising=False)
+    monkeypatch.setitem(sys.modules, "jaxsoftmax", None)
+    with pytest.raises(ModuleNotFoundError, match="jaxsoftmax"):
+        contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)
+
+
+@pytest.mark.parametrize("shape", ["4096", "x", "0x5", "4x-1", "axb", "1x2x3"])
+def test_a_bad_shape_is_named(shape: str):
+    with pytest.raises(typer.BadParameter, match=f"TOKENSxCLASSES.*'{shape}'"):
+        parse_shape(shape)
+
+
+def test_a_shape_reads_back():
+    assert parse_shape("4096X32000") == Shape(4096, 32000)
+    assert parse_shape(str(Shape(3, 4))) == Shape(3, 4)
+
+
+@pytest.mark.parametrize("content", ["not json", "[1]"])
+def test_a_file_of_something_else_is_refused_before_measuring(tmp_path: Path, content: str):
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(typer.BadParameter, match=r"notes\.txt"):
+        results.destination(path, complete=True)
+    assert path.read_text() == content
+
+
+def test_a_selection_is_kept_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert results.destination(None, complete=False) is None
+    path = results.destination(None, complete=True)
+    assert path is not None
+    assert path.parent == tmp_path
+    assert path.name == environment.slug(environment.device_name()) + ".json"
+
+
+@pytest.mark.parametrize("labels", Labels)
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+@pytest.mark.parametrize("mode", Mode)
+def test_contenders_compute_the_same(labels: Labels, dtype: Dtype, mode: Mode):
+    (logits, targets), *_ = inputs(Shape(6, 37), dtype, labels)
+    found, left_out = contenders.load(contenders.LOGITS[labels], dtype)
+    assert left_out == []
+    ours, *others = (program(loss, mode)(logits, targets) for _, loss in found)
+    # Two contenders accumulate in bfloat16, so agreement there is coarse.
+    rtol, atol = (1e-5, 1e-7) if dtype is Dtype.FLOAT32 else (0.05, 1e-3)
+    for other in others:
+        for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(f64(mine), f64(theirs), rtol=rtol, atol=atol)
+
+
+def f64(array: jax.Array) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def test_small_inputs_rotate_and_dense_labels_are_distributions():
+    pairs = inputs(Shape(64, 100), Dtype.BFLOAT16, Labels.DENSE)
+    assert len(pairs) == 512
+    assert not jnp.array_equal(pairs[0][0], pairs[1][0])
+    logits, labels = pairs[-1]
+    assert logits.dtype == labels.dtype == jnp.bfloat16
+    np.testing.assert_allclose(f64(labels).sum(-1), 1, rtol=0.01)
+
+
+def test_dense_labels_count_as_bytes():
+    def passes(mode: Mode) -> float:
+        return Case(Shape(8, 16), Dtype.BFLOAT16, mode, Labels.DENSE).bytes / (8 * 16 * 2)
+
+    assert passes(Mode.FORWARD) == 2
+    assert passes(Mode.VALUE_AND_GRAD) == 5
+
+
+def test_every_call_runs_once_a_round_in_changing_order_on_fresh_inputs():
+    calls = []
+    named = {
+        name: lambda argument, name=name: calls.append((name, argument)) for name in ("a", "b", "c")
+    }
+    taken = timing.interleave(named, [(0,), (1,), (2,), (3,)], rounds=20)
+    assert [argument for _, argument in calls] == [i % 4 for i in range(len(calls))]
+    measured = [name for name, _ in calls[3 * timing.WARM_UP_ROUNDS :]]
+    rounds = [tuple(measured[i : i + 3]) for i in range(0, len(measured), 3)]
+    assert len(rounds) == 20
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 1
+    assert list(taken) == ["a", "b", "c"]
+
+
+def test_a_round_budget_in_seconds_has_a_floor_and_a_ceiling():
+    calls = []
+    timing.interleave({"a": calls.append}, [(0,)], seconds=0.0)
+    assert len(calls) == timing.WARM_UP_ROUNDS + timing.FEWEST_ROUNDS
+    calls.clear()
+    timing.interleave({"a": calls.append}, [(0,)], seconds=60.0)
+    assert len(calls) == timing.WARM_UP_ROUNDS + timing.MOST_ROUNDS
+
+
+def test_quartiles_and_geometric_mean():
+    assert timing.summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert results.geometric_mean([0.5, 2.0]) == pytest.approx(1)
+    assert results.geometric_mean([0.4, 0.9]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.2344, "1234"), (0.5, "500"), (0.0999999, "100"), (0.0123, "12.3"), (4.2e-5, "0.042")],
+)
+def test_milliseconds(seconds: float, text: str):
+    assert speed.milliseconds(seconds) == text.replace("1234", "1230")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(0, "0"), (6e-8, "6e-8"), (0.048, "4.8 %"), (0.12, "12 %"), (1, "100 %")]
+)
+def test_percent(error: float, text: str):
+    assert accuracy.percent(error) == text
+
+
+def test_the_exact_values_are_exact_far_beyond_float64():
+    logits = jnp.array([[0.0, 80.0], [0.0, 0.5]])
+    losses, gradients = accuracy.exact(logits, np.array([1, 0]))
+    tail, p = math.exp(-80), 1 / (1 + math.exp(0.5))
+    np.testing.assert_allclose(losses, [tail, -math.log(p)], rtol=1e-14)
+    np.testing.assert_allclose(gradients, [[tail, -tail], [p - 1, 1 - p]], rtol=1e-14)
+
+
+def test_errors_are_told_apart_by_entry():
+    targets = np.array([1, 0])
+    truth = np.array([2.0, 4.0]), np.array([[0.5, -0.5], [-1e-50, 1e-50]])
+    computed = np.array([2.0, 5.0]), np.array([[0.6, -0.5], [0.0, 0.0]])
+    worst = accuracy.relative_errors(computed, truth, targets, Dtype.FLOAT32)
+    assert worst["loss"] == pytest.approx(0.25)
+    assert worst["target"] == pytest.approx(0, abs=1e-10)  # 1e-50 is below float32: nobody's error
+    assert worst["others"] == pytest.approx(0.2)
+
+
+def test_the_target_leads_by_what_was_asked():
+    logits, targets = accuracy.draw(np.random.default_rng(0), 17.0, Dtype.FLOAT32, 50, 4)
+    ordered = np.sort(np.asarray(logits), axis=-1)
+    np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, rtol=1e-6)
+    assert (np.argmax(logits, axis=-1) == targets).all()
+
+
+def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
+    section = speed.measure([Shape(4, 8)], [Dtype.FLOAT32], [Mode.FORWARD], Labels.DENSE, repeats=2)
+    again = json.loads(json.dumps(section))
+    for table in speed.tables(again):
+        terminal.output().print(table)
+    printed = capsys.readouterr().out
+    assert "forward, float32, dense labels" in printed
+    assert "both twice" in printed

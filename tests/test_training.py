@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program `jaxsoftmax train`: mostly as a user runs it, in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxsoftmax.training import cli, data, step
+
+SMALL = ("--hidden", "16", "--batch-size", "50")
+
+
+def environment() -> dict[str, str]:
+    # One device and JAX's defaults, as a user has them, whatever conftest asks of this process.
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "jaxsoftmax", *map(str, arguments)]
+
+
+def program(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def trained(*arguments: object) -> str:
+    run = program("train", *arguments)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
+    return run.stdout
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(folder: Path, epoch: int) -> list[np.ndarray]:
+    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+        assert manager.latest_step() == epoch
+        restored = manager.restore(epoch, args=ocp.args.StandardRestore())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
+    assert [line["epoch"] for line in metrics(folder)] == list(range(1, epochs + 1))
+    assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    ours, theirs = parameters(folder, epochs), parameters(other, epochs)
+    assert len(ours) > 4
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def start_and_stop_after(epochs: int, signal_number: int, *arguments: object, folder: Path) -> str:
+    """Starts a run too long to end by itself, signals it once it wrote some epochs."""
+    with subprocess.Popen(
+        command("train", "--output", folder, *arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoints" / str(epochs)).exists():
+            assert process.poll() is None, "ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal_number)
+        _, errors = process.communicate(timeout=60)
+    expected = 130 if signal_number == signal.SIGINT else -signal_number
+    assert process.returncode == expected, errors
+    return errors
+
+
+def test_digits_are_learned_and_everything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    output = trained("--output", folder, "--epochs", 8)
+    lines = metrics(folder)
+    assert [line["epoch"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["test_accuracy"] >= 0.97
+    assert f"{lines[-1]['test_accuracy']:.2%}" in output
+    for name in ("loss.png", "confusion.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    # The last few checkpoints, and nothing half-written.
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"6", "7", "8"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "metrics.jsonl", "loss.png", "confusion.png", "checkpoints")
+    }
+
+
+def test_seed_decides_the_numbers(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        trained("--output", tmp_path / name, "--epochs", 2, "--seed", seed, *SMALL)
+    assert_same_run(tmp_path / "a", tmp_path / "b", 2)
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+def test_killed_run_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    start_and_stop_after(2, signal.SIGKILL, "--epochs", 5000, *SMALL, folder=killed)
+    # What a kill between the two writes of an epoch leaves, and one inside the first.
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 9999, "train_loss": 1.0}\n{"epoch": 10000, "tr')
+    with ocp.CheckpointManager((killed / "checkpoints").resolve()) as manager:
+        epochs = (manager.latest_step() or 0) + 2
+    trained("--output", killed, "--resume", "--epochs", epochs)
+    trained("--output", whole, "--epochs", epochs, *SMALL)
+    assert_same_run(killed, whole, epochs)
+
+
+def test_ctrl_c_ends_cleanly_and_resumes(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "it's", tmp_path / "whole"
+    errors = start_and_stop_after(1, signal.SIGINT, "--epochs", 5000, *SMALL, folder=folder)
+    assert len(errors.splitlines()) == 1
+    assert "--resume" in errors
+    epochs = len(metrics(folder)) + 1  # an epoch is written wholly or not at all
+    trained("--output", folder, "--resume", "--epochs", epochs)
+    trained("--output", whole, "--epochs", epochs, *SMALL)
+    assert_same_run(folder, whole, epochs)
+
+
+def test_run_is_neither_overwritten_nor_mixed_with_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, examples = tmp_path / "run", save(tmp_path / "own.npz")
+    # Resuming what was killed before it wrote anything starts it.
+    trained("--resume", "--output", folder, "--epochs", 2, *SMALL)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for arguments, words in (
+        ((), ("already holds a run", "--resume", "--output")),
+        (("--resume", "--learning-rate", "0.5"), ("--learning-rate 0.5", "0.001")),
+        (("--resume", "--hidden", "8"), ("--hidden 8", "--hidden 16")),
+        (("--resume", "--epochs", "1"), ("--epochs 1", "2 epochs")),
+        (("--resume", "--data", str(examples)), ("--data", "own.npz", "digits")),
+    ):
+        line = refused(capsys, "--output", str(folder), *arguments)
+        assert all(word in line for word in words), line
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save(path: Path, x: object = None, y: object = None) -> Path:
+    """An npz of four blurred points in the plane; `x` and `y` replace its arrays."""
+    random = np.random.RandomState(1)
+    labels = np.arange(103) % 4
+    points = 1e4 + 100.0 * np.eye(4)[labels][:, :, None] + random.normal(size=(103, 4, 2))
+    np.savez(
+        path,
+        x=np.asarray(points if x is None else x),
+        y=np.asarray(labels if y is None else y),
+    )
+    return path
+
+
+def test_own_data(tmp_path: Path) -> None:
+    # Three axes, far from zero, and a batch larger than the data.
+    examples = save(tmp_path / "own.npz")
+    folder = tmp_path / "own"
+    trained("--data", examples, "--output", folder, "--epochs", 15, "--batch-size", 1000, "-l", 0.1)
+    assert metrics(folder)[-1]["test_accuracy"] == 1.0
+    # The contents count, not the place.
+    moved = examples.rename(tmp_path / "moved.npz")
+    trained("--data", moved, "--output", folder, "--epochs", 16, "--resume")
+    assert len(metrics(folder)) == 16
+    changed = save(moved, y=(np.arange(103) + 1) % 4)
+    run = program("train", "--data", changed, "--output", folder, "--resume")
+    assert run.returncode == 2
+    assert "--data" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_divergence_is_said(tmp_path: Path) -> None:
+    run = program(
+        *("train", "--output", tmp_path / "run", "--optimizer", "sgd", "--learning-rate", "1e30")
+    )
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 1
+    assert "diverged in epoch 1" in run.stderr
+    assert "--learning-rate" in run.stderr
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `train` ends in; in this process, since nothing is trained."""
+    assert cli.run(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+ROWS = np.arange(103)
+X = np.ones((103, 3))
+Y = ROWS % 4
+
+
+def with_value(array: np.ndarray, index: object, value: object) -> np.ndarray:
+    changed = array.copy()
+    changed[index] = value  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (with_value(X, (7, 2), np.nan), Y, ("'x'", "row 7", "nan", "feature 2")),
+        (with_value(X, (9, 0), -np.inf), Y, ("'x'", "row 9", "-inf")),
+        (with_value(X, (5, 1), 1e300), Y, ("'x'", "row 5", "1e+300")),
+        (X[:, 0], Y, ("'x'", "(103,)")),
+        (X[:0], Y[:0], ("'x'", "(0, 3)")),
+        (X.astype(str), Y, ("'x'", "<U")),
+        (X.astype(complex), Y, ("'x'", "complex128")),
+        (X.astype(object), Y, ("'x'", "objects")),
+        (X, Y.astype(object), ("'y'", "objects")),
+        (X, Y[:-3], ("'y'", "(103,)", "(100,)")),
+        (X, Y[:, None], ("'y'", "(103,)", "(103, 1)")),
+        (X, with_value(Y, 11, -1), ("'y'", "row 11", "-1")),
+        (X, with_value(Y.astype(float), 13, 0.5), ("'y'", "row 13", "0.5", "float64")),
+        (X, with_value(Y.astype(float), 13, np.nan), ("'y'", "row 13", "nan")),
+        (X, Y.astype("U3"), ("'y'", "row 0", "'0'", "<U3")),
+        (X, Y + (Y > 1), ("'y'", "row 2", "label 2")),
+        (X, Y + 1, ("'y'", "row 0", "label 0")),
+        (X, with_value(Y.astype(np.uint64), 17, 2**64 - 1), ("'y'", "row 17", "label 4")),
+        (X, 0 * Y, ("'y'", "row 0", "label 0")),
+        (X, with_value(Y, 21, 4), ("'y'", "row 21", "label 4")),
+    ],
+)
+def test_bad_arrays(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    x: np.ndarray,
+    y: np.ndarray,
+    words: tuple[str, ...],
+) -> None:
+    path = save(tmp_path / "bad.npz", x, y)
+    line = refused(capsys, "--data", str(path), "--output", str(tmp_path / "run"))
+    for word in ("bad.npz", *words):
+        assert word in line, line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = save(tmp_path / "good.npz").read_bytes()
+    contents = {
+        "empty.npz": b"",
+        "text.npz": b"hello\n",
+        "short.npz": good[:2000],
+        "damaged.npz": good[:300] + b"\0" * 64 + good[364:],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "array.npy", X)
+    np.savez(tmp_path / "other.npz", images=X, y=Y)
+    expected = {
+        **dict.fromkeys(contents, ""),
+        "array.npy": "not an npz",
+        "other.npz": "no array 'x'",
+        "missing.npz": "No such file",
+        ".": "directory",
+    }
+    for name, words in expected.items():
+        path = str(tmp_path / name)
+        line = refused(capsys, "--data", path, "--output", str(tmp_path / "run"))
+        assert path in line
+        assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("--epochs", value) for value in ("0", "-1", "two", "1.5")],
+        *[("--batch-size", value) for value in ("0", "x")],
+        *[("--learning-rate", value) for value in ("0", "-1", "nan", "inf", "1e-60", "fast")],
+        *[("--hidden", value) for value in ("0", "8,-1", "8;8", "")],
+        *[("--seed", value) for value in ("-1", "4294967296")],
+        ("--optimizer", "newton"),
+        ("--epoch", "3"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    line = refused(capsys, "--output", str(tmp_path / "run"), *arguments)
+    assert arguments[0] in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(folder) in refused(capsys, "--output", str(folder))
+
+
+def test_bad_input_as_a_process(tmp_path: Path) -> None:
+    run = program("train", "--data", "nowhere.npz", "--output", tmp_path / "run")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "jaxsoftmax: nowhere.npz: cannot be read: No such file or directory\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_version() -> None:
+    text = program("train", "--help").stdout
+    for option in (
+        *("--data", "--output", "--resume", "--epochs", "--batch-size", "--learning-rate"),
+        *("--optimizer", "--hidden", "--seed"),
+    ):
+        assert option in text
+    assert program("--version").stdout.startswith("jaxsoftmax 0.")
+    assert "train" in program().stdout
+
+
+def test_without_the_extra() -> None:
+    hide = "import sys; sys.modules['optax'] = None; sys.modules['typer'] = None; "
+    main = "from jaxsoftmax.__main__ import main; sys.argv[1:] = ['{}']; sys.exit(main())"
+    for argument, code, words in (
+        ("train", 2, "pip install 'jaxsoftmax[train]'"),
+        ("--version", 0, ""),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", hide + main.format(argument)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert run.returncode == code
+        assert words in run.stderr
+        assert run.stderr.count("\n") == (code == 2)
+
+
+def test_import_leaves_the_program_alone() -> None:
+    code = (
+        "import sys, jaxsoftmax; names = ('optax', 'typer', 'jaxsoftmax.training'); "
+        "print([name for name in names if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (8, 4), (3, 3), (7, 1)])
+def test_minibatches_take_every_row_once(rows: int, batch_size: int) -> None:
+    order, weights = step.minibatches(jax.random.key(0), rows, batch_size)
+    assert order.shape == weights.shape == (-(-rows // batch_size), batch_size)
+    assert sorted(np.asarray(order)[np.asarray(weights) == 1].tolist()) == list(range(rows))
+
+
+def test_padding_does_not_change_the_gradient() -> None:
+    params = [(jnp.arange(6.0).reshape(2, 3) / 7, jnp.zeros(3))]
+    x, y = jnp.asarray([[1.0, 2.0], [0.5, -1.0]]), jnp.asarray([0, 2])
+    padded_x, padded_y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]])
+    plain = jax.grad(step.mean_loss)(params, x, y, jnp.ones(2))
+    padded = jax.grad(step.mean_loss)(params, padded_x, padded_y, jnp.asarray([1.0, 1.0, 0.0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, padded)
+
+
+def test_split_holds_out_a_fifth_of_every_class() -> None:
+    digits = data.load("digits")
+    total = np.bincount(digits.train_y) + np.bincount(digits.test_y)
+    assert (np.abs(np.bincount(digits.test_y) - 0.2 * total) <= 0.5).all()
+    assert len(digits.train_y) + len(digits.test_y) == 1797
+    np.testing.assert_allclose(digits.train_x.mean(axis=0), 0, atol=1e-5)
