@@ -14,8 +14,8 @@ from ._numerics import (
     accumulation_dtype,
     excess,
     max_and_remainder,
-    one_hot,
     pick,
+    put,
     shifted_exp,
     to_index,
     to_rows,
@@ -96,13 +96,15 @@ def _negative_log_likelihood_fwd(x, labels):
     return (m - pick(x, labels)) + jnp.log1p(r), (x, labels, m, r)
 
 
-# dz_i = g (ŷ_i − y_i). A label that is no class makes the row NaN, unless its loss is not used.
+# dz_i = g ŷ_i, but at the label g (ŷ_t − 1) = g ((e_t − 1) − r) / (1 + r), which does not cancel.
+# A label that is no class makes the row NaN, unless its loss is not used.
 def _negative_log_likelihood_bwd(residuals, g):
     x, labels, m, r = residuals
-    g = jnp.where((labels >= 0) | (g == 0), g, jnp.nan)
-    y = one_hot(labels, x.shape[-1]).astype(m.dtype)
-    d = excess(jnp.ones_like(r), y, shifted_exp(x, m), r)
-    return (g[..., None] * d).astype(x.dtype), None
+    scale = jnp.where((labels >= 0) | (g == 0), g, jnp.nan) / (1 + r)
+    e_label = jnp.where(labels >= 0, jnp.exp(pick(x, labels) - m), 0)
+    at_label = ((e_label - 1) - r) * scale
+    others = shifted_exp(x, m) * scale[..., None]
+    return put(others.astype(x.dtype), labels, at_label.astype(x.dtype)), None
 
 
 _negative_log_likelihood.defvjp(_negative_log_likelihood_fwd, _negative_log_likelihood_bwd)
