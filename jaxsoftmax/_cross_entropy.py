@@ -19,7 +19,6 @@ from ._numerics import (
     shifted_exp,
     to_index,
     to_rows,
-    upcast,
 )
 
 

@@ -24,9 +24,7 @@ from ._numerics import (
 Axis = int | Sequence[int] | None
 
 
-def softmax(
-    x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
-) -> Float[Array, "..."]:
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Float[Array, "..."]:
     r"""Softmax: `exp(x_k) / Σ_j exp(x_j)` along `axis`; a drop-in for `jax.nn.softmax`.
 
     Args:
@@ -136,7 +134,7 @@ def _log_softmax_bwd(residuals, g):
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
-def logsumexp(
+def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     a: ArrayLike,
     axis: Axis = None,
     b: ArrayLike | None = None,
@@ -213,7 +211,7 @@ def _logsumexp_axes(a, b, where, axes):
 
 @jax.custom_vjp
 def row_logsumexp(x: jax.Array) -> jax.Array:
-    """lse of each row of `x [..., C]`, in the accumulation dtype."""
+    """Log-sum-exp of each row of `x [..., C]`, in the accumulation dtype."""
     return _row_logsumexp_fwd(x)[0]
 
 
