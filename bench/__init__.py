@@ -11,5 +11,7 @@ be printed again from a committed file.
     environment.py  where and with which versions
     results.py      the JSON file, geometric means
     terminal.py     tables to stdout, progress and notes to stderr
-    speed.py  accuracy.py       the commands: measure(), then tables() of what was measured
+    markdown.py     tables for the README
+    speed.py  accuracy.py       the commands: measure(), then tables of what was measured
+    report.py       the README's tables, from the committed files
 """

@@ -3,7 +3,7 @@
 
 import typer
 
-from bench import accuracy, speed
+from bench import accuracy, report, speed
 
 app = typer.Typer(
     name="python -m bench",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("speed")(speed.command)
 app.command("accuracy")(accuracy.command)
+app.command("report")(report.command)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from bench import contenders, environment, results, terminal
+from bench import contenders, environment, markdown, results, terminal
 from bench.cases import Dtype, Labels
 
 LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
@@ -45,9 +45,6 @@ def command(
     ] = None,
     classes: Annotated[int, typer.Option(min=2, help="Classes a row.")] = CLASSES,
     rows: Annotated[int, typer.Option(min=1, help="Rows of random logits a lead.")] = ROWS,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as the README shows it.")
-    ] = False,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -72,13 +69,9 @@ def command(
             "lead": leads,
             "classes": classes if classes != CLASSES else None,
             "rows": rows if rows != ROWS else None,
-            "markdown": markdown,
         },
     )
-    if markdown:
-        typer.echo(as_markdown(section))
-    else:
-        terminal.output().print(as_table(section))
+    terminal.output().print(as_table(section))
     if path:
         results.save(path, f"accuracy/{dtype}/{labels}", section)
         terminal.notes.print(f"written: {path}")
@@ -267,9 +260,5 @@ def as_table(section: dict[str, Any]) -> Table:
 
 def as_markdown(section: dict[str, Any]) -> str:
     """Lay a section out for the README."""
-    headings = _headings(section)
-    rule = ["---", "---", *("--:" for _ in headings[2:])]
-    lines = [headings, rule, *_rows(section)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    where = environment.in_words(section["environment"])
-    return f"{table}\n\n{_caption(section)}\nMeasured by `{section['command']}` on {where}."
+    table = markdown.table(_headings(section), _rows(section))
+    return f"{table}\n\n{_caption(section)}\n{markdown.origin(section)}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bench import contenders, environment, results, terminal, timing
+from bench import contenders, environment, markdown, results, terminal, timing
 from bench.cases import (
     BYTES_MODEL,
     SHAPES,
@@ -265,6 +265,38 @@ def _add_case(table: Table, case: dict[str, Any]) -> None:
             style="bold" if ours else None,
         )
     table.add_section()
+
+
+def as_markdown(section: dict[str, Any]) -> str:
+    """Lay a section out for the README: only the ratios, the geometric means under each dtype."""
+    ratios: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for case in section["cases"]:
+        row = ratios.setdefault((str(Shape(case["tokens"], case["classes"])), case["dtype"]), {})
+        for contender in case["contenders"]:
+            row[case["mode"], contender["name"]] = contender["ratio"]
+    for mean in section["geometric_means"]:
+        row = ratios.setdefault(("**geometric mean**", mean["dtype"]), {})
+        row[mean["mode"], mean["contender"]] = mean["ratio"]
+
+    measured = {column for row in ratios.values() for column in row}
+    names = [entry.name for entry in contenders.LOGITS[Labels(section["labels"])]]
+    columns = [
+        (mode, name)
+        for mode in dict.fromkeys(case["mode"] for case in section["cases"])
+        for name in names
+        if name != contenders.OURS and (mode, name) in measured
+    ]
+    table = markdown.table(
+        ["logits", "dtype", *(f"{mode} ÷ {name}" for mode, name in columns)],
+        [
+            [shape, dtype, *(f"{row[at]:.2f}" if at in row else "–" for at in columns)]
+            for group in dict.fromkeys(dtype for _, dtype in ratios)
+            for (shape, dtype), row in ratios.items()
+            if dtype == group
+        ],
+    )
+    explained = contenders.explain(name for _, name in columns)
+    return "\n".join([table, "", *filter(None, [explained]), markdown.origin(section)])
 
 
 def milliseconds(seconds: float) -> str:

@@ -113,7 +113,7 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return form(restore(lax.dynamic_slice_in_dim(x, start, rows)))
 
     chunks = -(-n // rows)
-    m, r = lax.map(chunk, jnp.arange(chunks))
+    m, r = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
     fresh = n - (chunks - 1) * rows  # rows of the last chunk that no other has seen
 
     def joined(s):
@@ -156,7 +156,7 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     others = jnp.where(index == top[:, None], 0, sums)
     # The last block may be short: read _BLOCK classes that end with the row, mask what is not it.
     start = jnp.minimum(top * _BLOCK, classes - _BLOCK)
-    at = start[:, None] + jnp.arange(_BLOCK).reshape(1, -1)
+    at = start[:, None] + jnp.arange(_BLOCK, dtype=jnp.int32).reshape(1, -1)
     block = upcast(jnp.take_along_axis(x, at, axis=-1, mode="clip"))
     block = jnp.where(at < (top * _BLOCK)[:, None], -jnp.inf, block)
     return m, jnp.sum(others, axis=-1) + _remainder(block, m)
@@ -189,7 +189,7 @@ def put(d: jax.Array, labels: jax.Array, values: jax.Array) -> jax.Array:
 
     def scatter(d, labels, values):
         rows = d.reshape(-1, d.shape[-1])
-        at = (jnp.arange(rows.shape[0]), jnp.maximum(labels, 0).reshape(-1))
+        at = (jnp.arange(rows.shape[0], dtype=jnp.int32), jnp.maximum(labels, 0).reshape(-1))
         return rows.at[at].set(values.reshape(-1), unique_indices=True).reshape(d.shape)
 
     if is_local(d, labels) and d.dtype.itemsize >= 4:

@@ -4,9 +4,11 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from bench import accuracy, contenders, environment, results, speed, terminal, timing
+from bench import accuracy, contenders, environment, report, results, speed, terminal, timing
 from bench.cases import Case, Dtype, Labels, Mode, Shape, inputs, parse_shape, program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,10 +109,10 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
     assert "geometric mean" in done.stdout
 
 
-def test_accuracy_prints_markdown_and_keeps_other_sections(tmp_path: Path):
+def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     path = tmp_path / "results.json"
     path.write_text('{"speed/integer": {"kept": true}}')
-    arguments = ["--lead", "1", "--lead", "30", "--classes", "20", "--rows", "2", "--markdown"]
+    arguments = ["--lead", "1", "--lead", "30", "--classes", "20", "--rows", "2"]
     done = bench("accuracy", *arguments, "--json", f"{path}")
     assert done.returncode == 0, done.stderr
 
@@ -125,10 +127,13 @@ def test_accuracy_prints_markdown_and_keeps_other_sections(tmp_path: Path):
     assert optax_far["others"] < 1e-5
     assert all(row["loss"] < 1e-6 and row["target"] < 1e-5 for row in section["errors"][:3])
 
-    lines = done.stdout.splitlines()
+    assert section["command"] == f"python -m bench accuracy {' '.join(arguments)}"
+    for words in ("lead 1 ", " 30 ", "loss", "gradient, target", "gradient, others", "100 %"):
+        assert words in done.stdout
+    lines = accuracy.as_markdown(section).splitlines()
     assert lines[0] == "| relative error of | by | lead 1 | 30 |"
     assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * 3
-    assert lines[-1].startswith(f"Measured by `python -m bench accuracy {' '.join(arguments)}` on ")
+    assert lines[-1].startswith(f"Measured by `{section['command']}` on ")
     for version in ("jaxsoftmax", "jax", "optax"):
         assert f"{version} {section['environment']['versions'][version]}" in lines[-1]
     assert section["environment"]["date"] in lines[-1]
@@ -308,3 +313,110 @@ def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "forward, float32, dense labels" in printed
     assert "both twice" in printed
+
+
+def test_the_readme_shows_the_committed_results():
+    files = report.committed()
+    if not files:
+        pytest.skip("no results are committed")
+    readme = report.README.read_text(encoding="utf-8")
+    assert readme == report.render(readme, files)
+
+
+@pytest.fixture(scope="module")
+def sections() -> dict[str, Any]:
+    """Measure, on tiny shapes, what a results file of one device holds."""
+    timed = speed.measure(
+        [Shape(4, 8), Shape(2, 5)], speed.DTYPES, speed.MODES, Labels.INTEGER, repeats=2
+    )
+    exact = accuracy.measure(Dtype.FLOAT32, Labels.INTEGER, [1.0, 30.0], classes=5, rows=1)
+    return {
+        "speed/integer": timed | {"command": "python -m bench speed"},
+        "accuracy/float32/integer": exact | {"command": "python -m bench accuracy"},
+    }
+
+
+def test_report_writes_the_readme_between_the_markers(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name, section in sections.items():
+        results.save(tmp_path / "a.json", name, section)
+
+    def outside() -> list[str]:
+        text = readme.read_text(encoding="utf-8")
+        return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
+
+    before = outside()
+    assert len(before) == 3
+    readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
+    with pytest.raises(typer.Exit, match="1"):
+        report.command(check=True)
+    assert "stale" in readme.read_text("utf-8")
+    report.command()
+    assert "stale" not in readme.read_text("utf-8")
+    assert outside() == before
+    report.command(check=True)
+
+
+def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
+    section = sections["speed/integer"]
+    table, explained, origin = speed.as_markdown(section).rsplit("\n", 2)
+    headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line]
+    found = {
+        (shape, dtype, heading): cell
+        for shape, dtype, *cells in rows
+        for heading, cell in zip(headings[2:], cells, strict=True)
+        if cell != "–"
+    }
+    expected = {
+        (f"{case['tokens']}x{case['classes']}", case["dtype"], f"{case['mode']} ÷ {row['name']}"): (
+            f"{row['ratio']:.2f}"
+        )
+        for case in section["cases"]
+        for row in case["contenders"]
+        if row["name"] != contenders.OURS
+    } | {
+        ("**geometric mean**", mean["dtype"], f"{mean['mode']} ÷ {mean['contender']}"): (
+            f"{mean['ratio']:.2f}"
+        )
+        for mean in section["geometric_means"]
+    }
+    assert found == expected
+    assert [row[1] for row in rows] == ["float32"] * 3 + ["bfloat16"] * 3
+    assert explained.startswith("optax: ")
+    where = environment.in_words(section["environment"])
+    assert origin == f"Measured by `python -m bench speed` on {where}."
+
+
+def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dict[str, Any]):
+    readme = report.README.read_text(encoding="utf-8")
+    one, other = sections, {}
+    for name, section in one.items():
+        other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
+    device = one["speed/integer"]["environment"]["device"]
+    both = report.render(readme, [one, other])
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 2
+    alone = report.render(readme, [one, {}])
+    assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
+    assert report.render(both, [one]) == alone
+    with pytest.raises(ValueError, match=r"accuracy/float32/integer.*python -m bench accuracy"):
+        report.render(readme, [{"speed/integer": one["speed/integer"]}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!-- bench report: x -->",
+        "<!-- /bench report: x --><!-- bench report: x -->",
+        "<!-- bench report: x --><!-- bench report: x --><!-- /bench report: x -->",
+    ],
+    ids=["none", "not closed", "wrong order", "twice"],
+)
+def test_markers_that_are_not_there_once_are_refused(text: str):
+    with pytest.raises(ValueError, match="expected once each"):
+        report.replace(text, "x", "content")

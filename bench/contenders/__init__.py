@@ -50,7 +50,7 @@ LOGITS = {
 
 NOTES = {
     BASELINE: "on the logits upcast to float32",
-    "optax, no upcast": "on the logits as they come",
+    "optax, no upcast": "on the logits as they come (in float32 the same)",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
 

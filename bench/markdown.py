@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables as the README shows them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench import environment
+
+WORDS = 2  # leading columns that hold words; the others hold numbers, to the right
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a pipe table."""
+    rule = ["---" if column < WORDS else "--:" for column in range(len(headings))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
+
+
+def origin(section: dict[str, Any]) -> str:
+    """Say how, where, with which versions and when a section was measured."""
+    where = environment.in_words(section["environment"])
+    return f"Measured by `{section['command']}` on {where}."

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench report`: from the committed results to the tables of the README."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from bench import accuracy, environment, results, speed, terminal
+
+README = environment.ROOT / "README.md"
+
+# A block of the README: the command behind it, its section of a results file, who lays it out.
+# Other sections (other labels, other dtypes) stay in the files.
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "accuracy": ("accuracy/float32/integer", accuracy.as_markdown),
+    "speed": ("speed/integer", speed.as_markdown),
+}
+
+
+def command(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if the README differs.")
+    ] = False,
+) -> None:
+    """Write the README's tables from the committed results, `bench/results/*.json`.
+
+    Only what stands between the markers of a block is replaced.
+    """
+    try:
+        before = README.read_text(encoding="utf-8")
+        after = render(before, committed())
+    except (OSError, ValueError) as error:
+        terminal.notes.print(f"{error}", markup=False)
+        raise typer.Exit(1) from None
+    if before == after:
+        terminal.notes.print(f"up to date: {README}")
+    elif check:
+        terminal.notes.print(f"differs from bench/results: {README}; run python -m bench report")
+        raise typer.Exit(1)
+    else:
+        README.write_text(after, encoding="utf-8")
+        terminal.notes.print(f"written: {README}")
+
+
+def committed() -> list[dict[str, Any]]:
+    """Read every device's results file, in the order of their names."""
+    return [results.load(path) for path in sorted(results.RESULTS.glob("*.json"))]
+
+
+def render(readme: str, files: Sequence[dict[str, Any]]) -> str:
+    """Replace every block of the README.
+
+    Args:
+        readme: its text.
+        files: the contents of results files, one a device.
+
+    Returns:
+        The new text. Each block shows every device that has its section.
+
+    Raises:
+        ValueError: no file has a block's section, or the markers are not there once each.
+    """
+    for name, (key, as_markdown) in BLOCKS.items():
+        sections = [file[key] for file in files if key in file]
+        if not sections:
+            raise ValueError(f"no {key} in bench/results: run python -m bench {name}")
+        parts = []
+        for section in sections:
+            if len(sections) > 1:
+                parts.append(f"**{section['environment']['device']}**")
+            parts.append(as_markdown(section))
+        readme = replace(readme, name, "\n\n".join(parts))
+    return readme
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """Put `content` between a block's markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    begin, end = f"<!-- bench report: {name} -->", f"<!-- /bench report: {name} -->"
+    before, _, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not closed or text.count(begin) > 1 or text.count(end) > 1:
+        raise ValueError(f"expected once each, in this order: {begin} and {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
