@@ -53,7 +53,7 @@ def as_inexact(function: str, name: str, value: ArrayLike) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: {name} must have a real dtype; got {array.dtype}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        array = array.astype(jax.eval_shape(jnp.exp, array).dtype)
     return array
 
 
@@ -123,7 +123,7 @@ def check_broadcasts(
 ) -> None:
     """`shape` broadcasts to `target` without growing it."""
     try:
-        fits = np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
+        fits = jnp.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
     except ValueError:
         fits = False
     if not fits:

@@ -72,6 +72,7 @@ def softmax_cross_entropy_with_integer_labels(
     )
     where = _class_mask(name, where, logits.shape, axes)
     with jax.named_scope(f"jaxsoftmax.{name}"):
+        (logits, where), axes = _one_axis(axes, logits, where)
         return _integer_labels(logits, labels, where, axes)
 
 
@@ -154,7 +155,9 @@ def softmax_cross_entropy(
     _checks.check_broadcasts(name, "labels", labels.shape, logits.shape, "the shape of logits")
     where = _class_mask(name, where, logits.shape, axes)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        return _dense_labels(logits, jnp.broadcast_to(labels, logits.shape), where, axes)
+        labels = jnp.broadcast_to(labels, logits.shape)
+        (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
+        return _dense_labels(logits, labels, where, axes)
 
 
 @partial(jax.jit, static_argnames="axes")
@@ -198,6 +201,17 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def _batch_shape(shape, axes):
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+def _one_axis(axes, *arrays):
+    """Several class axes merged into one, before jit.
+
+    So a row's sums are taken in the same order, and come out the same, wherever its axes were.
+    """
+    if len(axes) == 1:
+        return arrays, axes
+    rows = [None if a is None else to_rows(a, axes) for a in arrays]
+    return rows, (rows[0].ndim - 1,)
 
 
 def _class_mask(function, where, shape, axes):

@@ -10,6 +10,7 @@ Rows are the last axis here; the modules above bring the class axes there.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +35,8 @@ def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
 def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """Moves `axes` to the end, in the given order, and merges them into one."""
     x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-    return x if len(axes) == 1 else x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+    batch = x.shape[: x.ndim - len(axes)]
+    return x if len(axes) == 1 else x.reshape(*batch, math.prod(x.shape[len(batch) :]))
 
 
 def from_rows(rows: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax.Array:
@@ -54,25 +56,26 @@ def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.exp(upcast(x) - m[..., None])
 
 
-@jax.custom_jvp
 def max_and_remainder(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(m, r) of each row of `x [..., C]`, in the accumulation dtype.
-
-    The derivative takes `m` for a constant: whatever is made of (x, m, r) must not depend on
-    the shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives
-    the right second derivatives at ties too, where `max` has none.
-    """
-    if is_local(x):
-        m, r = lax.platform_dependent(x, cpu=_on_cpu, default=_plain)
-    else:
-        m, r = _plain(x)
+    """(m, r) of each row of `x [..., C]`, in the accumulation dtype, named for remat policies."""
+    m, r = _max_and_remainder(x)
     return checkpoint_name(m, "jaxsoftmax.max"), checkpoint_name(r, "jaxsoftmax.remainder")
 
 
-@max_and_remainder.defjvp
+@jax.custom_jvp
+def _max_and_remainder(x):
+    # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
+    # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
+    # right second derivatives at ties too, where max has none.
+    if is_local(x):
+        return lax.platform_dependent(x, cpu=_on_cpu, default=_plain)
+    return _plain(x)
+
+
+@_max_and_remainder.defjvp
 def _max_and_remainder_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    m, r = max_and_remainder(x)
+    m, r = _max_and_remainder(x)
     return (m, r), (jnp.zeros_like(m), jnp.sum(shifted_exp(x, m) * upcast(dx), axis=-1))
 
 
@@ -94,8 +97,8 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     is moved back to end with the last row, so that any number of rows fits.
     """
     *batch, classes = x.shape
-    x = x.reshape(-1, classes)
-    n = x.shape[0]
+    n = math.prod(batch)
+    x = x.reshape(n, classes)
     if classes <= _FEW:
         form = _by_column
     elif classes < _MANY:
@@ -103,7 +106,7 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     else:
         form = _by_block
     rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
-    if n <= rows or form is _by_column:
+    if form is _by_column or not isinstance(n, int) or n <= rows:  # n: symbolic in an export
         m, r = form(x)
         return m.reshape(batch), r.reshape(batch)
     x, restore = sliceable(x)
@@ -142,9 +145,9 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     n, classes = x.shape
     whole = classes // _BLOCK * _BLOCK
-    parts = [upcast(x[:, :whole]).reshape(n, -1, _BLOCK)]
+    parts = [upcast(x[:, :whole]).reshape(n, whole // _BLOCK, _BLOCK)]
     if whole < classes:
-        parts.append(upcast(x[:, whole:]).reshape(n, 1, -1))
+        parts.append(upcast(x[:, whole:])[:, None])
     parts = lax.optimization_barrier(parts)
     block_max = jnp.concatenate([jnp.max(z, axis=-1) for z in parts], axis=-1)
     block_max = lax.optimization_barrier(block_max)
@@ -188,7 +191,7 @@ def put(d: jax.Array, labels: jax.Array, values: jax.Array) -> jax.Array:
         return jnp.where(one_hot(labels, d.shape[-1]), values[..., None], d)
 
     def scatter(d, labels, values):
-        rows = d.reshape(-1, d.shape[-1])
+        rows = d.reshape(math.prod(d.shape[:-1]), d.shape[-1])
         at = (jnp.arange(rows.shape[0], dtype=jnp.int32), jnp.maximum(labels, 0).reshape(-1))
         return rows.at[at].set(values.reshape(-1), unique_indices=True).reshape(d.shape)
 

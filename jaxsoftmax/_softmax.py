@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -291,7 +292,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
        [-9.357623e-14  9.357623e-14]]
     """
     x = _checks.as_inexact("softmax_jacobian", "x", x)
-    if not isinstance(axis, int):
+    if not isinstance(axis, Integral) or isinstance(axis, bool):
         raise TypeError(f"softmax_jacobian: axis must be an integer; got {axis!r}")
     axes = _checks.as_axes("softmax_jacobian", axis, x.ndim)
     _checks.check_has_classes("softmax_jacobian", "x", x.shape, axes)
@@ -322,8 +323,7 @@ def _broadcast_mask(function, where, shape, meaning):
 def _prepare(function, x, axis, where):
     x = _checks.as_inexact(function, "x", x)
     axes = _checks.as_axes(function, axis, x.ndim)
-    if x.size:
-        _checks.check_has_classes(function, "x", x.shape, axes)
+    _checks.check_has_classes(function, "x", x.shape, axes)
     return x, axes, _broadcast_mask(function, where, x.shape, "the shape of x")
 
 

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one list of cases, and the one list of functions that every property runs over.
+
+A case is a number of classes and a dtype; its logits are one array whose rows are all the kinds of
+row that have broken a loss somewhere, each kind twice: with its largest class and with a random
+class for the label. A function that is added to FUNCTIONS gets every property.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from assertions import accumulation
+
+import jaxsoftmax
+from jaxsoftmax import _numerics
+
+# Around 16 and 2048 the CPU formulation changes; 128 is its block. The others are awkward.
+SIZES = (1, 2, 16, 17, 127, 130, 300, 2048, 2049, 50257)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Case(NamedTuple):
+    classes: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.classes}"
+
+
+CASES = [Case(classes, "float32") for classes in SIZES] + [
+    Case(classes, dtype) for dtype in DTYPES for classes in (1, 17, 130, 2049) if dtype != "float32"
+]
+
+
+class Rows(NamedTuple):
+    """One case's data; NumPy, so that a test makes JAX arrays under its own configuration."""
+
+    logits: np.ndarray  # [R, V] in the case's dtype
+    labels: np.ndarray  # [R] int32, never at −inf
+    one_hot: np.ndarray  # [R, V] float32
+    targets: np.ndarray  # [R, V] float32, non-negative, sums other than 1, 0 at −inf
+    cotangent: np.ndarray  # [R] non-uniform, of both signs, one exactly 0
+    wide_cotangent: np.ndarray  # [R, V] the same for results of the logits' shape
+
+
+def generator(*key: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(key).encode()))
+
+
+def _scale_one(rng, v):
+    return rng.standard_normal(v)
+
+
+def _peaked(gap):
+    def make(rng, v):
+        z = rng.standard_normal(v)
+        z[rng.integers(v)] = z.max() + gap
+        return z
+
+    return make
+
+
+def _ties_at_the_top(rng, v):
+    z = rng.standard_normal(v)
+    z[rng.integers(v, size=3)] = 4.0
+    return z
+
+
+def _minus_infinities(rng, v):
+    z = rng.standard_normal(v)
+    z[rng.random(v) < 0.4] = -np.inf
+    z[rng.integers(v)] = 1.0
+    return z
+
+
+def _one_finite(rng, v):
+    z = np.full(v, -np.inf)
+    z[-1] = 3.0
+    return z
+
+
+KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "scale 1": _scale_one,
+    "peaked by 17": _peaked(17),
+    "peaked by 40": _peaked(40),
+    "wide": lambda rng, v: 30 * rng.standard_normal(v),
+    "negative": lambda rng, v: rng.standard_normal(v) - 1e4,
+    "offset": lambda rng, v: rng.standard_normal(v) + 1e4,
+    "ties at the top": _ties_at_the_top,
+    "all equal": lambda rng, v: np.full(v, -0.5),
+    "some −inf": _minus_infinities,
+    "all −inf but the last": _one_finite,
+}
+
+
+ROW_KINDS = [kind for kind in KINDS for _ in range(2)]
+
+
+@cache
+def rows(case: Case) -> Rows:
+    rng = generator("rows", *case)
+    v = case.classes
+    logits = np.stack([KINDS[kind](rng, v) for kind in ROW_KINDS]).astype(jnp.dtype(case.dtype))
+    z = logits.astype(np.float64)
+    n = len(ROW_KINDS)
+    labels = z.argmax(-1)
+    for i in range(1, n, 2):
+        labels[i] = rng.choice(np.flatnonzero(np.isfinite(z[i])))
+    one_hot = np.zeros((n, v), np.float32)
+    one_hot[np.arange(n), labels] = 1
+    targets = rng.random((n, v)) * (rng.random((n, v)) < 0.7) * rng.uniform(0.2, 3, (n, 1))
+    targets = np.where(np.isneginf(z), 0, targets).astype(np.float32)
+    cotangent = rng.standard_normal(n).astype(np.float32)
+    cotangent[4] = 0
+    wide_cotangent = rng.standard_normal((n, v)).astype(np.float32)
+    wide_cotangent[5] = 0
+    return Rows(logits, labels.astype(np.int32), one_hot, targets, cotangent, wide_cotangent)
+
+
+PROMISED_SIZES = (2, 3, 10, 16, 17, 128, 300, 1000)
+
+
+def promised(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of scale 1, the target's above the largest of the rest by each gap; float32.
+
+    A triple (logits, labels, gap): the own gap of each class to the target, from the rounded
+    logits; for the target itself, that of the rest, at the mean that section 11 takes.
+    """
+    rng = generator("promised", classes)
+    gaps = np.arange(0, 81, 1 if classes < 100 else 5)
+    z = rng.standard_normal((len(gaps), classes))
+    labels = rng.integers(classes, size=len(gaps))
+    at = np.arange(len(gaps))
+    z[at, labels] = -np.inf
+    z[at, labels] = z.max(axis=-1) + gaps
+    z = z.astype(np.float32)
+    gap = z[at, labels].astype(np.float64)[:, None] - z
+    assert (gap >= 0).all()
+    assert (gap < 87.3).all()
+    weight = np.exp(-gap)
+    weight[at, labels] = 0
+    gap[at, labels] = (weight * gap).sum(-1) / weight.sum(-1)
+    return z, labels.astype(np.int32), gap
+
+
+class Function(NamedTuple):
+    """A public function on logits [R, V], next to its truth."""
+
+    name: str
+    call: Callable  # (logits, targets) -> result
+    value: Callable  # (Truth, targets) -> oracle.Value
+    gradient: Callable  # (Truth, targets, cotangent) -> oracle.Value
+    targets: str | None  # the field of Rows that the function takes, if any
+    result: str  # "row" or "entry"
+    accumulates: bool  # the result comes in the accumulation dtype, not in the logits' dtype
+    invariant: bool = True  # under a shift of the row: its gradient sums to zero
+    label_gradient: Callable | None = None  # (Truth, targets, cotangent) -> oracle.Value
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _integer(z, labels):
+    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(z, labels)
+
+
+def _dense(z, y):
+    return jaxsoftmax.softmax_cross_entropy(z, y)
+
+
+FUNCTIONS = [
+    Function("integer labels", _integer, oracle.nll, oracle.nll_gradient, "labels", "row", True),
+    Function(
+        "one-hot labels",
+        _dense,
+        lambda t, y: oracle.nll(t, y.argmax(-1)),
+        lambda t, y, g: oracle.nll_gradient(t, y.argmax(-1), g),
+        "one_hot",
+        "row",
+        True,
+    ),
+    Function(
+        "dense labels",
+        _dense,
+        oracle.cross_entropy,
+        oracle.cross_entropy_gradient,
+        "targets",
+        "row",
+        True,
+        label_gradient=oracle.cross_entropy_label_gradient,
+    ),
+    Function(
+        "softmax",
+        lambda z, _: jaxsoftmax.softmax(z),
+        lambda t, _: t.p,
+        lambda t, _, g: oracle.softmax_gradient(t, g),
+        None,
+        "entry",
+        False,
+    ),
+    Function(
+        "log_softmax",
+        lambda z, _: jaxsoftmax.log_softmax(z),
+        lambda t, _: oracle.log_probabilities(t),
+        lambda t, _, g: oracle.log_softmax_gradient(t, g),
+        None,
+        "entry",
+        False,
+    ),
+    Function(
+        "logsumexp",
+        lambda z, _: jaxsoftmax.logsumexp(z, axis=-1),
+        lambda t, _: t.lse,
+        lambda t, _, g: oracle.lse_gradient(t, g),
+        None,
+        "row",
+        False,
+        invariant=False,
+    ),
+]
+
+
+def targets_of(function: Function, data: Rows) -> np.ndarray | None:
+    return getattr(data, function.targets) if function.targets else None
+
+
+def cotangent_of(function: Function, data: Rows, dtype) -> np.ndarray:
+    """The cotangent, representable in the result's dtype."""
+    g = data.cotangent if function.result == "row" else data.wide_cotangent
+    return g.astype(jnp.dtype(dtype))
+
+
+def x64(dtype):
+    """The context in which arrays of `dtype` exist."""
+    return jax.enable_x64(np.dtype(jnp.dtype(dtype)) == np.float64)
+
+
+@cache
+def truth_of(case: Case) -> oracle.Truth:
+    return oracle.truth(rows(case).logits, accumulation(case.dtype))
+
+
+def on_device(name: str) -> Iterator[str]:
+    """Run what follows as on one CPU device, or on the eight devices that the suite has.
+
+    Which formulation a function takes is decided while tracing, so traces must not survive.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "one CPU device":
+            patch.setattr(_numerics, "is_local", lambda *_: True)
+        jax.clear_caches()
+        yield name
+    jax.clear_caches()

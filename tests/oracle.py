@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The truth, from the definitions ŷ_k = exp(z_k) / Σ_j exp(z_j) and L = −Σ_k y_k log ŷ_k.
+
+`truth` has two engines that share nothing with the library: up to 1000 classes mpmath at 80
+digits evaluates the definitions literally; above, NumPy in long double sums "all others" instead
+of subtracting. Next to each quantity stands the error that docs/derivation.md section 11 allows a
+computation in the given accumulation dtype, so that a test has no tolerance of its own.
+
+Everything else (losses, gradients) is combined from these in long double, in forms that do not
+cancel. Convention, as in the design: a target of 0 at a logit of −inf contributes 0.
+"""
+
+from typing import NamedTuple
+
+import mpmath
+import numpy as np
+
+DIGITS = 80
+LITERAL_UP_TO = 1000  # classes
+Wide = np.longdouble
+
+
+class Value(NamedTuple):
+    """A true value and the absolute error allowed to a computation in the accumulation dtype."""
+
+    value: np.ndarray
+    bound: np.ndarray
+
+
+class Truth(NamedTuple):
+    """What every function of the rows `z [R, V]` is made of."""
+
+    p: Value  # ŷ [R, V]
+    complement: Value  # 1 − ŷ [R, V]
+    nll: Value  # −log ŷ [R, V]
+    lse: Value  # [R]
+    top: np.ndarray  # [R] the first argmax
+    confident: np.ndarray  # [R] r < 1: the maximum holds more than half
+    u: float  # unit roundoff of the accumulation dtype
+    tiny: float  # its smallest normal number: XLA may give 0 for anything smaller
+    chain: float  # d of section 11
+
+
+def _apply(function, numbers):
+    return np.vectorize(function, otypes=[object])(numbers)
+
+
+def _wide(numbers):
+    """From mpf to long double: the nearest float64 and the rest."""
+    high = np.vectorize(float, otypes=[np.float64])(numbers)
+    finite = np.isfinite(high)
+    rest = np.where(finite, numbers, 0) - np.where(finite, high, 0)
+    return high.astype(Wide) + np.vectorize(float, otypes=[np.float64])(rest)
+
+
+def _literal(z):
+    with mpmath.workdps(DIGITS):
+        exponentials = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), z)
+        totals = exponentials.sum(axis=-1)
+        p = exponentials / totals[:, None]
+        lse = _apply(mpmath.log, totals)
+        nll = _apply(lambda v: -mpmath.log(v), p)
+        return tuple(_wide(a) for a in (p, 1 - p, nll, lse))
+
+
+def _long_double(z):
+    z = z.astype(Wide)
+    rows, top = np.arange(len(z)), z.argmax(axis=-1)
+    m = z[rows, top]
+    e = np.exp(z - m[:, None])
+    total = e.sum(axis=-1)[:, None]
+    without_top = e.copy()
+    without_top[rows, top] = 0
+    others = total - e  # exact enough anywhere but at the top, where e = 1
+    others[rows, top] = without_top.sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        nll = np.log1p(others / e)
+    return e / total, others / total, nll, m + np.log1p(without_top.sum(axis=-1))
+
+
+def truth(z: np.ndarray, accumulate, *, engine: str | None = None) -> Truth:
+    """The truth about rows with a finite maximum, and the bounds for sums in `accumulate`.
+
+    Section 11 with α = 2, λ = 4. Its d is the depth of a tree up to 1000 classes. Above, the
+    section's last remark: terms are also added one after the other, roundings have either sign,
+    and d grows as √V.
+    """
+    z = np.asarray(z, np.float64)
+    classes = z.shape[-1]
+    literal = classes <= LITERAL_UP_TO if engine is None else engine == "literal"
+    p, complement, nll, lse = _literal(z) if literal else _long_double(z)
+
+    info = np.finfo(accumulate)
+    u, tiny = float(info.eps) / 2, float(info.tiny)
+    chain = max(10.0, classes**0.5) if classes > 1000 else 10.0
+    rows, top = np.arange(len(z)), z.argmax(axis=-1)
+    m = z[rows, top]
+    gap = np.where(np.isneginf(z), 0, m[:, None] - z)  # γ_k; a class at −inf has no terms
+    mean = (p * gap).sum(axis=-1)  # Γ
+    rest = complement[rows, top]
+    mean_of_rest = mean / np.where(rest > 0, rest, 1)  # γ̄
+    at_top = np.zeros(z.shape, bool)
+    at_top[rows, top] = True
+    base = 6 + chain
+    # Where exp underflows it may give 0: one smallest normal number for each class.
+    floor = tiny * classes
+    finite_nll = np.where(np.isfinite(nll), nll, 0)
+    p_bound = (base + gap + mean[:, None]) * u * p + tiny
+    own = np.where(at_top, mean_of_rest[:, None], mean[:, None])
+    complement_bound = (base + own) * u * complement + floor
+    nll_bound = u * (base * finite_nll + np.where(at_top, own * finite_nll, own)) + floor
+    lse_bound = u * np.abs(lse) + nll_bound[rows, top]
+    return Truth(
+        Value(p, p_bound),
+        Value(complement, complement_bound),
+        Value(nll, nll_bound),
+        Value(lse, lse_bound),
+        top,
+        rest < p[rows, top],
+        u,
+        tiny,
+        chain,
+    )
+
+
+# Values: of a Truth, and targets where the function has some.
+
+
+def nll(t: Truth, labels: np.ndarray) -> Value:
+    """The loss of an integer label."""
+    rows = np.arange(len(labels))
+    return Value(t.nll.value[rows, labels], t.nll.bound[rows, labels])
+
+
+def cross_entropy(t: Truth, y: np.ndarray) -> Value:
+    """−Σ_k y_k log ŷ_k: the errors of its terms, and of adding them."""
+    y = y.astype(Wide)
+    terms = np.where(y == 0, 0, y * np.where(y == 0, 0, t.nll.value))
+    bound = (np.abs(y) * t.nll.bound).sum(-1) + (t.chain + 1) * t.u * np.abs(terms).sum(-1)
+    return Value(terms.sum(-1), bound)
+
+
+def log_probabilities(t: Truth) -> Value:
+    return Value(-t.nll.value, t.nll.bound)
+
+
+# Gradients with respect to the logits, for the cotangent g.
+
+
+def nll_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
+    """The gradient g (ŷ − y) for a one-hot y: relative to each entry, also at the label."""
+    rows = np.arange(len(labels))
+    value, bound = t.p.value.copy(), t.p.bound.copy()
+    value[rows, labels] = -t.complement.value[rows, labels]
+    bound[rows, labels] = t.complement.bound[rows, labels]
+    return _scaled(Value(value, bound), g, t)
+
+
+def cross_entropy_gradient(t: Truth, y: np.ndarray, g: np.ndarray) -> Value:
+    """The gradient g (Y ŷ − y), relative to Y ŷ + y: no form does better (section 6)."""
+    y = y.astype(Wide)
+    total = y.sum(-1, keepdims=True)
+    size = np.abs(y).sum(-1, keepdims=True)
+    value = (total - y) * t.p.value - y * t.complement.value
+    bound = (
+        size * t.p.bound
+        + np.abs(y) * t.complement.bound
+        + (t.chain + 6) * t.u * (size * t.p.value + np.abs(y))
+    )
+    return _scaled(Value(value, bound), g, t)
+
+
+def cross_entropy_label_gradient(t: Truth, y: np.ndarray, g: np.ndarray) -> Value:
+    """With respect to the targets: g (lse − z) = −g log ŷ."""
+    del y
+    return _scaled(t.nll, g, t)
+
+
+def lse_gradient(t: Truth, g: np.ndarray) -> Value:
+    return _scaled(t.p, g, t)
+
+
+def softmax_gradient(t: Truth, g: np.ndarray) -> Value:
+    """ŷ_i (g_i − Σ_k g_k ŷ_k), relative to ŷ_i (|g_i − c| + Σ_k |g_k − c| ŷ_k), section 7."""
+    g, p = g.astype(Wide), t.p.value
+    at_top = g[np.arange(len(g)), t.top][:, None]
+    shifted = g - at_top
+    bracket = shifted - (shifted * p).sum(-1, keepdims=True)
+    distance = np.abs(g - np.where(t.confident[:, None], at_top, 0))
+    size = distance + (distance * p).sum(-1, keepdims=True)
+    spread = (distance * t.p.bound).sum(-1, keepdims=True)
+    bound = t.p.bound * size + p * (spread + (t.chain + 4) * t.u * size) + t.tiny
+    return Value(p * bracket, bound)
+
+
+def log_softmax_gradient(t: Truth, g: np.ndarray) -> Value:
+    """g_i − ŷ_i Σ g: minus the cross-entropy's gradient with g for the targets."""
+    value, bound = cross_entropy_gradient(t, g, np.ones(len(g)))
+    return Value(-value, bound)
+
+
+def _scaled(v: Value, g: np.ndarray, t: Truth) -> Value:
+    g = g.astype(Wide)[:, None]
+    return Value(g * v.value, np.abs(g) * (v.bound + t.u * np.abs(v.value)) + t.tiny)
+
+
+# Functions of one row, literally at 80 digits.
+
+
+def jacobian(z: np.ndarray) -> np.ndarray:
+    """∂ŷ_i/∂z_j = ŷ_i (δ_ij − ŷ_j) of one row."""
+    with mpmath.workdps(DIGITS):
+        e = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), np.asarray(z, np.float64))
+        p = e / e.sum()
+        return _wide(p[:, None] * (np.eye(len(p), dtype=int) - p[None, :]))
+
+
+def weighted_logsumexp(a: np.ndarray, b: np.ndarray):
+    """(log |S|, sign S, ∂/∂a, ∂/∂b, Σ |b| exp(a) / |S|) of one row, S = Σ b exp(a)."""
+    with mpmath.workdps(DIGITS):
+        e = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), np.asarray(a, np.float64))
+        terms = _apply(lambda v: mpmath.mpf(float(v)), np.asarray(b, np.float64)) * e
+        total = terms.sum()
+        condition = float(np.abs(terms).sum() / abs(total))
+        out = float(mpmath.log(abs(total)))
+        return out, float(mpmath.sign(total)), _wide(terms / total), _wide(e / total), condition

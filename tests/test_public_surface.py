@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names, signatures and documents users see; who imports whom; what an import does."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsoftmax
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("jaxsoftmax", "bench", "tests", "examples", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+)
+# A module imports only from those before it.
+LAYERS = ["_checks", "_sharding", "_numerics", "_softmax", "_cross_entropy", "_linear"]
+OUTSIDE = ("jaxsoftmax/training", "bench", "examples", "tests")
+# Tests of a private formulation may reach for it.
+PRIVATE_IN_TESTS = {"jaxsoftmax._numerics", "jaxsoftmax._sharding"}
+# What the library itself needs beside the standard library.
+NEEDED = {"jax", "numpy", "jaxtyping"}
+DROP_INS = {
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "logsumexp": jax.nn.logsumexp,
+    "softmax_cross_entropy": optax.softmax_cross_entropy,
+    "softmax_cross_entropy_with_integer_labels": optax.softmax_cross_entropy_with_integer_labels,
+}
+LABELS = {
+    "softmax_cross_entropy": jnp.full((4, 8), 0.125),
+    "softmax_cross_entropy_with_integer_labels": jnp.zeros(4, jnp.int32),
+}
+
+public = pytest.mark.parametrize("name", jaxsoftmax.__all__)
+source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def call(name: str, x):
+    arguments = (x, LABELS[name]) if name in LABELS else (x,)
+    return getattr(jaxsoftmax, name)(*arguments, axis=-1)
+
+
+def test_all_is_sorted_and_true():
+    names = [
+        name
+        for name, value in vars(jaxsoftmax).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
+    assert jaxsoftmax.__all__ == sorted(names)
+    assert jaxsoftmax.__version__ == version("jaxsoftmax")
+    assert (ROOT / "jaxsoftmax" / "py.typed").is_file()
+
+
+@public
+def test_the_document_is_a_contract(name):
+    function = getattr(jaxsoftmax, name)
+    document = inspect.getdoc(function) or ""
+    sections = ["Args:", "Returns:", "Raises:", "Differentiable in", "Example:"]
+    positions = [document.find(f"\n{section}") for section in sections]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+    assert len(document.partition("\n")[0]) <= 100
+    described = re.findall(r"^  (\w+): ", document[positions[0] : positions[1]], re.MULTILINE)
+    assert described == list(inspect.signature(function).parameters)
+    assert re.search(r"^  (Type|Value)Error: ", document[positions[2] :], re.MULTILINE)
+    assert re.search(r"^  >>> .*\n +[^ >]", document[positions[4] :], re.MULTILINE)
+    assert re.search(r"mode", document)
+
+
+def _library_modules():
+    for info in pkgutil.walk_packages(jaxsoftmax.__path__, "jaxsoftmax."):
+        if not info.name.endswith("__main__"):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", ["jaxsoftmax", *_library_modules()])
+def test_examples_in_documents(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    functions = [n for n in jaxsoftmax.__all__ if getattr(jaxsoftmax, n).__module__ == name]
+    assert result.attempted >= 2 * len(functions)
+
+
+@pytest.mark.parametrize("name", DROP_INS)
+def test_signature_starts_as_the_one_it_replaces(name):
+    theirs = list(inspect.signature(DROP_INS[name]).parameters.values())
+    ours = list(inspect.signature(getattr(jaxsoftmax, name)).parameters.values())
+
+    def facts(parameters):
+        return [(p.name, p.kind, p.default) for p in parameters]
+
+    assert facts(ours[: len(theirs)]) == facts(theirs)
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def _imports(path: Path) -> list[str]:
+    """Every imported module, relative ones in full; a name imported from a package as one too."""
+    package = [*path.relative_to(ROOT).parent.parts]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def _layer(module: str) -> str | None:
+    match = re.match(r"jaxsoftmax\.(_\w+?)(\.|$)", module)
+    return match[1] if match and match[1] in LAYERS else None
+
+
+@source
+def test_imports_point_down(path):
+    imports = _imports(path)
+    private = [m for m in imports if re.match(r"jaxsoftmax\._(?!_)", m)]
+    if relative(path).startswith(OUTSIDE):
+        allowed = PRIVATE_IN_TESTS if relative(path).startswith("tests") else set()
+        reached = {".".join(m.split(".")[:2]) for m in private}
+        assert reached <= allowed
+    elif path.stem in LAYERS:
+        below = LAYERS[: LAYERS.index(path.stem)]
+        assert {_layer(m) for m in private} <= set(below)
+    if path.parent == ROOT / "jaxsoftmax" and path.stem != "__main__":
+        roots = {m.partition(".")[0] for m in imports}
+        assert roots - set(sys.stdlib_module_names) <= NEEDED | {"jaxsoftmax"}
+        assert not any(m.startswith(("jax._src", "jaxsoftmax.training")) for m in imports)
+
+
+def test_every_module_of_the_library_has_its_layer():
+    modules = {p.stem for p in (ROOT / "jaxsoftmax").glob("_*.py")} - {"__init__", "__main__"}
+    assert modules <= set(LAYERS)
+
+
+@source
+def test_licence_line_and_length(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
+    if relative(path).startswith(("jaxsoftmax", "bench")):
+        assert len(lines) <= 400
+
+
+IMPORT = """
+import sys, warnings
+warnings.simplefilter("error")
+import jax
+before, loaded = dict(jax.config.values), set(sys.modules)
+import jaxsoftmax
+assert dict(jax.config.values) == before, "the import changes JAX's configuration"
+new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
+heavy = new & {"optax", "matplotlib", "typer", "rich", "sklearn", "orbax", "flax", "torch", "bench"}
+assert not heavy, heavy
+assert "jaxsoftmax.training" not in sys.modules
+jax.config.update("jax_num_cpu_devices", 3)  # JAX refuses this once a backend exists
+assert jax.device_count() == 3
+"""
+
+
+def test_an_import_has_no_side_effects():
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": "/tmp"}
+    command = [sys.executable, "-c", IMPORT]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@public
+def test_named_scope_in_the_lowered_program(name):
+    x = jnp.ones((4, 8))
+    text = jax.jit(lambda x: call(name, x)).lower(x).as_text(debug_info=True)
+    assert re.search(rf"jaxsoftmax\.{name}(?!\w)", text)
+    others = set(jaxsoftmax.__all__) - {name}
+    assert not any(re.search(rf"jaxsoftmax\.{other}(?!\w)", text) for other in others)
+
+
+@public
+def test_a_policy_keeps_the_row_statistics_by_name(name):
+    """(m, r) alone are kept, and the backward pass does not take the maximum again."""
+
+    def kept(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        pullback = jax.vjp(jax.checkpoint(lambda x: call(name, x), policy=policy), x)[1]
+        rows = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == (4,)]
+        return [np.asarray(row) for row in rows if row.dtype == jnp.float32]
+
+    x = jnp.sin(jnp.arange(32, dtype=jnp.float32)).reshape(4, 8)
+    m = np.max(x, axis=-1)
+    r = np.sum(np.exp(x - m[:, None]), axis=-1) - 1
+    assert kept("nobody.uses.this") == []
+    (only,) = kept("jaxsoftmax.max")
+    np.testing.assert_array_equal(only, m)
+    (only,) = kept("jaxsoftmax.remainder")
+    np.testing.assert_allclose(only, r, rtol=1e-6)
+    assert len(kept("jaxsoftmax.max", "jaxsoftmax.remainder")) == 2

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a derivative rule keeps between the two passes: its inputs in their own dtype, and rows.
+
+`jax.vjp` returns a pytree whose leaves are what is kept.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax
+
+ROWS, CLASSES = 6, 40
+SHAPE = (ROWS, CLASSES)
+LABELS = np.arange(ROWS, dtype=np.int32)
+MASK = np.arange(ROWS * CLASSES).reshape(SHAPE) % 3 > 0
+integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+
+# Each rule as a function of the logits.
+RULES = {
+    "softmax": jaxsoftmax.softmax,
+    "log_softmax": jaxsoftmax.log_softmax,
+    "logsumexp": lambda x: jaxsoftmax.logsumexp(x, axis=-1),
+    "softmax_cross_entropy_with_integer_labels": lambda x: integer_labels(x, LABELS),
+}
+MASKED = {
+    "softmax": lambda x: jaxsoftmax.softmax(x, where=MASK),
+    "log_softmax": lambda x: jaxsoftmax.log_softmax(x, where=MASK),
+    "logsumexp": lambda x: jaxsoftmax.logsumexp(x, axis=-1, where=MASK),
+    "softmax_cross_entropy_with_integer_labels": lambda x: integer_labels(x, LABELS, where=MASK),
+    "softmax_cross_entropy": lambda x: jaxsoftmax.softmax_cross_entropy(
+        x, jnp.full(SHAPE, 0.1, x.dtype), where=MASK
+    ),
+}
+# Left to JAX, because the result is larger than anything that is kept.
+WITHOUT_A_RULE = {"softmax_jacobian"}
+
+dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+wrappers = pytest.mark.parametrize("wrapper", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+def kept(f, *primals):
+    """The distinct arrays that `jax.vjp` keeps."""
+    leaves = jax.tree.leaves(jax.vjp(f, *primals)[1])
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
+    return list({id(a): a for a in arrays}.values())
+
+
+def logits(dtype):
+    return jnp.sin(jnp.arange(ROWS * CLASSES, dtype=jnp.float32)).reshape(SHAPE).astype(dtype)
+
+
+@dtypes
+@wrappers
+@pytest.mark.parametrize("name", RULES)
+def test_one_array_of_the_logits_size_in_their_dtype(name, wrapper, dtype):
+    arrays = kept(wrapper(RULES[name]), logits(dtype))
+    large = [a for a in arrays if a.size > ROWS]
+    assert [(a.shape, a.dtype) for a in large] == [(SHAPE, dtype)]
+    rows = [a for a in arrays if a.size <= ROWS]
+    assert {a.shape for a in rows} == {(ROWS,)}
+    labels = [a for a in rows if a.dtype == jnp.int32]
+    statistics = [a for a in rows if a.dtype == jnp.float32]
+    assert len(labels) <= 1
+    assert len(statistics) == 2  # m and r
+    assert len(rows) == len(labels) + len(statistics)
+
+
+@dtypes
+@wrappers
+def test_dense_labels_keep_logits_and_labels_in_their_dtypes(wrapper, dtype):
+    y = jnp.full(SHAPE, 0.1, jnp.float16)
+    arrays = kept(wrapper(jaxsoftmax.softmax_cross_entropy), logits(dtype), y)
+    large = sorted(str(a.dtype) for a in arrays if a.size > ROWS)
+    assert large == sorted([str(jnp.dtype(dtype)), "float16"])
+    assert sorted(a.shape for a in arrays if a.size <= ROWS) == [(ROWS,), (ROWS,)]
+
+
+@dtypes
+def test_weights_of_logsumexp_keep_both_in_their_dtype(dtype):
+    arrays = kept(lambda x, b: jaxsoftmax.logsumexp(x, -1, b), logits(dtype), logits(dtype) + 2)
+    assert [a.dtype for a in arrays if a.size > ROWS] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@wrappers
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_keeps_nothing_wide(name, wrapper, dtype):
+    """Outside of a jitted step JAX also keeps the zeros of `where`; they are as narrow."""
+    large = [a for a in kept(wrapper(MASKED[name]), logits(dtype)) if a.size > ROWS]
+    assert {a.shape for a in large} == {SHAPE}
+    assert {str(a.dtype) for a in large} == {str(jnp.dtype(dtype)), "bool"}
+    inputs = 2 if name == "softmax_cross_entropy" else 1
+    assert sum(a.dtype == dtype and bool(jnp.any(a != 0)) for a in large) == inputs
+
+
+def test_the_value_alone_keeps_nothing():
+    """Without a derivative, the compiled loss writes the losses and nothing of the logits' size."""
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    y = jax.ShapeDtypeStruct((64,), jnp.int32)
+    compiled = jax.jit(integer_labels).lower(x, y).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.output_size_in_bytes == 64 * 4
+
+
+def test_every_public_function_is_covered():
+    covered = {*RULES, *MASKED, *WITHOUT_A_RULE}
+    assert covered == set(jaxsoftmax.__all__)

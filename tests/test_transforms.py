@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public function under every transform, in the numbers of its definition.
+
+`FUNCTIONS` is the one list: a new function gets every transform by one entry. An entry's
+`definition` is the textbook formula without the maximum, differentiated by JAX in float64. It is
+smooth at ties, where `max` is not. Derivatives are of `Σ w · f(arguments)` with a non-uniform w,
+taken in all floating arguments at once, so that mixed second derivatives are seen too.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxsoftmax
+from jaxsoftmax import _numerics
+
+# Formulation and number of classes. On one CPU device (`is_local`) the reductions are by column,
+# plain or by block, according to the number of classes; elsewhere there is one form.
+WORLDS = [("general", 5), ("one device", 3000)]
+EVERY_WORLD = [*WORLDS, ("one device", 5), ("one device", 40)]
+
+
+class Function(NamedTuple):
+    name: str
+    call: Callable[..., Any]
+    definition: Callable[..., jax.Array]
+    arguments: Callable[[int], tuple[np.ndarray, ...]]  # each with a leading axis of rows
+
+
+def _logits(classes: int) -> np.ndarray:
+    """Rows of scale 1: generic, three maxima (in two blocks of 128), all equal, peaked."""
+    x = np.random.default_rng(classes).normal(size=(4, classes)).astype(np.float32)
+    x[1, [0, 2, -1]] = x[1].max()
+    x[2] = 0.25
+    x[3, 1] += 15
+    return x
+
+
+def _targets(classes: int) -> np.ndarray:
+    """Targets with other sums than 1, one exact zero in each row."""
+    y = np.random.default_rng(classes + 1).uniform(0.1, 1, size=(4, classes)).astype(np.float32)
+    y[:, 3] = 0
+    return y
+
+
+def _labels(classes: int) -> np.ndarray:
+    return np.array([classes - 2, 2, 0, 1], np.int32)
+
+
+def _mask(classes: int) -> np.ndarray:
+    """About half of the classes: every label above, one of the ties not."""
+    mask = np.random.default_rng(classes + 2).integers(2, size=(4, classes)).astype(bool)
+    mask[:, _labels(classes)] = True
+    mask[:, -1] = False
+    return mask
+
+
+def _log_normalizer(x, where):
+    return jnp.log(jnp.sum(jnp.where(where, jnp.exp(x), 0), keepdims=True))
+
+
+def _everywhere(x):
+    return jnp.ones(x.shape, bool)
+
+
+def _log_probabilities(x, where=None):
+    return x - _log_normalizer(x, _everywhere(x) if where is None else where)
+
+
+def _jacobian_of_definition(x):
+    p = jnp.exp(_log_probabilities(x))
+    return jnp.diag(p) - jnp.outer(p, p)
+
+
+FUNCTIONS = [
+    Function(
+        "softmax",
+        jaxsoftmax.softmax,
+        lambda x: jnp.exp(_log_probabilities(x)),
+        lambda c: (_logits(c),),
+    ),
+    Function(
+        "softmax-where",
+        lambda x, where: jaxsoftmax.softmax(x, where=where),
+        lambda x, where: jnp.where(where, jnp.exp(_log_probabilities(x, where)), 0),
+        lambda c: (_logits(c), _mask(c)),
+    ),
+    Function("log_softmax", jaxsoftmax.log_softmax, _log_probabilities, lambda c: (_logits(c),)),
+    Function(
+        "logsumexp",
+        lambda x: jaxsoftmax.logsumexp(x, axis=-1),
+        lambda x: jnp.log(jnp.sum(jnp.exp(x))),
+        lambda c: (_logits(c),),
+    ),
+    Function(
+        "logsumexp-b",
+        lambda x, b: jaxsoftmax.logsumexp(x, axis=-1, b=b),
+        lambda x, b: jnp.log(jnp.sum(b * jnp.exp(x))),
+        lambda c: (_logits(c), _targets(c) + np.float32(0.1)),
+    ),
+    Function(
+        "softmax_jacobian",
+        jaxsoftmax.softmax_jacobian,
+        _jacobian_of_definition,
+        lambda c: (_logits(min(c, 200)),),  # C² numbers a row
+    ),
+    Function(
+        "softmax_cross_entropy",
+        jaxsoftmax.softmax_cross_entropy,
+        lambda x, y: -jnp.sum(y * _log_probabilities(x)),
+        lambda c: (_logits(c), _targets(c)),
+    ),
+    Function(
+        "softmax_cross_entropy_with_integer_labels",
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        lambda x, label: -_log_probabilities(x)[label],
+        lambda c: (_logits(c), _labels(c)),
+    ),
+    Function(
+        "softmax_cross_entropy_with_integer_labels-where",
+        lambda x, label, where: jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            x, label, where=where
+        ),
+        lambda x, label, where: -_log_probabilities(x, where)[label],
+        lambda c: (_logits(c), _labels(c), _mask(c)),
+    ),
+]
+
+every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.name)
+
+
+def _world(world):
+    return f"{world[0]}-{world[1]}"
+
+
+in_every_world = pytest.mark.parametrize("classes", EVERY_WORLD, ids=_world, indirect=True)
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=_world)
+def classes(request):
+    formulation, classes = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_numerics, "is_local", lambda *arrays: formulation == "one device")
+        jax.clear_caches()
+        yield classes
+    jax.clear_caches()
+
+
+def row(arguments, index):
+    return tuple(a[index] for a in arguments)
+
+
+def floating(arguments) -> tuple[int, ...]:
+    return tuple(i for i, a in enumerate(arguments) if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def weighted(f, *arguments):
+    """Σ w · f(arguments): a scalar whose cotangent w is not uniform."""
+    out = f(*arguments)
+    w = np.sin(np.arange(1, out.size + 1)).reshape(out.shape).astype(out.dtype)
+    return jnp.sum(out * w)
+
+
+def gradients(f, *arguments):
+    return jax.grad(functools.partial(weighted, f), floating(arguments))(*arguments)
+
+
+def directions(arguments):
+    """A fixed tangent for each floating argument."""
+    return [np.cos(np.arange(a.size)).reshape(a.shape).astype(a.dtype) for a in arguments]
+
+
+def _gradients_of_floating(f, arguments):
+    """`gradients` as a function of the floating arguments alone, and these."""
+    at = floating(arguments)
+
+    def apply(*values):
+        replaced = dict(zip(at, values, strict=True))
+        return gradients(f, *(replaced.get(i, a) for i, a in enumerate(arguments)))
+
+    return apply, tuple(arguments[i] for i in at)
+
+
+def _inner(tree, tangents):
+    return sum(jnp.sum(a * t) for a, t in zip(tree, tangents, strict=True))
+
+
+def forward_over_reverse(f, *arguments):
+    apply, values = _gradients_of_floating(f, arguments)
+    return jax.jvp(apply, values, tuple(directions(values)))[1]
+
+
+def reverse_over_reverse(f, *arguments):
+    apply, values = _gradients_of_floating(f, arguments)
+
+    def product(*values):
+        return _inner(apply(*values), directions(values))
+
+    return jax.grad(product, range(len(values)))(*values)
+
+
+def reverse_thrice(f, *arguments):
+    apply, values = _gradients_of_floating(f, arguments)
+    every = range(len(values))
+
+    def once(*values):
+        return _inner(apply(*values), directions(values))
+
+    def twice(*values):
+        return _inner(jax.grad(once, every)(*values), directions(values))
+
+    return jax.grad(twice, every)(*values)
+
+
+@functools.cache
+def truth(function, operation, classes):
+    """`operation` on the definition in float64, for each row: stacked."""
+    with jax.enable_x64(True):
+        arguments = function.arguments(classes)
+        wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arguments]
+        compute = jax.jit(jax.vmap(functools.partial(operation, function.definition)))
+        return jax.tree.map(np.asarray, compute(*wide))
+
+
+def at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def assert_close(actual, expected, ulps=16, size=0.0):
+    """Within some ulps of the truth and of the largest number of its row, at least `size`."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    wide = [[np.asarray(v, np.float64) for v in jax.tree.leaves(t)] for t in (actual, expected)]
+    for a, e in zip(*wide, strict=True):
+        assert a.shape == e.shape
+        assert np.all(np.isfinite(e))
+        largest = np.max(np.abs(e), initial=size)
+        np.testing.assert_allclose(a, e, rtol=ulps * 2**-23, atol=ulps * 2**-23 * largest)
+
+
+def value(f, *arguments):
+    return f(*arguments)
+
+
+@every_function
+@in_every_world
+def test_jit_of_value_and_gradient(function, classes):
+    arguments = function.arguments(classes)
+    for operation in (value, gradients):
+        eager = functools.partial(operation, function.call)
+        jitted = jax.jit(eager)
+        for i in range(4):
+            expected = at(truth(function, operation, classes), i)
+            assert_close(jitted(*row(arguments, i)), expected, size=tolerated(function))
+        assert_close(eager(*row(arguments, 1)), at(truth(function, operation, classes), 1))
+
+
+def tolerated(function):
+    """The size that ulps refer to where a formula cancels: 1, the largest probability."""
+    return float(function.name == "softmax_jacobian")
+
+
+@every_function
+def test_vmap_over_every_choice_of_arguments(function, classes):
+    arguments = function.arguments(classes)
+    both = jax.jit(lambda f, *a: (f(*a), gradients(f, *a)), static_argnums=0)
+    for mapped in itertools.product([False, True], repeat=len(arguments)):
+        if sum(mapped) not in (1, len(mapped)):
+            continue
+        in_axes = tuple(0 if m else None for m in mapped)
+        taken = tuple(a if m else a[1] for a, m in zip(arguments, mapped, strict=True))
+        actual = jax.vmap(functools.partial(both, function.call), in_axes)(*taken)
+        if all(mapped):
+            expected = tuple(truth(function, o, classes) for o in (value, gradients))
+        else:
+            rows = [taken_row(taken, mapped, i) for i in range(4)]
+            expected = jax.tree.map(
+                lambda *leaves: np.stack(leaves), *(both(function.call, *r) for r in rows)
+            )
+        assert_close(actual, expected, size=tolerated(function))
+
+
+def taken_row(taken, mapped, index):
+    return tuple(a[index] if m else a for a, m in zip(taken, mapped, strict=True))
+
+
+@every_function
+def test_vmap_along_another_axis_and_twice(function, classes):
+    arguments = function.arguments(classes)
+    expected = truth(function, value, classes)
+    last = tuple(np.moveaxis(a, 0, -1) for a in arguments)
+    mapped = jax.jit(jax.vmap(function.call, in_axes=-1, out_axes=-1))(*last)
+    assert_close(mapped, np.moveaxis(expected, 0, -1))
+    square = tuple(a.reshape(2, 2, *a.shape[1:]) for a in arguments)
+    twice = jax.jit(jax.vmap(jax.vmap(function.call)))(*square)
+    assert_close(twice, expected.reshape(2, 2, *expected.shape[1:]))
+
+
+def assert_second_derivatives(function, operation, classes):
+    """A second derivative is a difference: within ulps of what is subtracted.
+
+    That is of size 1 (the tangents), and in a confident row as large as a sum over the classes.
+    """
+    arguments = function.arguments(classes)
+    compute = jax.jit(functools.partial(operation, function.call))
+    expected = truth(function, forward_over_reverse, classes)
+    for i, size in enumerate([1, 1, 1, max(1, classes / 4)]):
+        assert_close(compute(*row(arguments, i)), at(expected, i), size=size)
+
+
+@every_function
+@in_every_world
+def test_forward_over_reverse(function, classes):
+    assert_second_derivatives(function, forward_over_reverse, classes)
+
+
+@every_function
+def test_reverse_over_reverse(function, classes):
+    assert_second_derivatives(function, reverse_over_reverse, classes)
+
+
+@every_function
+@in_every_world
+def test_many_rows_at_once(function, classes, monkeypatch):
+    """Rows as the caller gives them, taken three at a time where the form has chunks."""
+    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", 3 * 4 * function.arguments(classes)[0].shape[-1])
+    jax.clear_caches()
+    arguments = function.arguments(classes)
+    assert_close(
+        function.call(*arguments), truth(function, value, classes), size=tolerated(function)
+    )
+
+    def total(*values):
+        out = function.call(*values)
+        w = np.sin(np.arange(1, out[0].size + 1)).reshape(1, *out.shape[1:]).astype(out.dtype)
+        return jnp.sum(out * w)
+
+    actual = jax.jit(jax.grad(total, floating(arguments)))(*arguments)
+    assert_close(actual, truth(function, gradients, classes), size=tolerated(function))
+
+
+def hessian(f, *arguments):
+    return jax.hessian(functools.partial(weighted, f))(*arguments)
+
+
+@every_function
+@pytest.mark.parametrize("operation", [hessian, reverse_thrice])
+def test_vmap_of_hessian_and_third_derivative(function, classes, operation):
+    if classes > 5:
+        pytest.skip("C³ numbers; many classes have their second derivatives above")
+    compute = jax.jit(jax.vmap(functools.partial(operation, function.call)))
+    expected = truth(function, operation, classes)
+    assert_close(compute(*function.arguments(classes)), expected, size=1)
+
+
+def test_hessian_of_the_loss_is_y_times_the_softmax_jacobian(classes):
+    classes = min(classes, 40)
+    integer_loss = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+    of_dense = jax.jit(jax.hessian(jaxsoftmax.softmax_cross_entropy))
+    of_integers = jax.jit(jax.hessian(integer_loss))
+    of_lse = jax.jit(jax.hessian(jaxsoftmax.logsumexp))
+    of_softmax = jax.jit(jax.jacrev(jaxsoftmax.softmax))
+    for x, y, label in zip(_logits(classes), _targets(classes), _labels(classes), strict=True):
+        e = np.exp(x.astype(np.float64))
+        p = e / e.sum()
+        jacobian = np.diag(p) - np.outer(p, p)
+        assert_close(of_dense(x, y), np.sum(y, dtype=np.float64) * jacobian, size=1)
+        assert_close(of_integers(x, label), jacobian, size=1)
+        assert_close(of_lse(x), jacobian, size=1)
+        assert_close(of_softmax(x), jacobian)
+
+
+@every_function
+def test_checkpoint(function, classes):
+    one = row(function.arguments(classes), 1)
+    names = ("jaxsoftmax.max", "jaxsoftmax.remainder")
+    for policy in (None, jax.checkpoint_policies.save_only_these_names(*names)):
+        remat = jax.checkpoint(function.call, policy=policy)
+        actual = jax.jit(functools.partial(gradients, remat))(*one)
+        assert_close(actual, at(truth(function, gradients, classes), 1))
+
+
+@every_function
+def test_scan(function, classes):
+    """In a loop, with the gradient inside; and the gradient of the loop."""
+    arguments = function.arguments(classes)
+
+    def step(total, one):
+        return total + weighted(function.call, *one), gradients(function.call, *one)
+
+    def loop(*arguments):
+        return jax.lax.scan(step, np.float32(0), arguments)
+
+    through, inside = jax.jit(jax.grad(loop, floating(arguments), has_aux=True))(*arguments)
+    expected = truth(function, gradients, classes)
+    assert_close(inside, expected, size=tolerated(function))
+    assert_close(through, expected, size=tolerated(function))
+
+
+def _value_and_gradients(f, *arguments):
+    return f(*arguments), gradients(f, *arguments)
+
+
+def _specifications(arguments, rows: Any = None):
+    return [
+        jax.ShapeDtypeStruct(a.shape if rows is None else (rows, *a.shape[1:]), a.dtype)
+        for a in arguments
+    ]
+
+
+@every_function
+def test_export(function, classes):
+    """Lowering succeeds for each platform; what is meant for the CPU gives the same numbers."""
+    arguments = function.arguments(classes)
+    compute = jax.jit(functools.partial(_value_and_gradients, jax.vmap(function.call)))
+    for platforms in (["cuda"], ["tpu"], ["cpu"]):
+        exported = export.export(compute, platforms=platforms)(*_specifications(arguments))
+        assert list(exported.platforms) == platforms
+    assert_close(jax.jit(exported.call)(*arguments), compute(*arguments), ulps=4)
+
+
+@every_function
+def test_export_with_a_symbolic_number_of_rows(function, classes):
+    arguments = function.arguments(classes)
+    call = function.call
+    (rows,) = export.symbolic_shape("rows")
+    exported = export.export(jax.jit(call), platforms=["cpu", "cuda", "tpu"])
+    exported = exported(*_specifications(arguments, rows))
+    for taken in (arguments, tuple(a[:1] for a in arguments)):
+        assert_close(exported.call(*taken), call(*taken), ulps=4)
+
+
+def test_the_jacobian_has_forward_mode_too(classes):
+    x = _logits(min(classes, 6))[1]
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.jacfwd(_jacobian_of_definition)(x.astype(np.float64)))
+    assert_close(jax.jacfwd(jaxsoftmax.softmax_jacobian)(x), expected)
+    tangent = np.cos(np.arange(x.size, dtype=np.float32))
+    change = jax.jvp(jaxsoftmax.softmax_jacobian, (x,), (tangent,))[1]
+    assert_close(change, expected @ tangent)
+
+
+def test_every_public_function_is_in_the_list():
+    assert {f.name.partition("-")[0] for f in FUNCTIONS} == set(jaxsoftmax.__all__)
