@@ -68,8 +68,18 @@ def _max_and_remainder(x):
     # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
     # right second derivatives at ties too, where max has none.
     if is_local(x):
-        return lax.platform_dependent(x, cpu=_on_cpu, default=_plain)
-    return _plain(x)
+        m, r = lax.platform_dependent(x, cpu=_on_cpu, default=_plain)
+    else:
+        m, r = _plain(x)
+    # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
+    # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
+    m = jnp.where(jnp.isnan(r), jnp.nan, m)
+    return m, jnp.where(jnp.isfinite(m), r, jnp.nan)
+
+
+def _shift(m: jax.Array) -> jax.Array:
+    """What the forms below subtract: r must be NaN only where a logit is."""
+    return jnp.where(jnp.isinf(m), 0, m)
 
 
 @_max_and_remainder.defjvp
@@ -87,7 +97,7 @@ def _plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
     top = upcast(x) == m[..., None]
     ties = jnp.sum(top, axis=-1, dtype=m.dtype) - 1
-    return jnp.sum(jnp.where(top, 0, shifted_exp(x, m)), axis=-1) + ties
+    return jnp.sum(jnp.where(top, 0, shifted_exp(x, _shift(m))), axis=-1) + ties
 
 
 def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +140,7 @@ def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     z = lax.optimization_barrier(upcast(x))
     columns = [z[:, k] for k in range(x.shape[-1])]
     m = functools.reduce(jnp.maximum, columns)
-    e = [jnp.exp(z_k - m) for z_k in columns]
+    e = [jnp.exp(z_k - _shift(m)) for z_k in columns]
     tops = [(z_k == m).astype(m.dtype) for z_k in columns]
     others = [e_k - top for e_k, top in zip(e, tops, strict=True)]
     return m, functools.reduce(jnp.add, others) + (functools.reduce(jnp.add, tops) - 1)
@@ -152,7 +162,8 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     block_max = jnp.concatenate([jnp.max(z, axis=-1) for z in parts], axis=-1)
     block_max = lax.optimization_barrier(block_max)
     m = jnp.max(block_max, axis=-1)
-    sums = jnp.concatenate([jnp.sum(shifted_exp(z, m[:, None]), axis=-1) for z in parts], axis=-1)
+    shift = _shift(m)[:, None]
+    sums = jnp.concatenate([jnp.sum(shifted_exp(z, shift), axis=-1) for z in parts], axis=-1)
     index = jnp.arange(sums.shape[-1], dtype=jnp.int32).reshape(1, -1)
     # XLA:CPU's argmax is ten times slower than this. A NaN row finds no block, and stays NaN.
     top = jnp.min(jnp.where(block_max == m[:, None], index, sums.shape[-1] - 1), axis=-1)

@@ -173,7 +173,7 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     a = _checks.as_inexact("logsumexp", "a", a)
     if b is not None:
         b = _checks.as_inexact("logsumexp", "b", b)
-        dtype = jnp.promote_types(a.dtype, b.dtype)
+        dtype = jnp.result_type(a, b)
         try:
             shape = jnp.broadcast_shapes(a.shape, b.shape)
         except ValueError:

@@ -88,21 +88,24 @@ def test_the_promise_for_gradients(device, classes):
     z, labels, gap = promised(classes)
     y = np.eye(classes, dtype=np.float32)[labels]
     ones = np.ones(len(z), np.float32)
-    with np.errstate(all="ignore"):
-        true, _ = oracle.nll_gradient(oracle.truth(z, np.float32), labels, ones)
+    true, _ = oracle.nll_gradient(oracle.truth(z, np.float32), labels, ones)
     allowed = (8 + gap / 2) * ULP
     integer = js.softmax_cross_entropy_with_integer_labels
-    results = {
-        "integer": pullback(lambda z: integer(z, labels), z, ones),
-        "dense": pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
-        "log_softmax": pullback(js.log_softmax, z, -y),
-    }
-    for name, got in results.items():
+
+    @jax.jit
+    def gradients(z, y):
+        return {
+            "integer": pullback(lambda z: integer(z, labels), z, ones),
+            "dense": pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
+            "log_softmax": pullback(js.log_softmax, z, -y),
+        }
+
+    for name, got in gradients(z, y).items():
         assert (relative_error(got, true) <= allowed).all(), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("classes", [2, 128, 300])
+@pytest.mark.parametrize("classes", [2, 300])
 def test_half_precision_gradients_are_the_rounded_truth(device, classes, dtype):
     """Within one rounding: one of the two neighbours of the truth, at every gap."""
     z, labels, _ = promised(classes)
@@ -111,10 +114,15 @@ def test_half_precision_gradients_are_the_rounded_truth(device, classes, dtype):
     true, _ = oracle.nll_gradient(oracle.truth(z, np.float32), labels, ones)
     y = np.eye(classes, dtype=z.dtype)[labels]
     integer = js.softmax_cross_entropy_with_integer_labels
-    for got in (
-        pullback(lambda z: integer(z, labels), z, ones),
-        pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
-    ):
+
+    @jax.jit
+    def gradients(z, y):
+        return (
+            pullback(lambda z: integer(z, labels), z, ones),
+            pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
+        )
+
+    for got in gradients(z, y):
         error = np.abs(np.asarray(got).astype(np.longdouble) - true)
         # The distance to the next number; below the smallest normal one, XLA may give 0.
         info = jnp.finfo(dtype)
