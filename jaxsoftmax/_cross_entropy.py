@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,15 +204,15 @@ def _batch_shape(shape, axes):
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
-def _one_axis(axes, *arrays):
+def _one_axis(axes: tuple[int, ...], *arrays: Any) -> tuple[Sequence[Any], tuple[int, ...]]:
     """Several class axes merged into one, before jit.
 
     So a row's sums are taken in the same order, and come out the same, wherever its axes were.
     """
     if len(axes) == 1:
         return arrays, axes
-    rows = [None if a is None else to_rows(a, axes) for a in arrays]
-    return rows, (rows[0].ndim - 1,)
+    batch_ndim = arrays[0].ndim - len(axes)
+    return [None if a is None else to_rows(a, axes) for a in arrays], (batch_ndim,)
 
 
 def _class_mask(function, where, shape, axes):

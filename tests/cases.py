@@ -90,6 +90,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "scale 1": _scale_one,
     "peaked by 17": _peaked(17),
     "peaked by 40": _peaked(40),
+    "peaked at 0": lambda rng, v: (z := _peaked(25)(rng, v)) - z.max(),
     "wide": lambda rng, v: 30 * rng.standard_normal(v),
     "negative": lambda rng, v: rng.standard_normal(v) - 1e4,
     "offset": lambda rng, v: rng.standard_normal(v) + 1e4,

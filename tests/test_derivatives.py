@@ -66,14 +66,14 @@ def test_gradient(device, case):
         name = f"{function}, rows {ROW_KINDS}"
         g64 = g.astype(np.float64)
         assert_dtype(dz, case.dtype)
-        assert_within(dz, *function.gradient(t, y, g64), name)
+        true, bound = function.gradient(t, y, g64)
+        assert_within(dz, true, bound, name)
         unused = np.flatnonzero((g64 == 0).reshape(len(g), -1).all(-1))
         assert len(unused) == 1
         assert not np.asarray(dz)[unused].any()
         if function.invariant and case.dtype in ("float32", "float64"):
-            bound = function.gradient(t, y, g64).bound
             assert (np.abs(np.asarray(dz, np.longdouble).sum(-1)) <= bound.sum(-1)).all(), name
-        if dy is not None:
+        if function.label_gradient and y is not None:
             assert_dtype(dy, y.dtype)
             true, bound = function.label_gradient(t, y, g64)
             # A class at −inf costs infinitely much, and 0 · ∞ is no number.
@@ -243,7 +243,7 @@ def test_loss_gradients_over_any_axis(axis, where):
         mask = rng.random(batch) < 0.5
         full = np.broadcast_to(np.expand_dims(mask, axes), shape)
     included = to_rows(full)
-    some = included.any(-1)
+    some = np.any(included, axis=-1)
     labels = np.array(
         [rng.choice(np.flatnonzero(row) if row.any() else classes) for row in included]
     )
@@ -252,7 +252,7 @@ def test_loss_gradients_over_any_axis(axis, where):
     zr = np.where(included, to_rows(z), -np.inf)
     zr[~some] = 0
     t = oracle.truth(zr, np.float32)
-    where_rows = some[:, None] & included
+    where_rows = np.expand_dims(some, -1) & included
     integer = js.softmax_cross_entropy_with_integer_labels
     shaped = labels.reshape(batch).astype(np.int32)
     for got, (true, bound) in (

@@ -106,7 +106,7 @@ def test_axis_and_where_as_in_jax_nn(name, axis, masked):
     rng = generator("axis", axis, masked)
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
     where = rng.random((3, 4, 5)) < 0.6 if masked else None
-    if masked:
+    if where is not None:
         where[..., 0] = True  # rows with nothing selected have their own test
         where[:, 1] = True
     got = getattr(js, name)(x, axis=axis, where=where)
@@ -301,8 +301,9 @@ def test_logsumexp_of_what_is_not_finite_as_in_jax_nn(row, b):
 
 
 def test_logsumexp_of_nothing_and_of_float16_zeros():
-    assert js.logsumexp(np.zeros((3, 0), np.float32), axis=-1).tolist() == [-np.inf] * 3
-    assert js.logsumexp(np.zeros((0, 3), np.float32), axis=-1).shape == (0,)
+    for shape in ((3, 0), (0, 3)):
+        out = js.logsumexp(np.zeros(shape, np.float32), axis=-1)
+        np.testing.assert_array_equal(out, np.full(shape[:1], -np.inf))
     out = js.logsumexp(np.zeros(70_000, np.float16))
     assert_dtype(out, np.float16)
     assert out == np.float16(np.log(70_000))
