@@ -21,7 +21,7 @@ from jaxsoftmax.training.errors import ProgramError
 if TYPE_CHECKING:
     from jaxsoftmax.training.loop import Result
 
-# typer has carried its own copy of click since 0.26: this finds `UsageError` in either.
+# Newer typer carries its own copy of click: this finds `UsageError` in either.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
