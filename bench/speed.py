@@ -139,12 +139,12 @@ def measure(
     with terminal.progress() as progress:
         task = progress.add_task("", total=len(shapes) * len(dtypes) * len(modes))
         for shape, dtype in itertools.product(shapes, dtypes):
-            progress.update(task, description=f"{shape} {dtype}")
+            progress.update(task, description=f"{shape} {dtype}", refresh=True)
             # One rotation of inputs at a time: the largest is near a gigabyte.
             rotation = inputs(shape, dtype, labels)
             for mode in modes:
                 case = Case(shape, dtype, mode, labels)
-                progress.update(task, description=f"{shape} {dtype} {mode}")
+                progress.update(task, description=f"{shape} {dtype} {mode}", refresh=True)
                 cases.append(_time(case, found[dtype][0], rotation, repeats, seconds))
                 progress.advance(task)
             del rotation

@@ -16,7 +16,11 @@ def output() -> Console:
 
 
 def progress() -> Progress:
-    """Return a progress bar that vanishes when it is done."""
+    """Return a progress bar that vanishes when it is done.
+
+    It is drawn only when told to (`refresh=True`): a thread that draws would take time from what is
+    measured.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,4 +28,5 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=notes,
         transient=True,
+        auto_refresh=False,
     )
