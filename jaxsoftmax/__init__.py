@@ -3,10 +3,15 @@
 
 from importlib.metadata import version as _version
 
+from ._cross_entropy import LogProbs as LogProbs
+from ._cross_entropy import label_log_probs as label_log_probs
 from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from ._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from ._linear import linear_log_probs as linear_log_probs
+from ._linear import linear_loss as linear_loss
+from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from ._softmax import log_softmax as log_softmax
 from ._softmax import logsumexp as logsumexp
 from ._softmax import softmax as softmax
@@ -15,6 +20,11 @@ from ._softmax import softmax_jacobian as softmax_jacobian
 __version__ = _version("jaxsoftmax")
 
 __all__ = [
+    "LogProbs",
+    "label_log_probs",
+    "linear_log_probs",
+    "linear_loss",
+    "linear_softmax_cross_entropy",
     "log_softmax",
     "logsumexp",
     "softmax",

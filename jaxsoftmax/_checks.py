@@ -130,3 +130,30 @@ def check_broadcasts(
         raise ValueError(
             f"{function}: {name} must broadcast to {tuple(target)}, {meaning}; got {tuple(shape)}"
         )
+
+
+def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
+    """A real floating scalar; greater than 0 where its value is known."""
+    array = as_inexact(function, name, value)
+    if array.ndim:
+        raise ValueError(f"{function}: {name} must be a scalar; got shape {array.shape}")
+    if not isinstance(array, jax.core.Tracer) and not (array > 0 and jnp.isfinite(array)):
+        raise ValueError(f"{function}: {name} must be positive and finite; got {array}")
+    return array
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """`value` is one of `choices`."""
+    if not any(value is choice or value == choice for choice in choices):
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{function}: {name} must be one of {listed}; got {_describe(value)}")
+
+
+def check_count(function: str, name: str, value: object) -> None:
+    """`value` is a Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"{function}: {name} must be an integer; got {type(value).__name__} {_describe(value)}"
+        )
+    if value < 1:
+        raise ValueError(f"{function}: {name} must be at least 1; got {value}")

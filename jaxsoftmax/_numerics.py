@@ -201,7 +201,7 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def put(d: jax.Array, labels: jax.Array, values: jax.Array) -> jax.Array:
-    """`d [..., C]` with each row's entry at its label (from `to_index`) replaced.
+    """`d [..., C]` with each row's entry at its label (from `to_index`) replaced; none for −1.
 
     XLA:CPU scatters in place, at 0.95 of the time of a select; half precision it would copy.
     """
@@ -211,8 +211,9 @@ def put(d: jax.Array, labels: jax.Array, values: jax.Array) -> jax.Array:
 
     def scatter(d, labels, values):
         rows = d.reshape(math.prod(d.shape[:-1]), d.shape[-1])
-        at = (jnp.arange(rows.shape[0], dtype=jnp.int32), jnp.maximum(labels, 0).reshape(-1))
-        return rows.at[at].set(values.reshape(-1), unique_indices=True).reshape(d.shape)
+        column = jnp.where(labels < 0, rows.shape[-1], labels).reshape(-1)
+        at = rows.at[jnp.arange(rows.shape[0], dtype=jnp.int32), column]
+        return at.set(values.reshape(-1), mode="drop", unique_indices=True).reshape(d.shape)
 
     if is_local(d, labels) and d.dtype.itemsize >= 4:
         return lax.platform_dependent(d, labels, values, cpu=scatter, default=select)
@@ -244,3 +245,21 @@ def excess(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Array) -> jax.Ar
 def log_sum_exp(m: jax.Array, r: jax.Array) -> jax.Array:
     """The log-sum-exp m + log1p(r); an infinite maximum stays itself."""
     return jnp.where(jnp.isinf(m), m, m + jnp.log1p(r))
+
+
+def merge(
+    m_a: jax.Array, r_a: jax.Array, m_b: jax.Array, r_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(m, r) of two blocks of classes taken together, and the factor each block's e scales by.
+
+    A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − M);
+    of two that reach it one maximum is counted. A block of nothing but −inf gives nothing, unless
+    all are such; its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
+    """
+    m = jnp.maximum(m_a, m_b)
+    blocks = ((m_a, r_a), (m_b, r_b))
+    scales = [jnp.where(m_x == -jnp.inf, 0, jnp.exp(m_x - m)) for m_x, _ in blocks]
+    r = jnp.where((m_a == m) & (m_b == m), jnp.ones_like(m), 0)
+    for (m_x, r_x), scale in zip(blocks, scales, strict=True):
+        r += jnp.where(m_x == m, r_x, jnp.where(scale == 0, 0, (1 + r_x) * scale))
+    return m, r, scales[0], scales[1]

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear head: a per-token loss of `hidden @ kernel + bias` that never holds the logits.
+
+The public functions, their arguments, and the choice between the two orders of the same work:
+_token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from . import _checks, _token_chunks, _vocabulary_blocks
+from ._cross_entropy import (
+    LogProbs,
+    Statistics,
+    as_log_probs,
+    softmax_cross_entropy_with_integer_labels,
+    transform_scalars,
+)
+from ._numerics import accumulation_dtype, to_index
+
+Reduction = Literal["mean", "sum"] | None
+
+# Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
+# reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
+# suffice a CPU, an accelerator wants as many as the budget allows.
+_BUDGET = {"cpu": 48 << 20, "default": 512 << 20}
+_LEAST, _MOST = 128, 4096
+_BLOCK = 2048
+
+
+def linear_loss(
+    loss_fn: Callable[..., jax.Array],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *token_args: ArrayLike,
+    bias: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    r"""Any per-token loss of the logits `hidden @ kernel + bias`, without holding the logits.
+
+    Goes over chunks of `c` tokens. With a reduction the gradient is made in the forward pass,
+    while the chunk's logits are there: three matrix products, like the plain version. Without
+    one the backward pass does the chunks again: four products, for any cotangent.
+
+    Args:
+      loss_fn: `loss_fn(logits, *args) -> losses` for a chunk: `logits [c, V]` in float32 (float64
+        for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
+        treat tokens independently. Arrays it closes over may be traced and differentiated.
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      *token_args: arrays `[*tokens, ...]` that go to `loss_fn`.
+      bias: `[V]`; −inf takes a class out.
+      weights: `[*tokens]`, what each loss is multiplied by.
+      reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
+        the weighted losses `[*tokens]`.
+      denominator: a scalar that replaces Σ weights in the mean.
+      chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
+        48 MiB on a CPU and 512 MiB elsewhere (JAX's default backend counts), from 128 to 4096.
+        Never more than asked for; any number of tokens fits.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+
+    Differentiable in `hidden`, `kernel`, `bias`, `weights`, floating `token_args` and what
+    `loss_fn` closes over, in reverse mode, to the order `loss_fn` is. What is not differentiated
+    is not computed. Temporary memory of value and gradient, beyond arguments and results, is
+    about `8·c·V + 4·H·V + 4·N·H` bytes (chunk, float32 d_kernel and d_hidden).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> def squared(logits, targets):
+      ...     return jnp.sum((logits - targets) ** 2, axis=-1)
+      >>> hidden, kernel, targets = jnp.ones((5, 2)), jnp.ones((2, 3)), jnp.ones((5, 3))
+      >>> print(jaxsoftmax.linear_loss(squared, hidden, kernel, targets))
+      3.0
+    """
+    name = "linear_loss"
+    head = _head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        chunk_size=chunk_size,
+    )
+    args = [_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        return _linear_loss(loss_fn, head, args, chunk_size, precision)
+
+
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    gradients: Literal["auto", "in_forward", "recompute"] = "auto",
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    r"""Softmax cross-entropy of `hidden @ kernel + bias` with integer labels, chunk by chunk.
+
+    The mean is `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels).mean()`
+    with its exact gradient, but the logits never exist.
+
+    Args:
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN.
+      bias: `[V]`; −inf takes a class out.
+      weights: `[*tokens]`, what each loss is multiplied by.
+      reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
+        the weighted losses `[*tokens]`.
+      denominator: a scalar that replaces Σ weights in the mean, a global token count, say.
+      gradients: "in_forward" makes the gradient in the forward pass, as `linear_loss` does: the
+        fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
+        `linear_log_probs` does: a product more, for the least memory. "auto" is "in_forward"
+        with a reduction and "recompute" without.
+      chunk_size: tokens in a chunk, or classes in a block; see those functions for the default.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+
+    Differentiable in `hidden`, `kernel`, `bias` and `weights` in reverse mode, to any order;
+    forward mode over reverse works. What is not differentiated is not computed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel, labels = jnp.ones((5, 2)), jnp.zeros((2, 4)), jnp.arange(5) % 4
+      >>> print(jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels))
+      1.3862944
+    """
+    name = "linear_softmax_cross_entropy"
+    _checks.check_choice(name, "gradients", gradients, ("auto", "in_forward", "recompute"))
+    head = _head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        chunk_size=chunk_size,
+    )
+    labels = _labels(name, labels, head)
+    if gradients == "in_forward" and reduction is None:
+        raise ValueError(
+            f'{name}: gradients="in_forward" needs reduction "mean" or "sum"; got None'
+        )
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
+            loss_fn = softmax_cross_entropy_with_integer_labels
+            return _linear_loss(loss_fn, head, [labels], chunk_size, precision)
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision)
+        losses = _token_statistics(plan, head, labels, (None, None)).nll
+        return head.unreduced(losses) if reduction is None else head.reduced(losses)
+
+
+def linear_log_probs(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> LogProbs:
+    r"""Log-probability of each label under `hidden @ kernel + bias`, log-normalizer and entropy.
+
+    What `label_log_probs` gives on the logits, which never exist here. Goes over blocks of the
+    vocabulary, forward and again backward: four matrix products, any cotangents.
+
+    Args:
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      labels: `[*tokens]`, integers in [0, V). One outside makes that log-probability and its
+        gradient NaN.
+      bias: `[V]`; −inf takes a class out.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      temperature: divides the (capped) logits; positive.
+      with_entropy: also compute the entropies.
+      chunk_size: classes in a block, 2048 by default. Any number of classes fits.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      `LogProbs` of arrays `[*tokens]` in float32, or float64 for float64 operands.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+
+    Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
+    any cotangents, in reverse mode to any order. What is not differentiated is not computed.
+    Temporary memory, with N tokens and blocks of b classes, is about `4·N·H + 8·N·b` bytes.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel, labels = jnp.ones((1, 2)), jnp.zeros((2, 4)), jnp.array([3])
+      >>> print(jaxsoftmax.linear_log_probs(hidden, kernel, labels).log_probs)
+      [-1.3862944]
+    """
+    name = "linear_log_probs"
+    head = _head(name, hidden, kernel, bias=bias, chunk_size=chunk_size)
+    labels = _labels(name, labels, head)
+    scalars = transform_scalars(name, soft_cap, temperature)
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, bool(with_entropy))
+        out = _token_statistics(plan, head, labels, scalars)
+        return as_log_probs(Statistics(*(head.unreduced(o) for o in out)), with_entropy)
+
+
+class _Head(NamedTuple):
+    """The checked arguments, tokens in one axis; how to put the losses back together."""
+
+    shape: tuple[int, ...]
+    hidden: jax.Array  # [N, H]
+    kernel: jax.Array  # [H, V]
+    bias: jax.Array | None  # [V]
+    weights: jax.Array | None  # [N]
+    reduction: Reduction
+    denominator: jax.Array | None
+
+    def unreduced(self, losses):
+        return (losses if self.weights is None else losses * self.weights).reshape(self.shape)
+
+    def reduced(self, losses):
+        return self.divided(jnp.sum(losses if self.weights is None else losses * self.weights))
+
+    def divided(self, total):
+        if self.reduction == "sum":
+            return total
+        divisor = self.denominator
+        if divisor is None:
+            n = self.hidden.shape[0]
+            divisor = jnp.asarray(n, total.dtype) if self.weights is None else self.weights.sum()
+        return total / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+
+
+def _linear_loss(loss_fn, head, args, chunk_size, precision):
+    dtype = accumulation_dtype(head.hidden.dtype)
+    n, classes = head.hidden.shape[0], head.kernel.shape[1]
+    if n == 0:
+        losses = jnp.zeros(0, dtype)
+        return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
+    chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
+    size = -(-n // chunks)
+    example = (jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in args)
+    logits = jax.ShapeDtypeStruct((size, classes), dtype)
+    # What the loss closes over becomes an argument: it may be traced, and differentiated.
+    loss_fn, consts = jax.closure_convert(loss_fn, logits, *example)
+    plan = _token_chunks.Plan(loss_fn, size, precision)
+    operands = _token_chunks.Operands(
+        head.hidden, head.kernel, head.bias, tuple(args), tuple(consts)
+    )
+    if head.reduction is None:
+        return head.unreduced(_token_chunks.losses(plan, operands))
+    weights = jnp.ones(n, dtype) if head.weights is None else head.weights
+    if head.kernel.dtype == dtype:
+        # Divided first, d_kernel is finished by the loop and handed out where it lies.
+        return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
+    # In half precision d_logits must not be made small before it is rounded.
+    return head.divided(_token_chunks.weighted_sum(plan, operands, weights))
+
+
+def _tokens_in_a_chunk(classes):
+    budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
+    return min(max(budget // (4 * classes), _LEAST), _MOST)
+
+
+def _token_statistics(plan, head, labels, scalars):
+    index = to_index(labels, head.kernel.shape[1])
+    operands = _vocabulary_blocks.Operands(head.hidden, head.kernel, head.bias, scalars, index)
+    return _vocabulary_blocks.linear_statistics(plan, operands)
+
+
+def _head(
+    function: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = None,
+    denominator: ArrayLike | None = None,
+    chunk_size: int | None,
+) -> _Head:
+    hidden = _checks.as_floating(function, "hidden", hidden)
+    kernel = _checks.as_floating(function, "kernel", kernel)
+    if hidden.ndim == 0:
+        raise ValueError(f"{function}: hidden must have shape [*tokens, H]; got a scalar")
+    *tokens, width = hidden.shape
+    if kernel.ndim != 2 or kernel.shape[0] != width:
+        raise ValueError(
+            f"{function}: kernel must have shape ({width}, V), with H = {width} the last axis of "
+            f"hidden; got {kernel.shape}"
+        )
+    _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
+    classes = kernel.shape[1]
+    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    shape = tuple(tokens)
+    if bias is not None:
+        bias = _checks.as_floating(function, "bias", bias)
+        meaning = f"one number for each of the {classes} classes of kernel"
+        _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
+    total = accumulation_dtype(dtype)
+    if weights is not None:
+        weights = _checks.as_inexact(function, "weights", weights)
+        _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")
+        weights = weights.astype(total).reshape(-1)
+    _checks.check_choice(function, "reduction", reduction, ("mean", "sum", None))
+    if denominator is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'{function}: denominator needs reduction="mean"; got reduction={reduction!r}'
+            )
+        denominator = _checks.as_inexact(function, "denominator", denominator)
+        _checks.check_shape(function, "denominator", denominator.shape, (), "a scalar")
+        denominator = denominator.astype(total)
+    if chunk_size is not None:
+        _checks.check_count(function, "chunk_size", chunk_size)
+    rows = hidden.astype(dtype).reshape(-1, width) if hidden.size else hidden.reshape(0, width)
+    return _Head(shape, rows, kernel.astype(dtype), bias, weights, reduction, denominator)
+
+
+def _per_token(function, name, value, head):
+    value = _checks.as_array(function, name, value)
+    tokens = len(head.shape)
+    _checks.check_shape(
+        function, f"the first axes of {name}", value.shape[:tokens], head.shape, "the tokens"
+    )
+    return value.reshape(head.hidden.shape[0], *value.shape[tokens:])
+
+
+def _labels(function, labels, head):
+    labels = _checks.as_labels(function, "labels", labels)
+    _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
+    return labels.reshape(-1)

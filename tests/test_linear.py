@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear head against the plain one in float64, whatever the chunks; and what it computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax
+
+SHAPES = [(1, 3, 2), (7, 5, 1), (33, 17, 130), (64, 40, 2049), (5, 300, 257)]
+CHUNKS = {(33, 17, 130): [1, 2, 3, 7, 13, 64, 1000]}
+
+
+def problem(n, width, classes, dtype=jnp.float32, scale=1.0):
+    rng = np.random.default_rng(n * width + classes)
+    hidden = rng.standard_normal((n, width)) * scale
+    kernel = rng.standard_normal((width, classes)) / np.sqrt(width)
+    bias = rng.standard_normal(classes)
+    weights = rng.uniform(0, 2, n)
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    arrays = (jnp.asarray(a, dtype) for a in (hidden, kernel, bias))
+    return *arrays, jnp.asarray(weights, jnp.float32), jnp.asarray(labels)
+
+
+def truth(hidden, kernel, bias, labels, cotangents):
+    """Losses and gradients of Σ cotangent · loss, from the definitions in float64."""
+    h, k, b, g = (np.asarray(a, np.float64) for a in (hidden, kernel, bias, cotangents))
+    z = h @ k + b
+    m = z.max(-1, keepdims=True)
+    e = np.exp(z - m)
+    p = e / e.sum(-1, keepdims=True)
+    rows = np.arange(len(z))
+    losses = (m[:, 0] + np.log(e.sum(-1))) - z[rows, labels]
+    d = p.copy()
+    d[rows, labels] = 0
+    d[rows, labels] = -d.sum(-1)
+    d *= g[:, None]
+    return losses, (d @ k.T, h.T @ d, d.sum(0))
+
+
+def assert_close(got, expected, magnitude, ulps):
+    """Errors in float32 ulps of `magnitude`, the sum of the absolute terms or an upper bound."""
+    error = np.abs(np.asarray(got, np.float64) - expected).max()
+    assert error <= ulps * 2.0**-23 * magnitude, (error, magnitude)
+
+
+def magnitudes(hidden, kernel, g):
+    """Of what is summed in each gradient: |d_logits| ≤ 2 |g| in each row's sum."""
+    h, k, g = (np.abs(np.asarray(a, np.float64)) for a in (hidden, kernel, g))
+    return (2 * g.max() * k.max(), 2 * (g.sum() * h.max()), 2 * g.sum())
+
+
+@pytest.mark.parametrize("gradients", ["auto", "recompute"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", None])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_losses_and_gradients_whatever_the_chunks(shape, reduction, gradients):
+    hidden, kernel, bias, weights, labels = problem(*shape)
+    w = np.asarray(weights, np.float64)
+    cotangents = np.random.default_rng(1).standard_normal(shape[0])
+    if reduction is None:
+        outer = jnp.asarray(cotangents, jnp.float32)
+        g = w * np.asarray(outer, np.float64)
+    else:
+        outer = jnp.float32(1)
+        g = w / w.sum() if reduction == "mean" else w
+    losses, expected = truth(hidden, kernel, bias, labels, g)
+
+    for chunk in CHUNKS.get(shape, [3, 1000]):
+
+        def total(hidden, kernel, bias, chunk=chunk):
+            out = jaxsoftmax.linear_softmax_cross_entropy(
+                hidden,
+                kernel,
+                labels,
+                bias=bias,
+                weights=weights,
+                reduction=reduction,
+                gradients=gradients,
+                chunk_size=chunk,
+            )
+            return jnp.sum(out * outer)
+
+        value, got = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(hidden, kernel, bias)
+        # float32 products of width H: an error of about √H ulps in logits of size < 20.
+        tolerance = 40 * np.sqrt(shape[1])
+        assert_close(value, np.sum(g * losses), np.abs(g * (losses + 1)).sum(), tolerance)
+        for d, expected_d, size in zip(got, expected, magnitudes(hidden, kernel, g), strict=True):
+            if shape[2] == 1:
+                assert not np.any(d)
+            assert_close(d, expected_d, size, tolerance)
+
+
+@pytest.mark.parametrize("gradients", ["auto", "recompute"])
+def test_weights_are_differentiable(gradients):
+    hidden, kernel, bias, weights, labels = problem(33, 17, 130)
+    losses, _ = truth(hidden, kernel, bias, labels, weights)
+
+    def mean(weights):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, weights=weights, gradients=gradients, chunk_size=7
+        )
+
+    w = np.asarray(weights, np.float64)
+    expected = (losses - (w * losses).sum() / w.sum()) / w.sum()
+    assert_close(jax.grad(mean)(weights), expected, 20 / w.sum(), 40)
+
+
+def test_any_loss_its_arguments_and_what_it_closes_over():
+    hidden, kernel, bias, _, _ = problem(5, 300, 257)
+    targets = jnp.asarray(np.random.default_rng(0).standard_normal((5, 257)), jnp.float32)
+
+    def head(scale, targets, hidden, reduction):
+        def squared(logits, targets):
+            return jnp.mean((scale * logits - targets) ** 2, axis=-1)
+
+        out = jaxsoftmax.linear_loss(
+            squared, hidden, kernel, targets, bias=bias, reduction=reduction, chunk_size=2
+        )
+        return jnp.mean(out)
+
+    def plain(scale, targets, hidden):
+        logits = jnp.dot(hidden, kernel, precision="highest") + bias[None]
+        return jnp.mean((scale * logits - targets) ** 2)
+
+    arguments = (jnp.float32(1.3), targets, hidden)
+    expected, expected_d = jax.value_and_grad(plain, (0, 1, 2))(*arguments)
+    for reduction in ("mean", None):
+        value, d = jax.value_and_grad(head, (0, 1, 2))(*arguments, reduction)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for got, want in zip(d, expected_d, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_agree_with_those_of_the_logits(soft_cap, temperature):
+    hidden, kernel, bias, _, labels = problem(33, 17, 300)
+    rng = np.random.default_rng(2)
+    cotangents = [jnp.asarray(rng.standard_normal(33), jnp.float32) for _ in range(3)]
+
+    def weighted(out):
+        return sum(jnp.sum(g * o) for g, o in zip(cotangents, out, strict=True))
+
+    def head(hidden, kernel, bias, temperature, chunk):
+        return jaxsoftmax.linear_log_probs(
+            hidden,
+            kernel,
+            labels,
+            bias=bias,
+            soft_cap=soft_cap,
+            temperature=temperature,
+            with_entropy=True,
+            chunk_size=chunk,
+        )
+
+    def plain(hidden, kernel, bias, temperature):
+        z = jnp.dot(hidden, kernel, precision="highest") + bias[None]
+        z = z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+        log_p = jax.nn.log_softmax(z / temperature)
+        entropies = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        label = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+        return label, jax.nn.logsumexp(z / temperature, axis=-1), entropies
+
+    operands = (hidden, kernel, bias, jnp.float32(temperature))
+    expected = plain(*operands)
+    expected_d = jax.grad(lambda *o: weighted(plain(*o)), (0, 1, 2, 3))(*operands)
+    for chunk in (37, 299, 300, 999):
+        out = head(*operands, chunk)
+        for got, want in zip(out, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+        d = jax.grad(lambda *o, c=chunk: weighted(head(*o, c)), (0, 1, 2, 3))(*operands)
+        for got, want in zip(d, expected_d, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_bfloat16_is_no_worse_than_the_plain_head_with_upcast(scale, gradients):
+    hidden, kernel, bias, _, labels = problem(64, 40, 2049, jnp.bfloat16, scale)
+    losses, expected = truth(hidden, kernel, bias, labels, np.full(64, 1 / 64))
+
+    def head(hidden, kernel):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, gradients=gradients, chunk_size=30
+        )
+
+    def plain(hidden, kernel):
+        z = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        log_p = jax.nn.log_softmax(z + bias.astype(jnp.float32)[None])
+        return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+
+    value, got = jax.value_and_grad(head, (0, 1))(hidden, kernel)
+    _, baseline = jax.value_and_grad(plain, (0, 1))(hidden, kernel)
+    np.testing.assert_allclose(value, losses.mean(), rtol=1e-5)
+    for d, base, want in zip(got, baseline, expected[:2], strict=True):
+        assert d.dtype == jnp.bfloat16
+        error, base_error = (
+            np.linalg.norm(np.asarray(a, np.float64) - want) / np.linalg.norm(want)
+            for a in (d, base)
+        )
+        assert error <= 1.05 * base_error + 2.0**-10
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_confident_columns_of_d_kernel_keep_bfloat16_accuracy(gradients):
+    # One token a class, logits 20 at the label and about 0 elsewhere: p = 1 − 1e-6.
+    n = 32
+    hidden = (20 * jnp.eye(n)).astype(jnp.bfloat16)
+    noise = np.random.default_rng(0).standard_normal((n, n)) / 64
+    kernel = jnp.asarray(np.eye(n) + noise, jnp.bfloat16)
+    labels = jnp.arange(n, dtype=jnp.int32)
+    _, (_, expected, _) = truth(hidden, kernel, jnp.zeros(n), labels, np.full(n, 1.0))
+
+    def head(kernel):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, reduction="sum", gradients=gradients
+        )
+
+    got = np.asarray(jax.grad(head)(kernel), np.float64)
+    np.testing.assert_allclose(np.diag(got), np.diag(expected), rtol=0.01)
+
+
+@pytest.mark.parametrize(("gradients", "products"), [("in_forward", 3), ("recompute", 4)])
+def test_nothing_unneeded_is_computed(gradients, products):
+    hidden, kernel, _, _, labels = problem(8, 4, 16)
+
+    def head(hidden, kernel):
+        return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients=gradients)
+
+    def count(f):
+        return jax.jit(f).lower(hidden, kernel).as_text().count("dot_general")
+
+    assert count(head) == 1
+    assert count(jax.grad(head)) == products - 1
+    assert count(jax.grad(head, 1)) == products - 1
+    assert count(jax.grad(head, (0, 1))) == products
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_transforms(gradients):
+    hidden, kernel, bias, _, labels = problem(7, 5, 40)
+
+    def head(hidden, kernel):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, gradients=gradients, chunk_size=3
+        )
+
+    def plain(hidden, kernel):
+        log_p = jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest") + bias[None])
+        return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
+
+    def check(transform):
+        got, want = transform(head), transform(plain)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, rtol=2e-4, atol=1e-5 * np.abs(w).max())
+
+    v = jnp.ones_like(hidden)
+    both = (jnp.stack([hidden, 2 * hidden]), jnp.stack([kernel, -kernel]))
+    check(lambda f: jax.vmap(f, (0, None))(both[0], kernel))
+    check(lambda f: jax.vmap(jax.grad(f, (0, 1)), (None, 0))(hidden, both[1]))
+    check(lambda f: jax.vmap(jax.grad(f, (0, 1)))(*both))
+    check(lambda f: jax.jvp(jax.grad(f), (hidden, kernel), (v, jnp.ones_like(kernel)))[1])
+    check(lambda f: jax.grad(lambda h: jnp.vdot(jax.grad(f)(h, kernel), v))(hidden))
+    check(lambda f: jax.grad(jax.checkpoint(f), (0, 1))(hidden, kernel))
+    check(lambda f: jax.grad(lambda h, k: 1024 * f(h, k), (0, 1))(hidden, kernel))
+
+
+def test_microbatches_with_a_shared_denominator():
+    hidden, kernel, _, weights, labels = problem(64, 17, 130)
+
+    def head(hidden, kernel, labels, weights):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, weights=weights, denominator=denominator
+        )
+
+    denominator = jnp.sum(weights)
+    whole = jax.value_and_grad(head, 1)(hidden, kernel, labels, weights)
+
+    def step(total, batch):
+        h, y, w = batch
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(head, 1)(h, kernel, y, w)), None
+
+    batches = jax.tree.map(lambda a: a.reshape(4, 16, *a.shape[1:]), (hidden, labels, weights))
+    start = (jnp.zeros(()), jnp.zeros_like(kernel))
+    total, _ = jax.lax.scan(step, start, batches)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), total, whole)
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_a_bad_label_is_nan_in_its_token_only(gradients):
+    hidden, kernel, _, _, labels = problem(5, 3, 10)
+    for bad in (-1, 10, -100):
+
+        def head(hidden, bad=bad):
+            return jaxsoftmax.linear_softmax_cross_entropy(
+                hidden, kernel, labels.at[2].set(bad), reduction="sum", gradients=gradients
+            )
+
+        value, d = jax.value_and_grad(head)(hidden)
+        assert np.isnan(value)
+        np.testing.assert_array_equal(np.isnan(d).all(-1), np.arange(5) == 2)
+        assert np.isnan(d).sum() == 3
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_classes_left_out_by_a_bias_of_minus_infinity(gradients):
+    hidden, kernel, bias, _, labels = problem(33, 17, 130)
+    padded = jnp.pad(kernel, ((0, 0), (0, 126)), constant_values=9.0)
+    out = jnp.pad(bias, (0, 126), constant_values=-jnp.inf)
+
+    def head(hidden, kernel, bias):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, gradients=gradients, chunk_size=16
+        )
+
+    want = jax.value_and_grad(head, (0, 1, 2))(hidden, kernel, bias)
+    value, (d_hidden, d_kernel, d_bias) = jax.value_and_grad(head, (0, 1, 2))(hidden, padded, out)
+    np.testing.assert_allclose(value, want[0], rtol=1e-6)
+    np.testing.assert_allclose(d_hidden, want[1][0], rtol=1e-4, atol=1e-7)
+    assert not np.any(d_kernel[:, 130:])
+    assert not np.any(d_bias[130:])
+
+
+def test_no_tokens_and_no_weight():
+    hidden, kernel, _, _, labels = problem(5, 3, 10)
+    head = jaxsoftmax.linear_softmax_cross_entropy
+    for reduction, shape in (("mean", ()), ("sum", ()), (None, (0,))):
+        for gradients in ("auto", "recompute"):
+            out = head(hidden[:0], kernel, labels[:0], reduction=reduction, gradients=gradients)
+            assert out.shape == shape
+            assert not np.any(out)
+
+    def unweighted(hidden, kernel):
+        return head(hidden, kernel, labels, weights=jnp.zeros(5))
+
+    value, d = jax.value_and_grad(unweighted, (0, 1))(hidden, kernel)
+    assert value == 0
+    assert not any(np.any(g) for g in d)
+
+
+def test_tokens_in_several_axes():
+    hidden, kernel, _, _, labels = problem(64, 17, 130)
+    flat = jaxsoftmax.linear_log_probs(hidden, kernel, labels)
+    folded = jaxsoftmax.linear_log_probs(
+        hidden.reshape(4, 16, 17), kernel, labels.reshape(4, 16), chunk_size=50
+    )
+    assert folded.log_probs.shape == (4, 16)
+    np.testing.assert_allclose(folded.log_probs.reshape(-1), flat.log_probs, rtol=1e-5)
+    one = jaxsoftmax.linear_softmax_cross_entropy(hidden[0], kernel, labels[0], reduction=None)
+    np.testing.assert_allclose(one, -flat.log_probs[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": jnp.ones((5, 4))}, ValueError, r"kernel must have shape \(4, V\).*\(3, 10\)"),
+        ({"kernel": jnp.ones((3, 0))}, ValueError, r"kernel must have at least one class"),
+        ({"labels": jnp.zeros(4, jnp.int32)}, ValueError, r"labels must have shape \(5,\).*\(4,\)"),
+        ({"labels": jnp.zeros(5)}, TypeError, r"labels must have an integer dtype; got float32"),
+        ({"bias": jnp.ones(9)}, ValueError, r"bias must have shape \(10,\).*got \(9,\)"),
+        ({"weights": jnp.ones(4)}, ValueError, r"weights must have shape \(5,\).*got \(4,\)"),
+        ({"reduction": "avg"}, ValueError, r"reduction must be one of 'mean', 'sum', None; got"),
+        ({"reduction": "sum", "denominator": 2.0}, ValueError, r"denominator needs reduction"),
+        ({"chunk_size": 0}, ValueError, r"chunk_size must be at least 1; got 0"),
+        ({"chunk_size": 2.0}, TypeError, r"chunk_size must be an integer; got float 2.0"),
+        ({"gradients": "fast"}, ValueError, r"gradients must be one of .*; got 'fast'"),
+        ({"gradients": "in_forward", "reduction": None}, ValueError, r'needs reduction "mean"'),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {
+        "hidden": jnp.ones((5, 3)),
+        "kernel": jnp.ones((3, 10)),
+        "labels": jnp.zeros(5, jnp.int32),
+    }
+    with pytest.raises(error, match=f"^linear_softmax_cross_entropy: .*{message}"):
+        jaxsoftmax.linear_softmax_cross_entropy(**(arguments | change))
