@@ -28,8 +28,8 @@ Reduction = Literal["mean", "sum"] | None
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
 # suffice a CPU, an accelerator wants as many as the budget allows.
-_BUDGET = {"cpu": 48 << 20, "default": 512 << 20}
-_LEAST, _MOST = 128, 4096
+_BUDGET = {"cpu": 56 << 20, "default": 512 << 20}
+_LEAST, _MOST = 256, 4096
 _BLOCK = 2048
 
 

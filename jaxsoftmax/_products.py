@@ -2,11 +2,16 @@
 """What both orders of the linear head share: the product, and which operands are differentiated."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
 
 from ._numerics import accumulation_dtype
+from ._sharding import is_local
+
+# XLA:CPU keeps a product apart before it is added to anything: that many bytes of it at a time.
+_PRODUCT_BYTES = 8 << 20
 
 
 @jax.tree_util.register_static
@@ -34,3 +39,27 @@ def dot(a, b, contract, precision):
 def product(hidden, kernel, bias, precision):
     logits = dot(hidden, kernel, (1, 0), precision)
     return logits if bias is None else logits + bias.astype(logits.dtype).reshape(1, -1)
+
+
+def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+    """`total [H, V] + aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
+
+    def whole(total, a, b):
+        return total + dot(a, b, (0, 0), precision)
+
+    def by_block(total, a, b):
+        width, classes = total.shape
+        size = min(classes, max(1, _PRODUCT_BYTES // (width * total.dtype.itemsize or 1)))
+
+        def step(start, size, total):
+            columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)
+            sums = whole(lax.dynamic_slice_in_dim(total, start, size, axis=1), a, columns)
+            return lax.dynamic_update_slice_in_dim(total, sums, start, axis=1)
+
+        blocks, rest = divmod(classes, size)
+        total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)
+        return step(blocks * size, rest, total) if rest else total
+
+    if is_local(a, b):
+        return lax.platform_dependent(total, a, b, cpu=by_block, default=whole)
+    return whole(total, a, b)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._products import dot, opened, product
+from ._products import add_product, dot, opened, product
 
 
 class Plan(NamedTuple):
@@ -124,7 +124,7 @@ def _gradients_over_chunks(plan, operands, g, live):
             if live.hidden:
                 d_hidden = dot(d_logits, kernel, (1, 1), plan.precision)
             if live.kernel:
-                d_kernel = d_kernel + dot(hidden, d_logits, (0, 0), plan.precision)
+                d_kernel = add_product(d_kernel, hidden, d_logits, plan.precision)
         first = 1 + len(args)
         d_args = tuple(d.get(1 + i) for i in range(len(args)))
         d_consts = tuple(

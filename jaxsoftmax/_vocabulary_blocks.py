@@ -18,6 +18,7 @@ from ._cross_entropy import (
 )
 from ._numerics import accumulation_dtype, log_sum_exp, max_and_remainder, merge, pick
 from ._products import dot, opened, product
+from ._sharding import restored, sliceable
 
 
 class Plan(NamedTuple):
@@ -102,21 +103,22 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=0)
         d_raw = d_raw.astype(kernel.dtype)
         if live.kernel:
-            d = dot(hidden, d_raw, (0, 0), plan.precision).astype(kernel.dtype)
+            d = sliceable(dot(hidden, d_raw, (0, 0), plan.precision).astype(kernel.dtype))
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=1)
         if live.hidden:
-            block = lax.dynamic_slice_in_dim(kernel, start, size, axis=1)
+            block = _columns(kernel, start, size)
             d_hidden = d_hidden + dot(d_raw, block, (1, 1), plan.precision)
         return d_hidden, d_kernel, d_bias, d_scalars
 
     start = (
         jnp.zeros(hidden.shape, dtype) if live.hidden else None,
-        jnp.zeros_like(kernel) if live.kernel else None,
+        sliceable(jnp.zeros_like(kernel)) if live.kernel else None,
         jnp.zeros_like(bias) if live.bias else None,
         jax.tree.map(jnp.zeros_like, scalars),
     )
     d_hidden, d_kernel, d_bias, d_scalars = _over_blocks(plan, step, start, kernel.shape[1])
     d_hidden = None if d_hidden is None else d_hidden.astype(hidden.dtype)
+    d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
     return (Operands(d_hidden, d_kernel, d_bias, d_scalars, None),)
 
 
@@ -136,10 +138,15 @@ def _over_blocks(plan, step, carry, classes):
 
 
 def _block_logits(plan, operands, start, size):
-    block = lax.dynamic_slice_in_dim(operands.kernel, start, size, axis=1)
+    block = _columns(operands.kernel, start, size)
     bias = operands.bias
     bias = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size)
     return product(operands.hidden, block, bias, plan.precision)
+
+
+def _columns(kernel, start, size):
+    block = lax.dynamic_slice_in_dim(sliceable(kernel), start, size, axis=1)
+    return restored(block, kernel.dtype)
 
 
 def _local(labels, start, size):
