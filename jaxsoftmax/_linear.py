@@ -28,7 +28,7 @@ Reduction = Literal["mean", "sum"] | None
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
 # suffice a CPU, an accelerator wants as many as the budget allows.
-_BUDGET = {"cpu": 56 << 20, "default": 512 << 20}
+_BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
 _LEAST, _MOST = 256, 4096
 _BLOCK = 2048
 
@@ -64,7 +64,7 @@ def linear_loss(
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
       chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
-        48 MiB on a CPU and 512 MiB elsewhere (JAX's default backend counts), from 128 to 4096.
+        56 MiB on a CPU and 448 MiB elsewhere (JAX's default backend counts), from 256 to 4096.
         Never more than asked for; any number of tokens fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 

@@ -10,7 +10,7 @@ from jax import lax
 from ._numerics import accumulation_dtype
 from ._sharding import is_local
 
-# XLA:CPU keeps a product apart before it is added to anything: that many bytes of it at a time.
+# XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
 _PRODUCT_BYTES = 8 << 20
 
 
@@ -48,8 +48,9 @@ def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any) ->
         return total + dot(a, b, (0, 0), precision)
 
     def by_block(total, a, b):
-        width, classes = total.shape
-        size = min(classes, max(1, _PRODUCT_BYTES // (width * total.dtype.itemsize or 1)))
+        classes = total.shape[1]
+        rows = max(1, *a.shape)  # of the product, and of the columns that go into it
+        size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
 
         def step(start, size, total):
             columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)
