@@ -12,6 +12,7 @@ be printed again from a committed file.
     results.py      the JSON file, geometric means
     terminal.py     tables to stdout, progress and notes to stderr
     markdown.py     tables for the README
-    speed.py  accuracy.py       the commands: measure(), then tables of what was measured
+    speed.py  accuracy.py  memory.py    the commands: measure(), then tables of what was measured
+    head.py         the linear head: its cases, `speed --op linear`
     report.py       the README's tables, from the committed files
 """

@@ -3,7 +3,7 @@
 
 import typer
 
-from bench import accuracy, report, speed
+from bench import accuracy, memory, report, speed
 
 app = typer.Typer(
     name="python -m bench",
@@ -16,6 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("speed")(speed.command)
+app.command("memory")(memory.command)
 app.command("accuracy")(accuracy.command)
 app.command("report")(report.command)
 

@@ -107,7 +107,7 @@ def measure(
         for lead in progress.track(leads, description="leads"):
             logits, targets = draw(rng, lead, dtype, classes, rows)
             truth = exact(logits, targets)
-            for name, loss in found:
+            for name, loss, _ in found:
                 computed = evaluate(loss, logits, targets, labels)
                 worst = relative_errors(computed, truth, targets, dtype)
                 errors.append({"lead": float(lead), "name": name, **worst})

@@ -39,6 +39,13 @@ class Labels(StrEnum):
     DENSE = "dense"
 
 
+class Op(StrEnum):
+    """What is measured: a loss of given logits, or a linear head with its loss."""
+
+    LOGITS = "logits"
+    LINEAR = "linear"
+
+
 class Shape(NamedTuple):
     """Rows and classes of the logits."""
 

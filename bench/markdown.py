@@ -9,9 +9,9 @@ from bench import environment
 WORDS = 2  # leading columns that hold words; the others hold numbers, to the right
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a pipe table."""
-    rule = ["---" if column < WORDS else "--:" for column in range(len(headings))]
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = WORDS) -> str:
+    """Write a pipe table whose first `words` columns hold words."""
+    rule = ["---" if column < words else "--:" for column in range(len(headings))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import accuracy, environment, results, speed, terminal
+from bench import accuracy, environment, head, memory, results, speed, terminal
 
 README = environment.ROOT / "README.md"
 
@@ -15,6 +15,8 @@ README = environment.ROOT / "README.md"
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accuracy": ("accuracy/float32/integer", accuracy.as_markdown),
     "speed": ("speed/integer", speed.as_markdown),
+    "speed --op linear": (head.KEY, head.as_markdown),
+    "memory": ("memory", memory.as_markdown),
 }
 
 

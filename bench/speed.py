@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench speed`: time of softmax cross-entropy on logits."""
+"""`python -m bench speed`: time of softmax cross-entropy on logits; the command for heads too."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bench import contenders, environment, markdown, results, terminal, timing
+from bench import contenders, environment, head, markdown, results, terminal, timing
 from bench.cases import (
     BYTES_MODEL,
     SHAPES,
@@ -17,6 +17,7 @@ from bench.cases import (
     Dtype,
     Labels,
     Mode,
+    Op,
     Shape,
     inputs,
     parse_shape,
@@ -31,14 +32,16 @@ QUICK_FRACTION, QUICK_ROUNDS = 16, 5
 
 def command(
     *,
+    op: Annotated[
+        Op, typer.Option(help="Losses of given logits, or linear heads with their loss.")
+    ] = Op.LOGITS,
     shapes: Annotated[
-        list[Shape] | None,
+        list[str] | None,
         typer.Option(
             "--shape",
-            parser=parse_shape,
             metavar="TOKENSxCLASSES",
-            help="A shape of the logits; repeatable.",
-            show_default=", ".join(map(str, SHAPES)),
+            help="A shape of the logits, or a head as TOKENSxHIDDENxCLASSES[:DTYPE]; repeatable.",
+            show_default=", ".join(map(str, (*SHAPES, *head.CASES))),
         ),
     ] = None,
     dtypes: Annotated[
@@ -79,31 +82,49 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Time the losses on logits: ours, optax, jax.nn.
+    """Time the losses on logits, or the linear heads: ours and the others'.
 
     Every contender is compiled ahead, warmed up, and called once a round in random order; the
-    tables show medians and quartiles. A complete run takes about six minutes on two cores.
+    tables show medians and quartiles. A complete run takes about six minutes on two cores, the
+    linear heads ten.
     """
-    options = {"shape": shapes, "dtype": dtypes, "mode": modes, "repeats": repeats, "quick": quick}
-    path = results.destination(json, complete=not any(options.values()))
-    chosen = list(shapes or SHAPES)
-    if quick:
-        chosen = [Shape(max(1, tokens // QUICK_FRACTION), classes) for tokens, classes in chosen]
-    section = measure(
-        chosen,
-        dtypes or DTYPES,
-        modes or MODES,
-        labels,
-        repeats=repeats or (QUICK_ROUNDS if quick else None),
-    )
-    section["command"] = results.command_line(
-        "speed", options | {"labels": labels if labels != Labels.INTEGER else None}
-    )
+    integer = labels == Labels.INTEGER
+    options = {
+        "op": op if op != Op.LOGITS else None,
+        "shape": shapes,
+        "dtype": dtypes,
+        "mode": modes,
+        "labels": None if integer else labels,
+        "repeats": repeats,
+        "quick": quick,
+    }
+    chooses = any(options[name] for name in ("shape", "dtype", "mode", "repeats", "quick"))
+    path = results.destination(json, complete=not chooses)
+    fraction = QUICK_FRACTION if quick else 1
+    repeats = repeats or (QUICK_ROUNDS if quick else None)
+    if op == Op.LINEAR:
+        if dtypes or modes or not integer:
+            raise typer.BadParameter(
+                "--op linear takes value and gradient with integer labels; a dtype is part of "
+                "--shape",
+                param_hint="--dtype, --mode, --labels",
+            )
+        heads = [head.parse(shape) for shape in shapes] if shapes else head.CASES
+        heads = [case._replace(tokens=max(1, case.tokens // fraction)) for case in heads]
+        key, section = head.KEY, head.measure(heads, repeats=repeats)
+        printed = head.tables(section)
+    else:
+        chosen = [parse_shape(shape) for shape in shapes] if shapes else SHAPES
+        chosen = [Shape(max(1, tokens // fraction), classes) for tokens, classes in chosen]
+        key = f"speed/{labels}"
+        section = measure(chosen, dtypes or DTYPES, modes or MODES, labels, repeats=repeats)
+        printed = tables(section)
+    section["command"] = results.command_line("speed", options)
     console = terminal.output()
-    for table in tables(section):
+    for table in printed:
         console.print(table, "")
     if path:
-        results.save(path, f"speed/{labels}", section)
+        results.save(path, key, section)
         terminal.notes.print(f"written: {path}")
 
 
@@ -166,7 +187,7 @@ def _time(
     seconds: float,
 ) -> dict[str, Any]:
     programs, compile_s = {}, {}
-    for name, loss in found:
+    for name, loss, _ in found:
         programs[name], compile_s[name] = timing.compile_ahead(
             program(loss, case.mode), rotation[0]
         )

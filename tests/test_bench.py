@@ -206,7 +206,7 @@ def test_contenders_compute_the_same(labels: Labels, dtype: Dtype, mode: Mode):
     (logits, targets), *_ = inputs(Shape(6, 37), dtype, labels)
     found, left_out = contenders.load(contenders.LOGITS[labels], dtype)
     assert left_out == []
-    ours, *others = (program(loss, mode)(logits, targets) for _, loss in found)
+    ours, *others = (program(loss, mode)(logits, targets) for _, loss, _ in found)
     # Two contenders accumulate in bfloat16, so agreement there is coarse.
     rtol, atol = (1e-5, 1e-7) if dtype is Dtype.FLOAT32 else (0.05, 1e-3)
     for other in others:

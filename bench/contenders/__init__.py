@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is measured. One module a package, each a few plain functions; the tables below name them.
 
-A function takes `(logits, labels)` and returns one loss a row. Its module imports its package at
-the top, so a package that is not installed shows when the module is loaded, and only then.
+A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `HEAD` takes
+`(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
+a package that is not installed shows when the module is loaded, and only then.
 """
 
 import importlib
@@ -24,6 +25,10 @@ class Entry(NamedTuple):
     function: str
     half_only: bool = False
     """Left out in float32, where another row computes the same."""
+    whole: bool = False
+    """The function returns value and gradients itself."""
+    jax: bool = True
+    """The function can be compiled by JAX."""
 
 
 class Contender(NamedTuple):
@@ -31,6 +36,7 @@ class Contender(NamedTuple):
 
     name: str
     function: Callable[..., Any]
+    entry: Entry
 
 
 LOGITS = {
@@ -48,9 +54,24 @@ LOGITS = {
     ),
 }
 
+HEAD = (
+    Entry(OURS, "ours", "head_in_forward"),
+    Entry("jaxsoftmax, recompute", "ours", "head_recompute"),
+    Entry(BASELINE, "with_optax", "head"),
+    Entry("optax, checkpointed chunks", "with_optax", "head_in_chunks"),
+    Entry("tokamax", "with_tokamax", "head"),
+    Entry("jax-cce", "with_jax_cce", "head"),
+    Entry("torch", "with_torch", "head", whole=True, jax=False),
+    Entry("torch, chunked", "with_torch", "head_in_chunks", whole=True, jax=False),
+    Entry("three products", "products", "head", whole=True),
+)
+
 NOTES = {
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
+    "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",
+    "tokamax": "its implementation for all platforms, xla",
+    "three products": "the matrix products of the plain head and nothing else",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
 
@@ -80,5 +101,5 @@ def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[
                 raise
             left_out.append(f"left out: {entry.name} ({error})")
         else:
-            found.append(Contender(entry.name, getattr(module, entry.function)))
+            found.append(Contender(entry.name, getattr(module, entry.function), entry))
     return found, left_out

@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """This library."""
 
+import jax
+
 import jaxsoftmax
 
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 dense_labels = jaxsoftmax.softmax_cross_entropy
+
+
+def head_in_forward(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Make the gradient in the forward pass."""
+    return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="in_forward")
+
+
+def head_recompute(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Recompute the logits, block by block, in the backward pass."""
+    return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="recompute")

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+CHUNK = 512
+
 integer_labels = optax.softmax_cross_entropy_with_integer_labels
 dense_labels = optax.softmax_cross_entropy
 
@@ -21,3 +23,23 @@ def integer_labels_upcast(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def dense_labels_upcast(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Upcast logits and labels, then as optax."""
     return dense_labels(logits.astype(jnp.float32), labels.astype(jnp.float32))
+
+
+def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Materialise the logits in float32."""
+    return jnp.mean(_losses(hidden, kernel, labels))
+
+
+def head_in_chunks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Checkpoint each chunk of tokens, as users write by hand; the tokens must divide."""
+    chunks = max(1, len(labels) // CHUNK)
+
+    def chunk(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _losses(arrays[0], kernel, arrays[1])
+
+    split = hidden.reshape(chunks, -1, hidden.shape[-1]), labels.reshape(chunks, -1)
+    return jnp.mean(jax.lax.map(jax.checkpoint(chunk), split))
+
+
+def _losses(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    return integer_labels(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
