@@ -76,8 +76,19 @@ def linear_loss(
 
     Differentiable in `hidden`, `kernel`, `bias`, `weights`, floating `token_args` and what
     `loss_fn` closes over, in reverse mode, to the order `loss_fn` is. What is not differentiated
-    is not computed. Temporary memory of value and gradient, beyond arguments and results, is
-    about `8·c·V + 4·H·V + 4·N·H` bytes (chunk, float32 d_kernel and d_hidden).
+    is not computed.
+
+    Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
+    (for the cross-entropy; another loss may keep more of a chunk):
+
+        float32 operands   4·c·V + 8·N·H
+        half precision     4·H·V + 8·c·V + 6·N·H
+
+    The first term of half precision is d_kernel's float32 accumulator, which with float32 operands
+    is the result itself. A CPU adds up to 16 MiB, and in half precision keeps a chunk's float32
+    logits where d_kernel will be: `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that
+    multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`. Each chunk reads and writes
+    the accumulator: time is lost where c is far below the operations a byte of the device.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -215,7 +226,14 @@ def linear_log_probs(
 
     Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
     any cotangents, in reverse mode to any order. What is not differentiated is not computed.
-    Temporary memory, with N tokens and blocks of b classes, is about `4·N·H + 8·N·b` bytes.
+
+    Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
+    and blocks of b classes (on a CPU a smaller last block counts as well: b + V mod b):
+
+        float32 operands   4·N·b + 4·N·H + 8·H·b
+        half precision     6·N·b + 8·N·H + 8·H·b
+
+    On a CPU with JAX 0.10, bfloat16 adds a copy of the kernel, `2·H·V`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

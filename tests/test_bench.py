@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import typer
 
-from bench import accuracy, contenders, environment, report, results, speed, terminal, timing
+from bench import (
+    accuracy,
+    contenders,
+    environment,
+    head,
+    memory,
+    report,
+    results,
+    speed,
+    terminal,
+    timing,
+)
 from bench.cases import Case, Dtype, Labels, Mode, Shape, inputs, parse_shape, program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,9 +341,13 @@ def sections() -> dict[str, Any]:
         [Shape(4, 8), Shape(2, 5)], speed.DTYPES, speed.MODES, Labels.INTEGER, repeats=2
     )
     exact = accuracy.measure(Dtype.FLOAT32, Labels.INTEGER, [1.0, 30.0], classes=5, rows=1)
+    heads = [head.Head(8, 4, 16, Dtype.FLOAT32), head.Head(4, 3, 5, Dtype.BFLOAT16)]
     return {
         "speed/integer": timed | {"command": "python -m bench speed"},
         "accuracy/float32/integer": exact | {"command": "python -m bench accuracy"},
+        "speed/linear": head.measure(heads, repeats=2)
+        | {"command": "python -m bench speed --op linear"},
+        "memory": memory.measure(heads, [memory.HERE]) | {"command": "python -m bench memory"},
     }
 
 
@@ -351,7 +366,7 @@ def test_report_writes_the_readme_between_the_markers(
         return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
 
     before = outside()
-    assert len(before) == 3
+    assert len(before) == 5
     readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
     with pytest.raises(typer.Exit, match="1"):
         report.command(check=True)
@@ -392,6 +407,62 @@ def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
     assert origin == f"Measured by `python -m bench speed` on {where}."
 
 
+def test_the_tables_of_the_heads_hold_every_contender(sections: dict[str, Any]):
+    for section, text in (
+        (sections["speed/linear"], head.as_markdown(sections["speed/linear"])),
+        (sections["memory"], memory.as_markdown(sections["memory"])),
+    ):
+        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"][2:]
+        names = [row["name"] for row in section["cases"][0]["contenders"]]
+        assert [row[0] for row in rows] == names
+        assert all(len(row) == 1 + len(section["cases"]) for row in rows)
+        assert names[:3] == ["jaxsoftmax", "jaxsoftmax, recompute", "optax"]
+    timed = sections["speed/linear"]["cases"][0]
+    by_name = {row["name"]: row for row in timed["contenders"]}
+    ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
+    megabytes = head.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
+    assert f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |" in head.as_markdown(
+        sections["speed/linear"]
+    )
+    assert timed["flops"] == 3 * 2 * 8 * 4 * 16
+
+
+def test_the_heads_of_all_contenders_agree():
+    case = head.Head(6, 5, 37, Dtype.FLOAT32)
+    (arguments, *_) = head.inputs(case)
+    found, _ = contenders.load(contenders.HEAD, Dtype.FLOAT32)
+    results = {
+        contender.name: head.program(contender)(*arguments)
+        for contender in found
+        if not contender.entry.whole
+    }
+    expected = jax.tree.leaves(results["optax"])
+    for name, result in results.items():
+        for mine, theirs in zip(jax.tree.leaves(result), expected, strict=True):
+            np.testing.assert_allclose(f64(mine), f64(theirs), rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("text", ["4x5", "4x5x0", "4x5x6:int8", "axbxc", ""])
+def test_a_bad_head_is_named(text: str):
+    with pytest.raises(typer.BadParameter, match=f"TOKENSxHIDDENxCLASSES.*'{text}'"):
+        head.parse(text)
+
+
+def test_a_head_reads_back():
+    case = head.Head(4, 5, 6, Dtype.FLOAT16)
+    assert head.parse(str(case)) == case
+    assert head.parse("4X5X6") == case._replace(dtype=Dtype.FLOAT32)
+
+
+def test_options_that_mean_nothing_for_a_head_are_refused():
+    done = bench("speed", "--op", "linear", "--dtype", "bfloat16")
+    assert done.returncode == 2
+    assert "a dtype is part of --shape" in " ".join(done.stderr.split())
+    done = bench("memory", "--target", "v9")
+    assert done.returncode == 2
+    assert "got 'v9'" in " ".join(done.stderr.split())
+
+
 def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dict[str, Any]):
     readme = report.README.read_text(encoding="utf-8")
     one, other = sections, {}
@@ -399,7 +470,7 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dic
         other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
     device = one["speed/integer"]["environment"]["device"]
     both = report.render(readme, [one, other])
-    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 2
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 4
     alone = report.render(readme, [one, {}])
     assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
     assert report.render(both, [one]) == alone

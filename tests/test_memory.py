@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory formulas of the docstrings against the compilers, by `python -m bench memory`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from bench import memory
+from bench.head import Head
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+BLOCK = 2048
+CPU = [
+    "4096x256x32768:float32",
+    "2048x768x50257:float32",
+    "8192x512x8192:float32",
+    "4096x256x32768:bfloat16",
+    "2048x768x32768:bfloat16",
+    "1024x2048x20000:float16",
+]
+# Large enough that nothing of note fits the chip's own 128 MiB, which are not counted.
+TPU = [
+    "8192x2304x256000:bfloat16",
+    "8192x4096x128256:bfloat16",
+    "16384x2048x151936:bfloat16",
+    "32768x4096x128256:float32",
+]
+
+
+def measured(target: str, shapes: list[str], path: Path) -> dict[tuple[Head, str], int]:
+    """Compile in a process of its own: with one device, as a user would have it."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    options = [word for shape in shapes for word in ("--shape", shape)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "memory", "--target", target, *options, "--json", path],
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    section = json.loads(path.read_text())["memory"]
+    return {
+        (head, name): size
+        for _, head, name, size in memory.rows_of(section)
+        if size is not None and name.startswith("jaxsoftmax")
+    }
+
+
+def chunk(head: Head) -> int:
+    """The tokens of a chunk: what 56 MiB of float32 logits hold, in chunks of equal size."""
+    most = min(max(56 * MIB // (4 * head.classes), 256), 4096)
+    return -(-head.tokens // -(-head.tokens // most))
+
+
+def in_forward_on_cpu(head: Head) -> int:
+    n, width, classes, dtype = head
+    c = chunk(head)
+    blocks = 8 * MIB * (max(c, width) + min(c, width)) // max(c, width)
+    if dtype == "float32":
+        return 4 * c * classes + 8 * n * width + blocks
+    beside = max(0, 4 * c * classes - 2 * width * classes)
+    return 4 * width * classes + 2 * c * classes + beside + 6 * n * width + blocks
+
+
+def in_forward_on_tpu(head: Head) -> int:
+    n, width, classes, dtype = head
+    if dtype == "float32":
+        return 4 * chunk(head) * classes + 8 * n * width + 2 * width * classes
+    return 4 * width * classes + 8 * chunk(head) * classes + 6 * n * width
+
+
+def recompute_on_cpu(head: Head) -> int:
+    n, width, classes, dtype = head
+    blocks = n * (BLOCK + classes % BLOCK)
+    if dtype == "float32":
+        return 4 * blocks + 4 * n * width + 8 * width * BLOCK
+    copied = dtype == "bfloat16" and jax.__version_info__ < (0, 11)
+    return 6 * blocks + 8 * n * width + 8 * width * BLOCK + copied * 2 * width * classes
+
+
+def test_on_cpu(tmp_path: Path):
+    found = measured("here", CPU, tmp_path / "memory.json")
+    assert len(found) == 2 * len(CPU)
+    for (head, name), size in found.items():
+        formula = recompute_on_cpu if "recompute" in name else in_forward_on_cpu
+        assert size == pytest.approx(formula(head), rel=0.2), (head, name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
+def test_for_tpu(tmp_path: Path):
+    found = measured("v5p", TPU, tmp_path / "memory.json")
+    assert len(found) == 2 * len(TPU)
+    for (head, name), size in found.items():
+        if "recompute" not in name:
+            assert size == pytest.approx(in_forward_on_tpu(head), rel=0.2), head
+        elif head.dtype != "float32":
+            assert size <= 6 * head.tokens * BLOCK + 8 * head.tokens * head.hidden, head
+
+    large = Head(8192, 2304, 256000, TPU[0].partition(":")[2])  # plain optax: 8.4 GB
+    assert found[large, "jaxsoftmax"] <= 3.5e9
+    assert found[large, "jaxsoftmax, recompute"] <= 0.35e9
