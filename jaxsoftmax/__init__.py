@@ -3,6 +3,8 @@
 
 from importlib.metadata import version as _version
 
+from . import forward_mode as forward_mode
+from ._checks import check_labels as check_labels
 from ._cross_entropy import LogProbs as LogProbs
 from ._cross_entropy import label_log_probs as label_log_probs
 from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
@@ -21,6 +23,7 @@ __version__ = _version("jaxsoftmax")
 
 __all__ = [
     "LogProbs",
+    "check_labels",
     "label_log_probs",
     "linear_log_probs",
     "linear_loss",

@@ -133,12 +133,34 @@ def check_broadcasts(
 
 
 def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """A real floating scalar; greater than 0 where its value is known."""
+    """A real floating scalar; positive and finite where its value is known."""
+    array = _as_scalar(function, name, value)
+    if not isinstance(value, jax.core.Tracer) and not 0 < float(np.asarray(value)) < np.inf:
+        raise ValueError(f"{function}: {name} must be positive and finite; got {value}")
+    return array
+
+
+def as_fraction(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
+    """A real floating, finite scalar; in [0, most] where its value is known."""
+    array = _as_scalar(function, name, value)
+    known = 0.0 if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+    if not (0 <= known <= most and known < np.inf):
+        expected = "at least 0 and finite" if most == np.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{function}: {name} must be {expected}; got {value}")
+    return array
+
+
+def as_ignore_index(function: str, value: object) -> int | None:
+    """A Python integer, or None."""
+    if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
+        return None if value is None else int(value)
+    raise TypeError(f"{function}: ignore_index must be an integer or None; got {_describe(value)}")
+
+
+def _as_scalar(function, name, value):
     array = as_inexact(function, name, value)
     if array.ndim:
         raise ValueError(f"{function}: {name} must be a scalar; got shape {array.shape}")
-    if not isinstance(array, jax.core.Tracer) and not (array > 0 and jnp.isfinite(array)):
-        raise ValueError(f"{function}: {name} must be positive and finite; got {array}")
     return array
 
 
@@ -157,3 +179,48 @@ def check_count(function: str, name: str, value: object) -> None:
         )
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1; got {value}")
+
+
+def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | None = None) -> None:
+    """Refuse labels outside [0, num_classes), which the losses would answer with NaN.
+
+    Args:
+      labels: integers of any shape, whose values are known: not inside `jit`.
+      num_classes: the number of classes.
+      ignore_index: a label that is allowed besides.
+
+    Returns:
+      Nothing.
+
+    Raises:
+      TypeError: labels not integers or traced, or an argument of the wrong type.
+      ValueError: labels out of range: how many, the first of them and where it is.
+
+    Example:
+      >>> import numpy as np, jaxsoftmax
+      >>> jaxsoftmax.check_labels(np.array([0, 2, -100]), 3, ignore_index=-100)
+      >>> print("labels are fine")
+      labels are fine
+    """
+    name = "check_labels"
+    check_count(name, "num_classes", num_classes)
+    ignore_index = as_ignore_index(name, ignore_index)
+    if isinstance(labels, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: labels must be known, not traced (outside jit); got {_describe(labels)}"
+        )
+    # NumPy keeps 64 bits, which JAX would cut off without x64.
+    array = np.asarray(labels) if isinstance(labels, (np.ndarray, np.generic, int)) else None
+    array = np.asarray(as_labels(name, "labels", labels)) if array is None else array
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name}: labels must have an integer dtype; got {array.dtype}")
+    wrong = (array < 0) | (array >= num_classes)
+    if ignore_index is not None:
+        wrong &= array != ignore_index
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        allowed = "" if ignore_index is None else f" or be {ignore_index}"
+        raise ValueError(
+            f"{name}: labels must be in [0, {num_classes}){allowed}; got {int(wrong.sum())} that "
+            f"are not, the first {array[first]} at index {first}"
+        )

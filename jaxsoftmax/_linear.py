@@ -6,7 +6,7 @@ _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks, _token_chunks, _vocabulary_blocks
-from ._cross_entropy import (
-    LogProbs,
-    Statistics,
-    as_log_probs,
-    softmax_cross_entropy_with_integer_labels,
-    transform_scalars,
-)
+from ._cross_entropy import LogProbs, as_log_probs
+from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
-
-Reduction = Literal["mean", "sum"] | None
+from ._options import as_options, label_weights, token_losses
+from ._statistics import Statistics, as_transform, token_statistics
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
@@ -99,7 +94,7 @@ def linear_loss(
       3.0
     """
     name = "linear_loss"
-    head = _head(
+    head = as_head(
         name,
         hidden,
         kernel,
@@ -109,7 +104,7 @@ def linear_loss(
         denominator=denominator,
         chunk_size=chunk_size,
     )
-    args = [_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
+    args = [as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
     with jax.named_scope(f"jaxsoftmax.{name}"):
         return _linear_loss(loss_fn, head, args, chunk_size, precision)
 
@@ -121,6 +116,12 @@ def linear_softmax_cross_entropy(
     *,
     bias: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
     gradients: Literal["auto", "in_forward", "recompute"] = "auto",
@@ -138,9 +139,18 @@ def linear_softmax_cross_entropy(
       labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN.
       bias: `[V]`; −inf takes a class out.
       weights: `[*tokens]`, what each loss is multiplied by.
-      reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
+      ignore_index: a Python integer: tokens with this label have loss 0 and gradient exactly 0,
+        and leave the mean.
+      class_weights: `[V]`: what the loss of each class is multiplied by, as in PyTorch.
+      label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C` over the C classes that
+        are not at −inf.
+      z_loss: λ ≥ 0: adds `λ·lse²` with the token's log-sum-exp.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      temperature: divides the (capped) logits; positive.
+      reduction: "mean" is Σ weights·loss / Σ weights over the tokens that are not ignored, each
+        of the latter times its label's class weight (0 where that is 0 / 0); "sum"; or None for
         the weighted losses `[*tokens]`.
-      denominator: a scalar that replaces Σ weights in the mean, a global token count, say.
+      denominator: a scalar that replaces that divisor, a global token count, say.
       gradients: "in_forward" makes the gradient in the forward pass, as `linear_loss` does: the
         fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
         `linear_log_probs` does: a product more, for the least memory. "auto" is "in_forward"
@@ -154,8 +164,9 @@ def linear_softmax_cross_entropy(
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or value.
 
-    Differentiable in `hidden`, `kernel`, `bias` and `weights` in reverse mode, to any order;
-    forward mode over reverse works. What is not differentiated is not computed.
+    Differentiable in `hidden`, `kernel`, `bias`, `weights` and every option but `ignore_index`, in
+    reverse mode, to any order; forward mode over reverse works. What is not differentiated is not
+    computed.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -165,7 +176,7 @@ def linear_softmax_cross_entropy(
     """
     name = "linear_softmax_cross_entropy"
     _checks.check_choice(name, "gradients", gradients, ("auto", "in_forward", "recompute"))
-    head = _head(
+    head = as_head(
         name,
         hidden,
         kernel,
@@ -175,18 +186,42 @@ def linear_softmax_cross_entropy(
         denominator=denominator,
         chunk_size=chunk_size,
     )
-    labels = _labels(name, labels, head)
+    labels = as_token_labels(name, labels, head)
     if gradients == "in_forward" and reduction is None:
         raise ValueError(
             f'{name}: gradients="in_forward" needs reduction "mean" or "sum"; got None'
         )
+    ignore_index = _checks.as_ignore_index(name, ignore_index)
+    options = as_options(
+        name,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        class_weights=class_weights,
+        classes=head.kernel.shape[1],
+    )
+    counts = label_weights(labels, ignore_index, options.class_weights)
+    head = head._replace(counts=counts)
+
+    def losses(statistics, labels):
+        return token_losses(statistics, labels, ignore_index, options)
+
+    def loss_fn(logits, labels):
+        index = to_index(labels, logits.shape[-1])
+        transform, weights = options.transform, options.class_weights
+        return losses(token_statistics.reverse(logits, index, transform, weights), labels)
+
     with jax.named_scope(f"jaxsoftmax.{name}"):
         if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
-            loss_fn = softmax_cross_entropy_with_integer_labels
             return _linear_loss(loss_fn, head, [labels], chunk_size, precision)
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision)
-        losses = _token_statistics(plan, head, labels, (None, None)).nll
-        return head.unreduced(losses) if reduction is None else head.reduced(losses)
+        smoothed = options.label_smoothing is not None
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, with_spread=smoothed)
+        statistics = _token_statistics(
+            plan, head, labels, options.transform, options.class_weights if smoothed else None
+        )
+        out = losses(statistics, labels)
+        return head.unreduced(out) if reduction is None else head.reduced(out)
 
 
 def linear_log_probs(
@@ -242,40 +277,13 @@ def linear_log_probs(
       [-1.3862944]
     """
     name = "linear_log_probs"
-    head = _head(name, hidden, kernel, bias=bias, chunk_size=chunk_size)
-    labels = _labels(name, labels, head)
-    scalars = transform_scalars(name, soft_cap, temperature)
+    head = as_head(name, hidden, kernel, bias=bias, chunk_size=chunk_size)
+    labels = as_token_labels(name, labels, head)
+    transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, bool(with_entropy))
-        out = _token_statistics(plan, head, labels, scalars)
+        out = _token_statistics(plan, head, labels, transform, None)
         return as_log_probs(Statistics(*(head.unreduced(o) for o in out)), with_entropy)
-
-
-class _Head(NamedTuple):
-    """The checked arguments, tokens in one axis; how to put the losses back together."""
-
-    shape: tuple[int, ...]
-    hidden: jax.Array  # [N, H]
-    kernel: jax.Array  # [H, V]
-    bias: jax.Array | None  # [V]
-    weights: jax.Array | None  # [N]
-    reduction: Reduction
-    denominator: jax.Array | None
-
-    def unreduced(self, losses):
-        return (losses if self.weights is None else losses * self.weights).reshape(self.shape)
-
-    def reduced(self, losses):
-        return self.divided(jnp.sum(losses if self.weights is None else losses * self.weights))
-
-    def divided(self, total):
-        if self.reduction == "sum":
-            return total
-        divisor = self.denominator
-        if divisor is None:
-            n = self.hidden.shape[0]
-            divisor = jnp.asarray(n, total.dtype) if self.weights is None else self.weights.sum()
-        return total / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
 
 
 def _linear_loss(loss_fn, head, args, chunk_size, precision):
@@ -309,71 +317,11 @@ def _tokens_in_a_chunk(classes):
     return min(max(budget // (4 * classes), _LEAST), _MOST)
 
 
-def _token_statistics(plan, head, labels, scalars):
+def _token_statistics(plan, head, labels, transform, class_weights):
     index = to_index(labels, head.kernel.shape[1])
-    operands = _vocabulary_blocks.Operands(head.hidden, head.kernel, head.bias, scalars, index)
-    return _vocabulary_blocks.linear_statistics(plan, operands)
-
-
-def _head(
-    function: str,
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    *,
-    bias: ArrayLike | None,
-    weights: ArrayLike | None = None,
-    reduction: Reduction = None,
-    denominator: ArrayLike | None = None,
-    chunk_size: int | None,
-) -> _Head:
-    hidden = _checks.as_floating(function, "hidden", hidden)
-    kernel = _checks.as_floating(function, "kernel", kernel)
-    if hidden.ndim == 0:
-        raise ValueError(f"{function}: hidden must have shape [*tokens, H]; got a scalar")
-    *tokens, width = hidden.shape
-    if kernel.ndim != 2 or kernel.shape[0] != width:
-        raise ValueError(
-            f"{function}: kernel must have shape ({width}, V), with H = {width} the last axis of "
-            f"hidden; got {kernel.shape}"
-        )
-    _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
-    classes = kernel.shape[1]
-    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
-    shape = tuple(tokens)
-    if bias is not None:
-        bias = _checks.as_floating(function, "bias", bias)
-        meaning = f"one number for each of the {classes} classes of kernel"
-        _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
-    total = accumulation_dtype(dtype)
-    if weights is not None:
-        weights = _checks.as_inexact(function, "weights", weights)
-        _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")
-        weights = weights.astype(total).reshape(-1)
-    _checks.check_choice(function, "reduction", reduction, ("mean", "sum", None))
-    if denominator is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f'{function}: denominator needs reduction="mean"; got reduction={reduction!r}'
-            )
-        denominator = _checks.as_inexact(function, "denominator", denominator)
-        _checks.check_shape(function, "denominator", denominator.shape, (), "a scalar")
-        denominator = denominator.astype(total)
-    if chunk_size is not None:
-        _checks.check_count(function, "chunk_size", chunk_size)
-    rows = hidden.astype(dtype).reshape(-1, width) if hidden.size else hidden.reshape(0, width)
-    return _Head(shape, rows, kernel.astype(dtype), bias, weights, reduction, denominator)
-
-
-def _per_token(function, name, value, head):
-    value = _checks.as_array(function, name, value)
-    tokens = len(head.shape)
-    _checks.check_shape(
-        function, f"the first axes of {name}", value.shape[:tokens], head.shape, "the tokens"
+    return _vocabulary_blocks.linear_statistics(
+        plan,
+        _vocabulary_blocks.Operands(
+            head.hidden, head.kernel, head.bias, transform, class_weights, index
+        ),
     )
-    return value.reshape(head.hidden.shape[0], *value.shape[tokens:])
-
-
-def _labels(function, labels, head):
-    labels = _checks.as_labels(function, "labels", labels)
-    _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
-    return labels.reshape(-1)

@@ -221,13 +221,12 @@ def one_hot(index: jax.Array, size: int) -> jax.Array:
 
 
 def excess(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Array) -> jax.Array:
-    """Y ŷ_i − y_i = ((Y e_i − y_i) − y_i r) / (1 + r), without cancellation.
+    """(Y ŷ_i − y_i)(1 + r) = (Y e_i − y_i) − y_i r, without cancellation.
 
-    At the maximum e_i is exactly 1, so a one-hot target leaves −r/(1 + r); at any other entry
-    r ≥ e_i, so nothing cancels either (docs/derivation.md, equation 27).
+    At the maximum e_i is exactly 1, so a one-hot target leaves −r; at any other entry r ≥ e_i, so
+    nothing cancels either (docs/derivation.md, equation 27).
     """
-    total, r = total[..., None], r[..., None]
-    return ((total * e - y) - y * r) / (1 + r)
+    return (total[..., None] * e - y) - y * r[..., None]
 
 
 def log_sum_exp(m: jax.Array, r: jax.Array) -> jax.Array:

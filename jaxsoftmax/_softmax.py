@@ -21,6 +21,7 @@ from ._numerics import (
     to_rows,
     upcast,
 )
+from ._rules import rule
 
 Axis = int | Sequence[int] | None
 
@@ -53,12 +54,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
     """
     x, axes, where = _prepare("softmax", x, axis, where)
     with jax.named_scope("jaxsoftmax.softmax"):
-        return _masked_apply(_softmax, 0, x, axes, where)
-
-
-@jax.custom_vjp
-def _softmax(x: jax.Array) -> jax.Array:
-    return _softmax_fwd(x)[0]
+        return _masked_apply(_softmax.now(), 0, x, axes, where)
 
 
 def _softmax_fwd(x):
@@ -79,7 +75,7 @@ def _softmax_bwd(residuals, g):
     return ((e / (1 + r)[..., None] * (g - mean[..., None])).astype(x.dtype),)
 
 
-_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+_softmax = rule(_softmax_fwd, _softmax_bwd)
 
 
 def log_softmax(
@@ -111,12 +107,7 @@ def log_softmax(
     """
     x, axes, where = _prepare("log_softmax", x, axis, where)
     with jax.named_scope("jaxsoftmax.log_softmax"):
-        return _masked_apply(_log_softmax, -jnp.inf, x, axes, where)
-
-
-@jax.custom_vjp
-def _log_softmax(x: jax.Array) -> jax.Array:
-    return _log_softmax_fwd(x)[0]
+        return _masked_apply(_log_softmax.now(), -jnp.inf, x, axes, where)
 
 
 def _log_softmax_fwd(x):
@@ -129,10 +120,11 @@ def _log_softmax_fwd(x):
 def _log_softmax_bwd(residuals, g):
     x, m, r = residuals
     g = upcast(g)
-    return ((-excess(jnp.sum(g, axis=-1), g, shifted_exp(x, m), r)).astype(x.dtype),)
+    d = excess(jnp.sum(g, axis=-1), g, shifted_exp(x, m), r) / (1 + r)[..., None]
+    return ((-d).astype(x.dtype),)
 
 
-_log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_log_softmax = rule(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
@@ -185,7 +177,8 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     axes = _checks.as_axes("logsumexp", axis, a.ndim)
     where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
     with jax.named_scope("jaxsoftmax.logsumexp"):
-        out, sign = _logsumexp_axes(a, b, where, axes)
+        summed = (_row_logsumexp if b is None else _weighted_logsumexp).now()
+        out, sign = _logsumexp_axes(summed, a, b, where, axes)
         if keepdims:
             out, sign = jnp.expand_dims(out, axes), jnp.expand_dims(sign, axes)
         if return_sign:
@@ -193,8 +186,8 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
         return out if b is None else jnp.where(sign < 0, jnp.nan, out)
 
 
-@partial(jax.jit, static_argnames="axes")
-def _logsumexp_axes(a, b, where, axes):
+@partial(jax.jit, static_argnames=("summed", "axes"))
+def _logsumexp_axes(summed, a, b, where, axes):
     if where is not None:
         a = jnp.where(where, a, -jnp.inf)
         b = None if b is None else jnp.where(where, b, 0)
@@ -203,17 +196,11 @@ def _logsumexp_axes(a, b, where, axes):
         out = jnp.full(rows.shape[:-1], -jnp.inf, a.dtype)
         return out, jnp.zeros_like(out)
     if b is None:
-        out = row_logsumexp(rows)
+        out = summed(rows)
         sign = jnp.where(out == -jnp.inf, 0, jnp.where(jnp.isnan(out), out, 1))
     else:
-        out, sign = _weighted_logsumexp(rows, to_rows(b, axes))
+        out, sign = summed(rows, to_rows(b, axes))
     return out.astype(a.dtype), jax.lax.stop_gradient(sign).astype(a.dtype)
-
-
-@jax.custom_vjp
-def row_logsumexp(x: jax.Array) -> jax.Array:
-    """Log-sum-exp of each row of `x [..., C]`, in the accumulation dtype."""
-    return _row_logsumexp_fwd(x)[0]
 
 
 def _row_logsumexp_fwd(x):
@@ -227,12 +214,7 @@ def _row_logsumexp_bwd(residuals, g):
     return ((shifted_exp(x, m) * (g / (1 + r))[..., None]).astype(x.dtype),)
 
 
-row_logsumexp.defvjp(_row_logsumexp_fwd, _row_logsumexp_bwd)
-
-
-@jax.custom_vjp
-def _weighted_logsumexp(x: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _weighted_logsumexp_fwd(x, b)[0]
+_row_logsumexp = rule(_row_logsumexp_fwd, _row_logsumexp_bwd)
 
 
 # S = b_j + Σ_{k≠j} b_k e_k with j the largest x_j among b ≠ 0. With σ = sign b_j and
@@ -265,7 +247,7 @@ def _weighted_logsumexp_bwd(residuals, cotangents):
     return dx.astype(x.dtype), (e * scale).astype(b.dtype)
 
 
-_weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
+_weighted_logsumexp = rule(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
 
 
 def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch classes classes"]:

@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._cross_entropy import (
-    Rows,
-    Statistics,
-    gap_sum,
-    live_cotangents,
-    logit_cotangents,
-    transformed,
-)
 from ._numerics import accumulation_dtype, log_sum_exp, max_and_remainder, merge, pick
 from ._products import dot, opened, product
 from ._sharding import restored, sliceable
+from ._statistics import (
+    Rows,
+    Statistics,
+    gap_sum,
+    label_cotangents,
+    live,
+    poisoned,
+    spread_sums,
+    transformed,
+    used_rows,
+)
 
 
 class Plan(NamedTuple):
@@ -27,6 +30,7 @@ class Plan(NamedTuple):
     block: int
     precision: Any
     with_entropy: bool = False
+    with_spread: bool = False
 
 
 class Operands(NamedTuple):
@@ -35,8 +39,18 @@ class Operands(NamedTuple):
     hidden: Any  # [N, H]
     kernel: Any  # [H, V]
     bias: Any  # [V] or None
-    scalars: Any  # (soft_cap, temperature)
+    transform: Any
+    weights: Any  # [V] or None, of the spread
     labels: Any  # [N], from `to_index`
+
+
+class _Sums(NamedTuple):
+    """What is merged over blocks, beside (m, r): each relative to the maximum so far."""
+
+    gaps: Any  # Σ e (m − z)
+    classes: Any  # those not at −inf
+    mass: Any  # Σ u
+    costs: Any  # Σ u (m − z)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -48,78 +62,100 @@ def linear_statistics(plan, operands):
 def _forward(plan, operands):
     n = operands.hidden.shape[0]
     dtype = accumulation_dtype(operands.hidden.dtype)
+    zeros = jnp.zeros(n, dtype)
 
     def step(carry, start, size):
-        m, r, gaps, z_label = carry
-        z = transformed(_block_logits(plan, operands, start, size), operands.scalars)
+        m, r, sums, z_label = carry
+        z = transformed(_block_logits(plan, operands, start, size), operands.transform)
         local = _local(operands.labels, start, size)
         m_block, r_block = max_and_remainder(z)
         m_new, r_new, scale, scale_block = merge(m, r, m_block, r_block)
+        own = _Sums(zeros, zeros, zeros, zeros)
         if plan.with_entropy:
-            # Σ e (M − z) of a block: its own sum, moved from its maximum to the common one.
-            def moved(gaps, r, m, scale):
-                return jnp.where(scale == 0, 0, scale * (gaps + (m_new - m) * (1 + r)))
-
-            own = gap_sum(z, m_block)
-            gaps = moved(gaps, r, m, scale) + moved(own, r_block, m_block, scale_block)
+            own = own._replace(gaps=gap_sum(z, m_block))
+        if plan.with_spread:
+            classes, mass, costs = spread_sums(z, m_block, _part(operands.weights, start, size))
+            own = own._replace(classes=classes, mass=mass, costs=costs)
+        sums = jax.tree.map(
+            jnp.add,
+            _moved(sums, r, m_new - m, scale),
+            _moved(own, r_block, m_new - m_block, scale_block),
+        )
         z_label = jnp.where(local >= 0, pick(z, local), z_label)
-        return m_new, r_new, gaps, z_label
+        return m_new, r_new, sums, z_label
 
     start = (
         jnp.full(n, -jnp.inf, dtype),
         jnp.full(n, jnp.nan, dtype),
-        jnp.zeros(n, dtype),
+        _Sums(zeros, zeros, zeros, zeros),
         jnp.full(n, jnp.nan, dtype),
     )
-    m, r, gaps, z_label = _over_blocks(plan, step, start, operands.kernel.shape[1])
-    mean_gap = gaps / (1 + r)
+    m, r, sums, z_label = _over_blocks(plan, step, start, operands.kernel.shape[1])
+    mean_gap = sums.gaps / (1 + r)
     log1p_r = jnp.log1p(r)
-    out = Statistics((m - z_label) + log1p_r, log_sum_exp(m, r), log1p_r + mean_gap)
-    return out, Rows(m, r, mean_gap)
+    out = Statistics(
+        (m - z_label) + log1p_r,
+        log_sum_exp(m, r),
+        log1p_r + mean_gap,
+        (sums.costs + sums.mass * log1p_r) / sums.classes,
+    )
+    return out, Rows(m, r, mean_gap, sums.classes, sums.mass)
+
+
+def _moved(sums, r, rise, scale):
+    """A block's sums, from its maximum to one that is higher by `rise`; nothing is nothing."""
+    gaps = jnp.where(scale == 0, 0, scale * (sums.gaps + rise * (1 + r)))
+    costs = sums.costs + jnp.where(sums.mass == 0, 0, rise * sums.mass)
+    return sums._replace(gaps=gaps, costs=costs)
 
 
 def _linear_statistics_fwd(plan, operands):
-    operands, live = opened(operands)
+    operands, live_operands = opened(operands)
     out, rows = _forward(plan, operands)
-    return out, (operands, rows, live)
+    return out, (operands, rows, live_operands)
 
 
 def _linear_statistics_bwd(plan, residuals, cotangents):
-    operands, rows, live = residuals
-    live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
-    hidden, kernel, bias, scalars, labels = operands
-    g = live_cotangents(cotangents, labels)
+    operands, rows, flags = residuals
+    asked = jax.tree.unflatten(jax.tree.structure(operands), flags.flags)
+    hidden, kernel, bias, transform, weights, labels = operands
+    g = poisoned(live(cotangents), labels)
+    rows = rows._replace(used=used_rows(g))
     dtype = rows.m.dtype
 
     def step(carry, start, size):
-        d_hidden, d_kernel, d_bias, d_scalars = carry
+        d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
         raw = _block_logits(plan, operands, start, size)
-        z, pull = jax.vjp(transformed, raw, scalars)
-        dz = logit_cotangents(z, _local(labels, start, size), rows, g)
-        d_raw, d_scalars_block = pull(dz)
-        d_scalars = jax.tree.map(jnp.add, d_scalars, d_scalars_block)
-        if live.bias:
+        z, pull = jax.vjp(transformed, raw, transform)
+        local = _local(labels, start, size)
+        dz, d = label_cotangents(z, local, _part(weights, start, size), rows, g)
+        if d is not None:
+            d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=0)
+        d_raw, d = pull(dz)
+        d_transform = jax.tree.map(jnp.add, d_transform, d)
+        if asked.bias:
             d = jnp.sum(d_raw, axis=0).astype(bias.dtype)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=0)
         d_raw = d_raw.astype(kernel.dtype)
-        if live.kernel:
+        if asked.kernel:
             d = sliceable(dot(hidden, d_raw, (0, 0), plan.precision).astype(kernel.dtype))
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=1)
-        if live.hidden:
+        if asked.hidden:
             block = _columns(kernel, start, size)
             d_hidden = d_hidden + dot(d_raw, block, (1, 1), plan.precision)
-        return d_hidden, d_kernel, d_bias, d_scalars
+        return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
     start = (
-        jnp.zeros(hidden.shape, dtype) if live.hidden else None,
-        sliceable(jnp.zeros_like(kernel)) if live.kernel else None,
-        jnp.zeros_like(bias) if live.bias else None,
-        jax.tree.map(jnp.zeros_like, scalars),
+        jnp.zeros(hidden.shape, dtype) if asked.hidden else None,
+        sliceable(jnp.zeros_like(kernel)) if asked.kernel else None,
+        jnp.zeros_like(bias) if asked.bias else None,
+        jax.tree.map(jnp.zeros_like, transform),
+        None if weights is None else jnp.zeros_like(weights),
     )
-    d_hidden, d_kernel, d_bias, d_scalars = _over_blocks(plan, step, start, kernel.shape[1])
+    d_hidden, d_kernel, *rest = _over_blocks(plan, step, start, kernel.shape[1])
     d_hidden = None if d_hidden is None else d_hidden.astype(hidden.dtype)
     d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
-    return (Operands(d_hidden, d_kernel, d_bias, d_scalars, None),)
+    return (Operands(d_hidden, d_kernel, *rest, None),)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)
@@ -139,9 +175,12 @@ def _over_blocks(plan, step, carry, classes):
 
 def _block_logits(plan, operands, start, size):
     block = _columns(operands.kernel, start, size)
-    bias = operands.bias
-    bias = None if bias is None else lax.dynamic_slice_in_dim(bias, start, size)
+    bias = _part(operands.bias, start, size)
     return product(operands.hidden, block, bias, plan.precision)
+
+
+def _part(vector, start, size):
+    return None if vector is None else lax.dynamic_slice_in_dim(vector, start, size)
 
 
 def _columns(kernel, start, size):

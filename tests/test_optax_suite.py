@@ -77,6 +77,15 @@ def test_optax_test_passes_with_ours(case, name, calls):
     assert (calls.total() > 0) == (f"{case.__name__}.{name}" not in ELSEWHERE)
 
 
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_optax_test_passes_unmodified_with_forward_mode(case, name, monkeypatch):
+    """Forward-mode checks included: nothing of optax's file is taken out."""
+    jax.clear_caches()
+    for patched in PATCHED:
+        monkeypatch.setattr(_classification, patched, getattr(jaxsoftmax.forward_mode, patched))
+    assert run(case, name) == []
+
+
 @pytest.mark.parametrize("case", SUITE)
 def test_the_suite_is_as_large_as_we_think(case):
     assert len(names(case)) >= SUITE[case]

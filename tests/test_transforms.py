@@ -79,6 +79,24 @@ def _jacobian_of_definition(x):
     return jnp.diag(p) - jnp.outer(p, p)
 
 
+def _stacked(log_probs):
+    return jnp.stack(log_probs, axis=-1)
+
+
+def _log_probs_of_definition(x, label):
+    log_p = _log_probabilities(x)
+    return jnp.stack([log_p[label], jnp.log(jnp.sum(jnp.exp(x))), -jnp.sum(jnp.exp(log_p) * log_p)])
+
+
+def _hidden() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+
+def _kernel(hidden):
+    """Three by seven, in the dtype of `hidden`."""
+    return jnp.sin(jnp.arange(21, dtype=hidden.dtype)).reshape(3, 7)
+
+
 FUNCTIONS = [
     Function(
         "softmax",
@@ -130,6 +148,36 @@ FUNCTIONS = [
         ),
         lambda x, label, where: -_log_probabilities(x, where)[label],
         lambda c: (_logits(c), _labels(c), _mask(c)),
+    ),
+    Function(
+        "label_log_probs",
+        lambda x, label: _stacked(jaxsoftmax.label_log_probs(x, label, with_entropy=True)),
+        _log_probs_of_definition,
+        lambda c: (_logits(c), _labels(c)),
+    ),
+    Function(
+        "linear_log_probs",
+        lambda h, label: _stacked(
+            jaxsoftmax.linear_log_probs(h, _kernel(h), label, with_entropy=True, chunk_size=3)
+        ),
+        lambda h, label: _log_probs_of_definition(h @ _kernel(h), label),
+        lambda c: (_hidden(), _labels(7)),
+    ),
+    Function(
+        "linear_loss",
+        lambda h, y: jaxsoftmax.linear_loss(
+            jaxsoftmax.softmax_cross_entropy, h, _kernel(h), y, reduction=None, chunk_size=2
+        ),
+        lambda h, y: -jnp.sum(y * _log_probabilities(h @ _kernel(h))),
+        lambda c: (_hidden(), _targets(7)),
+    ),
+    Function(
+        "linear_softmax_cross_entropy",
+        lambda h, label: jaxsoftmax.linear_softmax_cross_entropy(
+            h, _kernel(h), label, reduction=None, chunk_size=3
+        ),
+        lambda h, label: -_log_probabilities(h @ _kernel(h))[label],
+        lambda c: (_hidden(), _labels(7)),
     ),
 ]
 
@@ -447,4 +495,7 @@ def test_the_jacobian_has_forward_mode_too(classes):
 
 
 def test_every_public_function_is_in_the_list():
-    assert {f.name.partition("-")[0] for f in FUNCTIONS} == set(jaxsoftmax.__all__)
+    assert {f.name.partition("-")[0] for f in FUNCTIONS} == set(jaxsoftmax.__all__) - {
+        "LogProbs",
+        "check_labels",
+    }

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of the linear head, checked, and how its losses are put back together."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import _checks
+from ._numerics import accumulation_dtype
+
+Reduction = Literal["mean", "sum"] | None
+
+
+class Head(NamedTuple):
+    """The checked arguments, tokens in one axis; how to put the losses back together."""
+
+    shape: tuple[int, ...]
+    hidden: jax.Array  # [N, H]
+    kernel: jax.Array  # [H, V]
+    bias: jax.Array | None  # [V]
+    weights: jax.Array | None  # [N]
+    reduction: Reduction
+    denominator: jax.Array | None
+    counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
+
+    def unreduced(self, losses):
+        return (losses if self.weights is None else losses * self.weights).reshape(self.shape)
+
+    def reduced(self, losses):
+        return self.divided(jnp.sum(losses if self.weights is None else losses * self.weights))
+
+    def divided(self, total):
+        if self.reduction == "sum":
+            return total
+        divisor = self.denominator
+        if divisor is None:
+            counts = jnp.ones(self.hidden.shape[:1], total.dtype)
+            for factor in (self.weights, self.counts):
+                counts = counts if factor is None else counts * factor.astype(counts.dtype)
+            divisor = counts.sum()
+        return total / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+
+
+def as_head(
+    function: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = None,
+    denominator: ArrayLike | None = None,
+    chunk_size: int | None,
+) -> Head:
+    hidden = _checks.as_floating(function, "hidden", hidden)
+    kernel = _checks.as_floating(function, "kernel", kernel)
+    if hidden.ndim == 0:
+        raise ValueError(f"{function}: hidden must have shape [*tokens, H]; got a scalar")
+    *tokens, width = hidden.shape
+    if kernel.ndim != 2 or kernel.shape[0] != width:
+        raise ValueError(
+            f"{function}: kernel must have shape ({width}, V), with H = {width} the last axis of "
+            f"hidden; got {kernel.shape}"
+        )
+    _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
+    classes = kernel.shape[1]
+    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    shape = tuple(tokens)
+    if bias is not None:
+        bias = _checks.as_floating(function, "bias", bias)
+        meaning = f"one number for each of the {classes} classes of kernel"
+        _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
+    total = accumulation_dtype(dtype)
+    if weights is not None:
+        weights = _checks.as_inexact(function, "weights", weights)
+        _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")
+        weights = weights.astype(total).reshape(-1)
+    _checks.check_choice(function, "reduction", reduction, ("mean", "sum", None))
+    if denominator is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'{function}: denominator needs reduction="mean"; got reduction={reduction!r}'
+            )
+        denominator = _checks.as_inexact(function, "denominator", denominator)
+        _checks.check_shape(function, "denominator", denominator.shape, (), "a scalar")
+        denominator = denominator.astype(total)
+    if chunk_size is not None:
+        _checks.check_count(function, "chunk_size", chunk_size)
+    rows = hidden.astype(dtype).reshape(-1, width) if hidden.size else hidden.reshape(0, width)
+    return Head(shape, rows, kernel.astype(dtype), bias, weights, reduction, denominator)
+
+
+def as_per_token(function, name, value, head):
+    value = _checks.as_array(function, name, value)
+    tokens = len(head.shape)
+    _checks.check_shape(
+        function, f"the first axes of {name}", value.shape[:tokens], head.shape, "the tokens"
+    )
+    return value.reshape(head.hidden.shape[0], *value.shape[tokens:])
+
+
+def as_token_labels(function, labels, head):
+    labels = _checks.as_labels(function, "labels", labels)
+    _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
+    return labels.reshape(-1)

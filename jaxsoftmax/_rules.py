@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One derivative, two decorations: `custom_vjp`, and `custom_jvp` for `jaxsoftmax.forward_mode`."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+_in_forward_mode = ContextVar("jaxsoftmax.forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Within, `Rule.now` is the forward-mode function."""
+    token = _in_forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _in_forward_mode.reset(token)
+
+
+class Rule(NamedTuple):
+    """The same function twice, with the same derivative."""
+
+    reverse: Callable[..., Any]
+    forward: Callable[..., Any]
+
+    def now(self) -> Callable[..., Any]:
+        """The one that was asked for; to be chosen before `jit`, whose cache knows no mode."""
+        return self.forward if _in_forward_mode.get() else self.reverse
+
+
+def rule(
+    fwd: Callable[..., Any],
+    bwd: Callable[..., Any],
+    *,
+    linear: Callable[..., Any] | None = None,
+) -> Rule:
+    """Decorate a function both ways.
+
+    Args:
+      fwd: arguments to (result, residuals).
+      bwd: (residuals, cotangent) to the cotangents of the arguments, None for integers.
+      linear: `bwd` without what is not linear in the cotangent; with it, `fwd` gets the primals and
+        `bwd` the cotangents of `defvjp(symbolic_zeros=True)`.
+    """
+
+    def function(*args):
+        return fwd(*args)[0]
+
+    reverse = jax.custom_vjp(function)
+    if linear is None:
+        reverse.defvjp(fwd, bwd)
+    else:
+        reverse.defvjp(lambda *args: fwd(*values(args)), bwd, symbolic_zeros=True)
+
+    # The tangent map is the transpose of the linear map of the cotangent. Under checkpoint its
+    # residuals are those of reverse mode.
+    def jvp(primals, tangents):
+        out, residuals = fwd(*primals)
+
+        def tangent_map(residuals, tangents):
+            pull = partial(linear or bwd, residuals)
+            ds = jax.eval_shape(pull, out)
+            kept = [i for i, d in enumerate(ds) if jax.tree.leaves(d)]
+            transposed = jax.linear_transpose(lambda g: tuple(pull(g)[i] for i in kept), out)
+            return transposed(tuple(tangents[i] for i in kept))[0]
+
+        return out, jax.checkpoint(tangent_map, prevent_cse=False)(residuals, tangents)
+
+    forward = jax.custom_jvp(function)
+    forward.defjvp(jvp)
+    return Rule(reverse, forward)
+
+
+def values(tree: Any) -> Any:
+    """The values of the primals that `symbolic_zeros` wraps."""
+    return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the losses, alone and together, against NumPy in float64 from the definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax
+
+N, H, V = 13, 5, 37
+OFF = {"label_smoothing": 0.0, "z_loss": 0.0, "soft_cap": None, "temperature": 1.0}
+SETS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.3},
+    {"soft_cap": 3.0},
+    {"temperature": 0.7},
+    {"class_weights": True},
+    {"class_weights": True, "label_smoothing": 0.2},
+    {"ignore_index": -100, "class_weights": True, "z_loss": 0.3},
+    {
+        "ignore_index": 5,
+        "class_weights": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.05,
+        "soft_cap": 4.0,
+        "temperature": 1.7,
+    },
+]
+PATHS = ["logits", "in_forward", "recompute"]
+
+
+def identify(options):
+    return "+".join(options) or "none"
+
+
+def problem():
+    rng = np.random.default_rng(7)
+    hidden = rng.standard_normal((N, H)).astype(np.float32)
+    kernel = rng.standard_normal((H, V)).astype(np.float32)
+    bias = rng.standard_normal(V).astype(np.float32)
+    labels = rng.integers(0, V, N).astype(np.int32)
+    class_weights = rng.uniform(0.2, 2, V).astype(np.float32)
+    weights = rng.uniform(0, 2, N).astype(np.float32)
+    return hidden, kernel, bias, labels, class_weights, weights
+
+
+def spoil(labels, options):
+    """Some tokens get the ignored label."""
+    labels = labels.copy()
+    if "ignore_index" in options:
+        labels[[2, 7]] = options["ignore_index"]
+    return labels
+
+
+def truth(raw, labels, options, g):
+    """Losses, what each token counts, and gradients of Σ g · loss, of raw logits and options."""
+    raw, g = raw.astype(np.float64), np.asarray(g, np.float64)
+    cap, t = options.get("soft_cap"), options.get("temperature", 1.0)
+    epsilon, lam = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    u = options.get("class_weights")
+    u = np.ones(raw.shape[-1]) if u is None else np.asarray(u, np.float64)
+    ignored = labels == options.get("ignore_index", None)
+    tanh = np.tanh(raw / cap) if cap else None
+    capped = raw if cap is None else np.where(np.isinf(raw), raw, cap * tanh)
+    z = capped / t
+    inside = z > -np.inf
+    n = inside.sum(-1, keepdims=True)
+    m = z.max(-1, keepdims=True)
+    e = np.exp(z - m)
+    p = e / e.sum(-1, keepdims=True)
+    lse = m + np.log(e.sum(-1, keepdims=True))
+    cost = np.where(inside, lse - np.where(inside, z, 0), 0)
+    rows = np.arange(len(z))
+    index = np.where(ignored, 0, labels)
+    y = np.zeros_like(z)
+    y[rows, index] = 1
+    w = u[index][:, None]
+    share = np.where(inside, u, 0) / n
+    nll, spread = (lse[:, 0] - z[rows, index]), (share * cost).sum(-1)
+    losses = (1 - epsilon) * w[:, 0] * nll + epsilon * spread + lam * lse[:, 0] ** 2
+    losses = np.where(ignored, 0, losses)
+    g = np.where(ignored, 0, g)[:, None]
+    target = (1 - epsilon) * w * y + epsilon * share
+    dz = g * (target.sum(-1, keepdims=True) * p - target + 2 * lam * lse * p)
+    finite_z = np.where(inside, z, 0)
+    d_raw = dz / t if cap is None else np.where(inside, dz * (1 - tanh**2) / t, 0)
+    gradients = {
+        "logits": d_raw,
+        "temperature": -(dz * finite_z).sum() / t,
+        "label_smoothing": (g[:, 0] * (spread - w[:, 0] * nll)).sum(),
+        "z_loss": (g * lse**2).sum(),
+        "class_weights": (g * ((1 - epsilon) * y * nll[:, None] + epsilon / n * cost)).sum(0),
+    }
+    if cap is not None:
+        finite = np.where(inside, raw, 0)
+        slope = np.where(inside, tanh - finite / cap * (1 - tanh**2), 0)
+        gradients["soft_cap"] = (dz * slope / t).sum()
+    return losses, np.where(ignored, 0, w[:, 0]), gradients
+
+
+def differentiable(options):
+    return {k: jnp.float32(v) for k, v in options.items() if k in OFF} | {
+        k: jnp.asarray(v) for k, v in options.items() if k == "class_weights"
+    }
+
+
+def assert_close(got, want, ulps=400):
+    """To so many ulps of the largest entry: sums of a few hundred terms of that size."""
+    want = np.asarray(want, np.float64)
+    error = np.abs(np.asarray(got, np.float64) - want).max()
+    assert error <= ulps * 2.0**-23 * max(1, np.abs(want).max()), (error, np.abs(want).max())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", SETS, ids=identify)
+def test_values_and_gradients_of_every_option(options, path):
+    hidden, kernel, bias, labels, class_weights, weights = problem()
+    options = options | ({"class_weights": class_weights} if "class_weights" in options else {})
+    labels = spoil(labels, options)
+    raw = hidden.astype(np.float64) @ kernel + bias
+    ignore = {"ignore_index": options.get("ignore_index")}
+    free = differentiable(options)
+
+    if path == "logits":
+        g = np.random.default_rng(1).standard_normal(N).astype(np.float32)
+
+        def total(logits, free):
+            out = jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+                logits, labels, **ignore, **free
+            )
+            return jnp.sum(out * g), out
+
+        (_, out), (d, d_free) = jax.value_and_grad(total, (0, 1), has_aux=True)(
+            jnp.asarray(raw, jnp.float32), free
+        )
+        losses, _, want = truth(np.asarray(raw, np.float32), labels, options, g)
+        assert_close(out, losses)
+        assert_close(d, want["logits"])
+    else:
+        _, counts, _ = truth(raw, labels, options, np.ones(N))
+        divisor = (weights * counts).sum()
+
+        def mean(hidden, kernel, bias, free):
+            return jaxsoftmax.linear_softmax_cross_entropy(
+                hidden,
+                kernel,
+                labels,
+                bias=bias,
+                weights=weights,
+                gradients=path,
+                chunk_size=4 if path == "in_forward" else 16,
+                **ignore,
+                **free,
+            )
+
+        if "class_weights" in free:  # its part in the divisor has no place in the oracle
+            free["class_weights"] = jax.lax.stop_gradient(free["class_weights"])
+        value, (dh, dk, db, d_free) = jax.value_and_grad(mean, (0, 1, 2, 3))(
+            hidden, kernel, bias, free
+        )
+        d_free.pop("class_weights", None)
+        losses, _, want = truth(raw, labels, options, weights / divisor)
+        assert_close(value, (weights * losses).sum() / divisor)
+        d = want["logits"]
+        assert_close(dh, d @ kernel.T.astype(np.float64))
+        assert_close(dk, hidden.T.astype(np.float64) @ d)
+        assert_close(db, d.sum(0))
+    for name, got in d_free.items():
+        assert_close(got, want[name])
+
+
+@pytest.mark.parametrize("options", SETS[:5], ids=identify)
+def test_dense_targets_take_the_same_options(options):
+    hidden, kernel, bias, labels, _, _ = problem()
+    raw = jnp.asarray(hidden @ kernel + bias)
+    one_hot = jax.nn.one_hot(labels, V)
+    dense = jaxsoftmax.softmax_cross_entropy
+    integer = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+    g = np.random.default_rng(2).standard_normal(N).astype(np.float32)
+    free = differentiable(options)
+    out, pull = jax.vjp(lambda x, free: dense(x, one_hot, **free), raw, free)
+    want, pull_integer = jax.vjp(lambda x, free: integer(x, labels, **free), raw, free)
+    assert_close(out, want)
+    jax.tree.map(assert_close, pull(g), pull_integer(g))
+
+
+def test_smoothing_is_torchs_and_sums_targets_other_than_1():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9)), jnp.float32)
+    y = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (4, 9)), jnp.float32)
+    got = jaxsoftmax.softmax_cross_entropy(logits, y, label_smoothing=0.2)
+    smoothed = 0.8 * np.asarray(y, np.float64) + 0.2 / 9
+    z = np.asarray(logits, np.float64)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    assert_close(got, -(smoothed * log_p).sum(-1), 20)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("label", [-1, -100, V, 10**6])
+def test_a_bad_label_is_nan_and_an_ignored_one_is_zero(path, label):
+    hidden, kernel, bias, labels, class_weights, weights = problem()
+    labels[3] = label
+    options = {"class_weights": class_weights, "label_smoothing": 0.1, "z_loss": 0.1}
+    for ignored in (False, True):
+        ignore = {"ignore_index": label} if ignored else {}
+
+        def total(hidden, ignore=ignore):
+            if path == "logits":
+                raw = hidden @ jnp.asarray(kernel) + bias[None]
+                return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+                    raw, labels, **ignore, **options
+                ).sum()
+            return jaxsoftmax.linear_softmax_cross_entropy(
+                hidden,
+                kernel,
+                labels,
+                bias=bias,
+                weights=weights,
+                reduction="sum",
+                gradients=path,
+                **ignore,
+                **options,
+            )
+
+        value, d = jax.value_and_grad(total)(jnp.asarray(hidden))
+        rows = np.arange(N) == 3
+        if ignored:
+            assert np.isfinite(value)
+            np.testing.assert_array_equal(np.asarray(d)[3], 0)
+            assert np.isfinite(d).all()
+        else:
+            assert np.isnan(value)
+            np.testing.assert_array_equal(np.isnan(d).all(-1), rows)
+            np.testing.assert_array_equal(np.isnan(d).any(-1), rows)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_ignored_token_hides_whatever_is_in_it(path):
+    hidden, kernel, bias, labels, class_weights, _ = problem()
+    labels[4] = -7
+    hidden[4] = np.nan
+
+    def total(hidden, class_weights):
+        options = {"ignore_index": -7, "class_weights": class_weights, "label_smoothing": 0.1}
+        if path == "logits":
+            raw = hidden @ jnp.asarray(kernel) + bias[None]
+            return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+                raw, labels, **options
+            ).sum()
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, gradients=path, reduction="sum", **options
+        )
+
+    value, (d, d_weights) = jax.value_and_grad(total, (0, 1))(
+        jnp.asarray(hidden), jnp.asarray(class_weights)
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(d_weights).all()
+    if path == "logits":
+        return  # the product above makes NaN · 0; what the loss gave back was 0
+    np.testing.assert_array_equal(np.asarray(d)[4], 0)
+    assert np.isfinite(d).all()
+
+
+@pytest.mark.parametrize("path", ["in_forward", "recompute"])
+def test_a_padded_vocabulary_with_every_option(path):
+    hidden, kernel, bias, labels, class_weights, _ = problem()
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 3.0, "temperature": 1.3}
+
+    def head(hidden, kernel, bias, class_weights):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            bias=bias,
+            class_weights=class_weights,
+            gradients=path,
+            chunk_size=16,
+            **options,
+        )
+
+    plain = (hidden, kernel, bias, class_weights)
+    padded = (
+        hidden,
+        np.pad(kernel, ((0, 0), (0, 30)), constant_values=9),
+        np.pad(bias, (0, 30), constant_values=-np.inf),
+        np.pad(class_weights, (0, 30), constant_values=5),
+    )
+    want, want_d = jax.value_and_grad(head, (0, 1, 2, 3))(*map(jnp.asarray, plain))
+    got, got_d = jax.value_and_grad(head, (0, 1, 2, 3))(*map(jnp.asarray, padded))
+    assert_close(got, want, 20)
+    assert_close(got_d[0], want_d[0])
+    for d, d_want in zip(got_d[1:], want_d[1:], strict=True):
+        assert_close(d[..., :V], d_want)
+        np.testing.assert_array_equal(np.asarray(d)[..., V:], 0)
+
+
+def test_everything_ignored_is_zero():
+    hidden, kernel, _, labels, _, _ = problem()
+    labels[:] = -100
+    for path in ("in_forward", "recompute"):
+
+        def mean(hidden, kernel, path=path):
+            return jaxsoftmax.linear_softmax_cross_entropy(
+                hidden, kernel, labels, ignore_index=-100, gradients=path
+            )
+
+        value, d = jax.value_and_grad(mean, (0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
+        assert value == 0
+        assert not any(np.any(x) for x in d)
+
+
+@pytest.mark.parametrize("gap", [0.0, 5.0, 17.0, 30.0, 60.0])
+def test_options_keep_the_loss_exact_where_the_model_is_confident(gap):
+    # One class leads by `gap` after the cap and the temperature: −r/(1 + r) at the label.
+    rng = np.random.default_rng(int(gap))
+    logits = rng.standard_normal(50).astype(np.float32)
+    logits[11] = logits.max() + 2 * gap
+
+    def loss(logits):
+        return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            logits, np.int32(11), soft_cap=1e4, temperature=2.0
+        )
+
+    value, d = jax.value_and_grad(loss)(jnp.asarray(logits))
+    raw = logits.astype(np.float64)
+    z = 1e4 * np.tanh(raw / 1e4) / 2
+    e = np.exp(z - z[11])
+    e[11] = 0
+    r = e.sum()
+    slope = (1 - np.tanh(raw / 1e4) ** 2) / 2
+    p = e / (1 + r)
+    p[11] = -r / (1 + r)
+    # z is rounded after the cap and after the division: a few ulps of the largest |z|.
+    tolerance = (16 + 4 * np.abs(z).max()) * 2.0**-23
+    np.testing.assert_allclose(value, np.log1p(r), rtol=tolerance)
+    np.testing.assert_allclose(d, p * slope, rtol=tolerance)
+
+
+def test_traced_options_work_under_jit():
+    hidden, kernel, bias, labels, _, _ = problem()
+
+    @jax.jit
+    def loss(temperature, epsilon):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, temperature=temperature, label_smoothing=epsilon
+        )
+
+    eager = jaxsoftmax.linear_softmax_cross_entropy(
+        hidden, kernel, labels, bias=bias, temperature=0.5, label_smoothing=0.25
+    )
+    np.testing.assert_allclose(loss(0.5, 0.25), eager, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\]; got -0.1"),
+        ({"label_smoothing": "0.1"}, TypeError, r"label_smoothing must be an array or a scalar"),
+        ({"z_loss": -1.0}, ValueError, r"z_loss must be at least 0 and finite; got -1.0"),
+        ({"z_loss": float("nan")}, ValueError, r"z_loss must be at least 0 and finite; got nan"),
+        ({"soft_cap": 0.0}, ValueError, r"soft_cap must be positive and finite; got 0.0"),
+        ({"temperature": -2}, ValueError, r"temperature must be positive and finite; got -2"),
+        ({"temperature": np.ones(2)}, ValueError, r"temperature must be a scalar; got shape \(2,"),
+        ({"class_weights": np.ones(3)}, ValueError, r"class_weights must have shape \(37,\)"),
+        ({"ignore_index": 1.0}, TypeError, r"ignore_index must be an integer or None; got 1.0"),
+        ({"ignore_index": True}, TypeError, r"ignore_index must be an integer or None; got True"),
+    ],
+)
+@pytest.mark.parametrize("path", ["logits", "linear"])
+def test_errors(change, error, message, path):
+    hidden, kernel, _, labels, _, _ = problem()
+    if path == "logits":
+        name = "softmax_cross_entropy_with_integer_labels"
+        call = lambda: getattr(jaxsoftmax, name)(hidden @ kernel, labels, **change)  # noqa: E731
+    else:
+        name = "linear_softmax_cross_entropy"
+        call = lambda: getattr(jaxsoftmax, name)(hidden, kernel, labels, **change)  # noqa: E731
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        call()
