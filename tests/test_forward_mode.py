@@ -77,14 +77,14 @@ def test_values_and_jacobians_are_those_of_reverse_mode(call):
 @every_call
 def test_linearize_and_second_derivatives(call):
     x, v = logits(), jnp.cos(jnp.arange(ROWS * CLASSES, dtype=jnp.float32)).reshape(ROWS, CLASSES)
-    out, tangents = jax.linearize(lambda x: call(forward_mode, x), x)
+    _out, tangents = jax.linearize(lambda x: call(forward_mode, x), x)
     assert_trees_close(tangents(v), jax.jvp(lambda x: call(forward_mode, x), (x,), (v,))[1])
 
     def total(module, x):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(call(module, x)))
 
     hvp = jax.jvp(jax.grad(lambda x: total(jaxsoftmax, x)), (x,), (v,))[1]
-    for outer in (jax.grad, lambda f: jax.jacfwd(f)):
+    for outer in (jax.grad, jax.jacfwd):
         got = jax.jvp(outer(lambda x: total(forward_mode, x)), (x,), (v,))[1]
         np.testing.assert_allclose(got, hvp, rtol=1e-4, atol=1e-5)
 
@@ -101,9 +101,11 @@ def test_tangents_in_labels_and_options():
         ).sum()
 
     primals = (jnp.asarray(WEIGHTS), jax.tree.map(jnp.float32, OPTIONS))
-    tangents = jax.tree.map(lambda p: jnp.cos(p), primals)
+    tangents = jax.tree.map(jnp.cos, primals)
     gradient = jax.grad(lambda *p: loss(jaxsoftmax, *p), (0, 1))(*primals)
-    want = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, tangents))))
+    want = sum(
+        jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, tangents)), strict=True)
+    )
     got = jax.jvp(lambda *p: loss(forward_mode, *p), primals, tangents)[1]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -138,7 +140,7 @@ def test_a_bad_label_is_nan_and_an_ignored_one_zero():
 
 def test_the_package_itself_has_no_jvp():
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: jaxsoftmax.softmax(x), (logits(),), (logits(),))
+        jax.jvp(jaxsoftmax.softmax, (logits(),), (logits(),))
 
 
 def test_the_modes_do_not_share_a_cache():
