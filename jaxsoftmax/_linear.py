@@ -67,7 +67,8 @@ def linear_loss(
       A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
 
     Raises:
-      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
 
     Differentiable in `hidden`, `kernel`, `bias`, `weights`, floating `token_args` and what
     `loss_fn` closes over, in reverse mode, to the order `loss_fn` is. What is not differentiated
@@ -162,7 +163,8 @@ def linear_softmax_cross_entropy(
       A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
 
     Raises:
-      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
 
     Differentiable in `hidden`, `kernel`, `bias`, `weights` and every option but `ignore_index`, in
     reverse mode, to any order; forward mode over reverse works. What is not differentiated is not
@@ -257,7 +259,8 @@ def linear_log_probs(
       `LogProbs` of arrays `[*tokens]` in float32, or float64 for float64 operands.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong dtype, shape or value.
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
 
     Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
     any cotangents, in reverse mode to any order. What is not differentiated is not computed.
