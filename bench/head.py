@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from bench import contenders, environment, markdown, results, terminal, timing
 from bench.cases import ROTATION_BYTES, Dtype
 
 KEY = "speed/linear"
+PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 
 
 class Head(NamedTuple):
@@ -86,7 +88,7 @@ def program(contender: contenders.Contender) -> Callable[..., Any]:
 
 
 def measure(
-    cases: Sequence[Head], *, repeats: int | None = None, seconds: float = 40.0
+    cases: Sequence[Head], *, repeats: int | None = None, seconds: float = 30.0
 ) -> dict[str, Any]:
     """Time value and gradient of every contender on every case.
 
@@ -99,15 +101,15 @@ def measure(
         A section of the results file.
     """
     found, left_out = contenders.load(contenders.HEAD, Dtype.BFLOAT16)
-    for line in left_out:
-        terminal.notes.print(line)
     timed = []
     with terminal.progress() as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case), refresh=True)
-            timed.append(_time(case, found, repeats, seconds))
+            timed.append(_time(case, found, repeats, seconds, left_out))
             progress.advance(task)
+    for line in left_out:
+        terminal.notes.print(line)
     return {
         "environment": environment.describe(),
         "left_out": left_out,
@@ -121,6 +123,7 @@ def _time(
     found: Sequence[contenders.Contender],
     repeats: int | None,
     seconds: float,
+    left_out: list[str],
 ) -> dict[str, Any]:
     rotation = inputs(case)
     programs, compile_s, temporary = {}, {}, {}
@@ -132,12 +135,19 @@ def _time(
                 temporary[name] = compiled.memory_analysis().temp_size_in_bytes
                 programs[name] = compiled
             else:
-                program(contender)(*rotation[0])
                 programs[name] = program(contender)
+            start = perf_counter()
+            jax.block_until_ready(programs[name](*rotation[0]))
+            first_s = perf_counter() - start
         except Exception as error:  # a peer that cannot do a case must not end the run
             if contender.entry.module == "ours":
                 raise
-            terminal.notes.print(f"{case}: {name} fails: {type(error).__name__}: {error}"[:300])
+            left_out.append(f"{case}: {name} fails: {type(error).__name__}: {error}"[:200])
+            programs.pop(name, None)
+        else:
+            if first_s > PATIENCE_S:
+                left_out.append(f"{case}: {name} left out: {first_s:.0f} s a call")
+                programs.pop(name)
     timings = timing.interleave(programs, rotation, rounds=repeats, seconds=seconds)
     ours = timings[contenders.OURS].median_s
     return {
