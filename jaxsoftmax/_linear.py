@@ -83,7 +83,8 @@ def linear_loss(
     The first term of half precision is d_kernel's float32 accumulator, which with float32 operands
     is the result itself. A CPU adds up to 16 MiB, and in half precision keeps a chunk's float32
     logits where d_kernel will be: `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that
-    multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`. Each chunk reads and writes
+    multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in
+    float32, with a kernel of that, `4·H·V`. Each chunk reads and writes
     the accumulator: time is lost where c is far below the operations a byte of the device.
 
     Example:

@@ -200,14 +200,6 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(labels < 0, jnp.nan, z)
 
 
-def put(d: jax.Array, labels: jax.Array, values: jax.Array) -> jax.Array:
-    """`d [..., C]` with each row's entry at its label (from `to_index`) replaced; none for −1.
-
-    A select, which XLA fuses into what makes `d`: a scatter takes as long, and a buffer more.
-    """
-    return jnp.where(one_hot(labels, d.shape[-1]), values[..., None], d)
-
-
 def to_index(labels: jax.Array, classes: int) -> jax.Array:
     """Labels of any integer dtype as int32, with −1 for every label outside [0, C)."""
     last = min(classes - 1, jnp.iinfo(labels.dtype).max)

@@ -12,6 +12,7 @@ The first and the last are cross-entropies, so one form of their derivative, Y �
 """
 
 import functools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +146,7 @@ def _target_linear(residuals, g, used=None):
     dy = jnp.zeros_like(y)
     targets = []
     if g.loss is not None:
-        targets = [(g.loss, jnp.sum(y_, axis=-1), y_)]
+        targets = [(g.loss, partial(excess, jnp.sum(y_, axis=-1), y_))]
         dy = (g.loss[..., None] * ((m[..., None] - z_) + jnp.log1p(r)[..., None])).astype(y.dtype)
     dz, _ = _cotangents(z_, targets, None, _rows(z_, m, r, None, g, used), g)
     dx, d_transform = pull(dz.astype(z.dtype))
@@ -179,9 +180,13 @@ def label_cotangents(
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block."""
     targets = []
     if g.loss is not None:
-        y = one_hot(labels, z.shape[-1]).astype(rows.m.dtype)
-        targets.append((g.loss, jnp.ones_like(rows.m), y))
+        targets.append((g.loss, partial(_label_excess, one_hot(labels, z.shape[-1]))))
     return _cotangents(z, targets, weights, rows, g)
+
+
+def _label_excess(at_label, e, r):
+    """`excess` of a one-hot target; XLA fuses a select here with the exponential, not the sums."""
+    return jnp.where(at_label, (e - 1) - r[..., None], e)
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
@@ -194,13 +199,13 @@ def _cotangents(z, targets, weights, rows, g):
     if g.spread is not None:
         inside, gap, u = _inside(z, m, weights)
         share = g.spread / classes
-        targets = [*targets, (share, mass, u)]
+        targets = [*targets, (share, partial(excess, mass, u))]
         if weights is not None:
             cost = jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
             cost = _where_used(used, share[..., None] * cost)
             d_weights = jnp.sum(cost.reshape(-1, z.shape[-1]), axis=0).astype(weights.dtype)
-    for share, total, y in targets:
-        terms.append((share * scale)[..., None] * excess(total, y, e, r))
+    for share, beyond in targets:
+        terms.append((share * scale)[..., None] * beyond(e, r))
     if g.lse is not None:
         terms.append((g.lse * scale)[..., None] * e)
     if g.entropy is not None:

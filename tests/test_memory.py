@@ -23,7 +23,7 @@ CPU = [
     "8192x512x8192:float32",
     "4096x256x32768:bfloat16",
     "2048x768x32768:bfloat16",
-    "1024x2048x20000:float16",
+    "1024x2048x20000:bfloat16",
 ]
 # Large enough that nothing of note fits the chip's own 128 MiB, which are not counted.
 TPU = [
