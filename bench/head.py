@@ -58,7 +58,8 @@ def parse(text: str) -> Head:
         raise typer.BadParameter(
             f"expected TOKENSxHIDDENxCLASSES[:DTYPE] such as {CASES[0]}; got {text!r}"
         )
-    return Head(*map(int, numbers), Dtype(dtype or Dtype.FLOAT32))
+    tokens, hidden, classes = map(int, numbers)
+    return Head(tokens, hidden, classes, Dtype(dtype or Dtype.FLOAT32))
 
 
 def inputs(case: Head) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
@@ -132,7 +133,7 @@ def _time(
         try:
             if contender.entry.jax:
                 compiled, compile_s[name] = timing.compile_ahead(program(contender), rotation[0])
-                temporary[name] = compiled.memory_analysis().temp_size_in_bytes
+                temporary[name] = timing.temporary_bytes(compiled)
                 programs[name] = compiled
             else:
                 programs[name] = program(contender)

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
-from bench import contenders, environment, head, markdown, results, terminal
+from bench import contenders, environment, head, markdown, results, terminal, timing
 from bench.cases import Dtype
 
 HERE = "here"
@@ -119,7 +119,7 @@ def _compile(contender: contenders.Contender, case: head.Head, device: Any) -> d
         if contender.entry.module == "ours":
             raise
         return {"temp_bytes": None, "error": f"{type(error).__name__}: {error}"[:200]}
-    return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    return {"temp_bytes": timing.temporary_bytes(compiled)}
 
 
 def table(section: dict[str, Any]) -> Table:

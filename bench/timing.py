@@ -36,6 +36,11 @@ def compile_ahead(
     return compiled, perf_counter() - start
 
 
+def temporary_bytes(compiled: Any) -> int:
+    """Read what memory a compiled program needs beyond arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def interleave(
     calls: Mapping[str, Callable[..., Any]],
     inputs: Sequence[Sequence[Any]],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 
@@ -135,7 +136,7 @@ def check_broadcasts(
 def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
     """A real floating scalar; positive and finite where its value is known."""
     array = _as_scalar(function, name, value)
-    if not isinstance(value, jax.core.Tracer) and not 0 < float(np.asarray(value)) < np.inf:
+    if not isinstance(value, Tracer) and not 0 < float(np.asarray(value)) < np.inf:
         raise ValueError(f"{function}: {name} must be positive and finite; got {value}")
     return array
 
@@ -143,7 +144,7 @@ def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
 def as_fraction(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
     """A real floating, finite scalar; in [0, most] where its value is known."""
     array = _as_scalar(function, name, value)
-    known = 0.0 if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+    known = 0.0 if isinstance(value, Tracer) else float(np.asarray(value))
     if not (0 <= known <= most and known < np.inf):
         expected = "at least 0 and finite" if most == np.inf else f"in [0, {most:g}]"
         raise ValueError(f"{function}: {name} must be {expected}; got {value}")
@@ -205,7 +206,7 @@ def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | Non
     name = "check_labels"
     check_count(name, "num_classes", num_classes)
     ignore_index = as_ignore_index(name, ignore_index)
-    if isinstance(labels, jax.core.Tracer):
+    if isinstance(labels, Tracer):
         raise TypeError(
             f"{name}: labels must be known, not traced (outside jit); got {_describe(labels)}"
         )

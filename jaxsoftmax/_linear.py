@@ -286,8 +286,8 @@ def linear_log_probs(
     transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, bool(with_entropy))
-        out = _token_statistics(plan, head, labels, transform, None)
-        return as_log_probs(Statistics(*(head.unreduced(o) for o in out)), with_entropy)
+        flat: Any = _token_statistics(plan, head, labels, transform, None)
+        return as_log_probs(Statistics(*map(head.unreduced, flat)), with_entropy)
 
 
 def _linear_loss(loss_fn, head, args, chunk_size, precision):

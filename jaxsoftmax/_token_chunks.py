@@ -171,7 +171,7 @@ def _unchunked(y, n):
     return jnp.swapaxes(y, 0, 1).reshape(-1, *y.shape[2:])[:n]
 
 
-def _instantiated(g):
+def _instantiated(g: Any) -> jax.Array:
     return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
 
 

@@ -152,10 +152,11 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else jnp.zeros_like(weights),
     )
-    d_hidden, d_kernel, *rest = _over_blocks(plan, step, start, kernel.shape[1])
+    sums = _over_blocks(plan, step, start, kernel.shape[1])
+    d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
     d_hidden = None if d_hidden is None else d_hidden.astype(hidden.dtype)
     d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
-    return (Operands(d_hidden, d_kernel, *rest, None),)
+    return (Operands(d_hidden, d_kernel, d_bias, d_transform, d_weights, None),)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)

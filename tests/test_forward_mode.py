@@ -48,11 +48,11 @@ CALLS = {
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 # Two orders of the same sums of nine terms, each below 20 in size.
-CLOSE = {"rtol": 1e-5, "atol": 2e-6}
+RTOL, ATOL = 1e-5, 2e-6
 
 
 def assert_trees_close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL), got, want)
 
 
 def test_every_name_on_logits_is_there():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear head against the plain one in float64, whatever the chunks; and what it computes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,14 +164,14 @@ def test_log_probs_agree_with_those_of_the_logits(soft_cap, temperature):
         label = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
         return label, jax.nn.logsumexp(z / temperature, axis=-1), entropies
 
-    operands = (hidden, kernel, bias, jnp.float32(temperature))
+    operands: Any = (hidden, kernel, bias, jnp.float32(temperature))
     expected = plain(*operands)
     expected_d = jax.grad(lambda *o: weighted(plain(*o)), (0, 1, 2, 3))(*operands)
     for chunk in (37, 299, 300, 999):
-        out = head(*operands, chunk)
-        for got, want in zip(out, expected, strict=True):
+        out = head(*operands, chunk=chunk)
+        for got, want in zip(jax.tree.leaves(out), expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
-        d = jax.grad(lambda *o, c=chunk: weighted(head(*o, c)), (0, 1, 2, 3))(*operands)
+        d = jax.grad(lambda *o, c=chunk: weighted(head(*o, chunk=c)), (0, 1, 2, 3))(*operands)
         for got, want in zip(d, expected_d, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
@@ -324,7 +326,7 @@ def test_classes_left_out_by_a_bias_of_minus_infinity(gradients):
 
 def test_no_tokens_and_no_weight():
     hidden, kernel, _, _, labels = problem(5, 3, 10)
-    head = jaxsoftmax.linear_softmax_cross_entropy
+    head: Any = jaxsoftmax.linear_softmax_cross_entropy
     for reduction, shape in (("mean", ()), ("sum", ()), (None, (0,))):
         for gradients in ("auto", "recompute"):
             out = head(hidden[:0], kernel, labels[:0], reduction=reduction, gradients=gradients)

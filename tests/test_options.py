@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of the losses, alone and together, against NumPy in float64 from the definitions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +56,7 @@ def spoil(labels, options):
     return labels
 
 
-def truth(raw, labels, options, g):
+def truth(raw, labels, options: Any, g):
     """Losses, what each token counts, and gradients of Σ g · loss, of raw logits and options."""
     raw, g = raw.astype(np.float64), np.asarray(g, np.float64)
     cap, t = options.get("soft_cap"), options.get("temperature", 1.0)
@@ -62,7 +64,7 @@ def truth(raw, labels, options, g):
     u = options.get("class_weights")
     u = np.ones(raw.shape[-1]) if u is None else np.asarray(u, np.float64)
     ignored = labels == options.get("ignore_index", None)
-    tanh = np.tanh(raw / cap) if cap else None
+    tanh = np.tanh(raw / cap) if cap else np.zeros_like(raw)
     capped = raw if cap is None else np.where(np.isinf(raw), raw, cap * tanh)
     z = capped / t
     inside = z > -np.inf
@@ -201,9 +203,9 @@ def test_smoothing_is_torchs_and_sums_targets_other_than_1():
 def test_a_bad_label_is_nan_and_an_ignored_one_is_zero(path, label):
     hidden, kernel, bias, labels, class_weights, weights = problem()
     labels[3] = label
-    options = {"class_weights": class_weights, "label_smoothing": 0.1, "z_loss": 0.1}
+    options: Any = {"class_weights": class_weights, "label_smoothing": 0.1, "z_loss": 0.1}
     for ignored in (False, True):
-        ignore = {"ignore_index": label} if ignored else {}
+        ignore: Any = {"ignore_index": label} if ignored else {}
 
         def total(hidden, ignore=ignore):
             if path == "logits":
@@ -242,7 +244,7 @@ def test_an_ignored_token_hides_whatever_is_in_it(path):
     hidden[4] = np.nan
 
     def total(hidden, class_weights):
-        options = {"ignore_index": -7, "class_weights": class_weights, "label_smoothing": 0.1}
+        options: Any = {"ignore_index": -7, "class_weights": class_weights, "label_smoothing": 0.1}
         if path == "logits":
             raw = hidden @ jnp.asarray(kernel) + bias[None]
             return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
@@ -266,7 +268,7 @@ def test_an_ignored_token_hides_whatever_is_in_it(path):
 @pytest.mark.parametrize("path", ["in_forward", "recompute"])
 def test_a_padded_vocabulary_with_every_option(path):
     hidden, kernel, bias, labels, class_weights, _ = problem()
-    options = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 3.0, "temperature": 1.3}
+    options: Any = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 3.0, "temperature": 1.3}
 
     def head(hidden, kernel, bias, class_weights):
         return jaxsoftmax.linear_softmax_cross_entropy(
@@ -301,7 +303,7 @@ def test_everything_ignored_is_zero():
     labels[:] = -100
     for path in ("in_forward", "recompute"):
 
-        def mean(hidden, kernel, path=path):
+        def mean(hidden, kernel, path: Any = path):
             return jaxsoftmax.linear_softmax_cross_entropy(
                 hidden, kernel, labels, ignore_index=-100, gradients=path
             )

@@ -4,6 +4,8 @@
 `jax.vjp` returns a pytree whose leaves are what is kept.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_one_array_of_the_logits_size_in_their_dtype(name, wrapper, dtype):
 @dtypes
 @wrappers
 def test_options_keep_numbers_a_row_at_most(wrapper, dtype):
-    options = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 9.0, "temperature": 0.5}
+    options: Any = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 9.0, "temperature": 0.5}
     arrays = kept(
         wrapper(lambda x: integer_labels(x, LABELS, ignore_index=3, **options)), logits(dtype)
     )

@@ -2,7 +2,7 @@
 """tokamax's op, by its implementation that runs everywhere and holds the logits."""
 
 import jax
-import tokamax
+import tokamax  # pyright: ignore[reportMissingImports]
 from absl import flags
 
 # tokamax reads its settings from absl's flags, which only absl's own programs parse.

@@ -4,8 +4,8 @@
 from typing import Any
 
 import jax
-import torch
-from torch.nn import functional
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 
 def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
