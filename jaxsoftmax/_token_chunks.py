@@ -172,7 +172,8 @@ def _unchunked(y, n):
 
 
 def _instantiated(g: Any) -> jax.Array:
-    return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
+    symbolic = isinstance(g, SymbolicZero)
+    return jnp.zeros(g.shape, jnp.dtype(g.dtype)) if symbolic else g  # pyright: ignore
 
 
 def _cast(gradients, operands):
