@@ -240,5 +240,5 @@ def merge(
     scales = [jnp.where(m_x == -jnp.inf, 0, jnp.exp(m_x - m)) for m_x, _ in blocks]
     r = jnp.where((m_a == m) & (m_b == m), jnp.ones_like(m), 0)
     for (m_x, r_x), scale in zip(blocks, scales, strict=True):
-        r += jnp.where(m_x == m, r_x, jnp.where(scale == 0, 0, (1 + r_x) * scale))
+        r += jnp.where(m_x == m, r_x, (1 + jnp.where(scale == 0, 0, r_x)) * scale)
     return m, r, scales[0], scales[1]

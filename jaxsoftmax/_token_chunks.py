@@ -61,7 +61,7 @@ def losses(plan, operands):
 
 def _losses_fwd(plan, operands):
     operands, live = opened(operands)
-    return _over_chunks(plan, operands), (operands, live)
+    return _over_chunks(plan, operands, differentiated=True), (operands, live)
 
 
 # Any cotangent: the chunks are done again.
@@ -74,13 +74,18 @@ def _losses_bwd(plan, residuals, g):
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 
-def _over_chunks(plan, operands):
-    """The losses [N]: one product a chunk."""
+def _over_chunks(plan, operands, *, differentiated=False):
+    """The losses [N]: one product a chunk.
+
+    Differentiated, they come from the loss's own vjp: a `custom_vjp` has no jvp, its rule has, and
+    forward mode over reverse mode needs it.
+    """
 
     def body(_, xs):
         hidden, args = xs
         logits = product(hidden, operands.kernel, operands.bias, plan.precision)
-        return None, plan.loss_fn(logits, *args, *operands.consts)
+        loss_fn = lambda logits: plan.loss_fn(logits, *args, *operands.consts)  # noqa: E731
+        return None, jax.vjp(loss_fn, logits)[0] if differentiated else loss_fn(logits)
 
     xs = _chunked((operands.hidden, operands.args), plan.size)
     return _unchunked(lax.scan(body, None, xs)[1], operands.hidden.shape[0])

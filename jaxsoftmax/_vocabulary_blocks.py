@@ -103,10 +103,14 @@ def _forward(plan, operands):
 
 
 def _moved(sums, r, rise, scale):
-    """A block's sums, from its maximum to one that is higher by `rise`; nothing is nothing."""
-    gaps = jnp.where(scale == 0, 0, scale * (sums.gaps + rise * (1 + r)))
-    costs = sums.costs + jnp.where(sums.mass == 0, 0, rise * sums.mass)
-    return sums._replace(gaps=gaps, costs=costs)
+    """A block's sums, from its maximum to one that is higher by `rise`.
+
+    Of a block of nothing but −inf, nothing enters a product, whose derivative would be NaN.
+    """
+    empty = scale == 0
+    gaps, up, r = (jnp.where(empty, 0, a) for a in (sums.gaps, rise, r))
+    costs = sums.costs + jnp.where(sums.mass == 0, 0, rise) * sums.mass
+    return sums._replace(gaps=scale * (gaps + up * (1 + r)), costs=costs)
 
 
 def _linear_statistics_fwd(plan, operands):
