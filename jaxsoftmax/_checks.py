@@ -6,6 +6,7 @@ and what came.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,39 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[obje
     if not any(value is choice or value == choice for choice in choices):
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {listed}; got {_describe(value)}")
+
+
+def as_flag(function: str, name: str, value: object) -> bool:
+    """A Python boolean: it decides what is computed."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} must be True or False; got {_describe(value)}")
+    return bool(value)
+
+
+def check_precision(function: str, value: Any) -> None:
+    """`value` is what `jax.lax.dot_general` takes."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), one)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{function}: precision must be as in jax.lax.dot_general; got {_describe(value)}"
+        ) from error
+
+
+def check_losses(function: str, loss_fn: Any, arguments: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """`loss_fn` gives one floating loss a token for `arguments`, logits first."""
+    if not callable(loss_fn):
+        raise TypeError(f"{function}: loss_fn must be callable; got {_describe(loss_fn)}")
+    losses = jax.eval_shape(loss_fn, *arguments)
+    expected = arguments[0].shape[:1]
+    if getattr(losses, "shape", None) != expected:
+        raise ValueError(
+            f"{function}: loss_fn must return one loss a token, shape {expected} for logits "
+            f"{arguments[0].shape}; got {_describe(losses)}"
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"{function}: loss_fn must return a floating dtype; got {losses.dtype}")
 
 
 def check_count(function: str, name: str, value: object) -> None:

@@ -237,10 +237,11 @@ def label_log_probs(
     name = "label_log_probs"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
     transform = as_transform(name, soft_cap, temperature)
+    with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
     with jax.named_scope(f"jaxsoftmax.{name}"):
         (logits,), axes = _one_axis(axes, logits)
         summed = token_statistics.now()
-        return _label_log_probs(summed, logits, labels, transform, axes, bool(with_entropy))
+        return _label_log_probs(summed, logits, labels, transform, axes, with_entropy)
 
 
 @partial(jax.jit, static_argnames=("summed", "axes", "with_entropy"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of the linear head, checked, and how its losses are put back together."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,12 @@ class Head(NamedTuple):
     def divided(self, total):
         if self.reduction == "sum":
             return total
-        divisor = self.denominator
-        if divisor is None:
-            counts = jnp.ones(self.hidden.shape[:1], total.dtype)
-            for factor in (self.weights, self.counts):
-                counts = counts if factor is None else counts * factor.astype(counts.dtype)
-            divisor = counts.sum()
-        return total / jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
+        counts = jnp.ones(self.hidden.shape[:1], total.dtype)
+        for factor in (self.weights, self.counts):
+            counts = counts if factor is None else counts * factor.astype(counts.dtype)
+        divisor = counts.sum() if self.denominator is None else self.denominator
+        # Where nothing counts the total is 0; any other division by 0 shows.
+        return total / jnp.where(jnp.any(counts != 0), divisor, jnp.ones_like(divisor))
 
 
 def as_head(
@@ -53,6 +52,7 @@ def as_head(
     reduction: Reduction = None,
     denominator: ArrayLike | None = None,
     chunk_size: int | None,
+    precision: Any,
 ) -> Head:
     hidden = _checks.as_floating(function, "hidden", hidden)
     kernel = _checks.as_floating(function, "kernel", kernel)
@@ -86,6 +86,7 @@ def as_head(
         denominator = _checks.as_inexact(function, "denominator", denominator)
         _checks.check_shape(function, "denominator", denominator.shape, (), "a scalar")
         denominator = denominator.astype(total)
+    _checks.check_precision(function, precision)
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
     rows = hidden.astype(dtype).reshape(-1, width) if hidden.size else hidden.reshape(0, width)

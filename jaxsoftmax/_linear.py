@@ -105,6 +105,7 @@ def linear_loss(
         reduction=reduction,
         denominator=denominator,
         chunk_size=chunk_size,
+        precision=precision,
     )
     args = [as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
     with jax.named_scope(f"jaxsoftmax.{name}"):
@@ -188,6 +189,7 @@ def linear_softmax_cross_entropy(
         reduction=reduction,
         denominator=denominator,
         chunk_size=chunk_size,
+        precision=precision,
     )
     labels = as_token_labels(name, labels, head)
     if gradients == "in_forward" and reduction is None:
@@ -281,11 +283,12 @@ def linear_log_probs(
       [-1.3862944]
     """
     name = "linear_log_probs"
-    head = as_head(name, hidden, kernel, bias=bias, chunk_size=chunk_size)
+    with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
+    head = as_head(name, hidden, kernel, bias=bias, chunk_size=chunk_size, precision=precision)
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, bool(with_entropy))
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, with_entropy)
         flat: Any = _token_statistics(plan, head, labels, transform, None)
         return as_log_probs(Statistics(*map(head.unreduced, flat)), with_entropy)
 
@@ -298,10 +301,11 @@ def _linear_loss(loss_fn, head, args, chunk_size, precision):
         return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
     chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
     size = -(-n // chunks)
-    example = (jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in args)
     logits = jax.ShapeDtypeStruct((size, classes), dtype)
+    example = [logits, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in args)]
+    _checks.check_losses("linear_loss", loss_fn, example)
     # What the loss closes over becomes an argument: it may be traced, and differentiated.
-    loss_fn, consts = jax.closure_convert(loss_fn, logits, *example)
+    loss_fn, consts = jax.closure_convert(loss_fn, *example)
     plan = _token_chunks.Plan(loss_fn, size, precision)
     operands = _token_chunks.Operands(
         head.hidden, head.kernel, head.bias, tuple(args), tuple(consts)

@@ -368,6 +368,7 @@ def test_tokens_in_several_axes():
         ({"chunk_size": 2.0}, TypeError, r"chunk_size must be an integer; got float 2.0"),
         ({"gradients": "fast"}, ValueError, r"gradients must be one of .*; got 'fast'"),
         ({"gradients": "in_forward", "reduction": None}, ValueError, r'needs reduction "mean"'),
+        ({"precision": "best"}, ValueError, r"precision must be as in .*; got 'best'"),
     ],
 )
 def test_errors(change, error, message):
@@ -378,3 +379,40 @@ def test_errors(change, error, message):
     }
     with pytest.raises(error, match=f"^linear_softmax_cross_entropy: .*{message}"):
         jaxsoftmax.linear_softmax_cross_entropy(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "message"),
+    [
+        (lambda z, y: z.sum(), ValueError, r"shape \(5,\) for logits \(5, 10\); got float32\[\]"),
+        (lambda z, y: z, ValueError, r"one loss a token.*got float32\[5,10\]"),
+        (lambda z, y: jnp.argmax(z, -1), TypeError, r"must return a floating dtype; got int32"),
+        (3, TypeError, r"loss_fn must be callable; got 3"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(loss_fn: Any, error, message):
+    hidden, kernel, _, _, labels = problem(5, 3, 10)
+    with pytest.raises(error, match=f"^linear_loss: .*{message}"):
+        jaxsoftmax.linear_loss(loss_fn, hidden, kernel, labels)
+
+
+@pytest.mark.parametrize("name", ["label_log_probs", "linear_log_probs"])
+def test_entropies_are_asked_for_by_a_python_boolean(name):
+    hidden, kernel, _, _, labels = problem(5, 3, 10)
+    arguments = (hidden @ kernel,) if name == "label_log_probs" else (hidden, kernel)
+    with pytest.raises(TypeError, match=f"^{name}: with_entropy must be True or False; got 1"):
+        getattr(jaxsoftmax, name)(*arguments, labels, with_entropy=1)
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_only_a_mean_of_nothing_hides_a_division_by_zero(gradients):
+    hidden, kernel, _, _, labels = problem(5, 3, 10)
+
+    def mean(**options):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, gradients=gradients, **options
+        )
+
+    assert not np.isfinite(mean(denominator=0.0))
+    assert not np.isfinite(mean(weights=np.array([1.0, -1, 0, 0, 0], np.float32)))
+    assert mean(denominator=0.0, weights=np.zeros(5, np.float32)) == 0
