@@ -272,7 +272,7 @@ def linear_log_probs(
     and blocks of b classes (on a CPU a smaller last block counts as well: b + V mod b):
 
         float32 operands   4·N·b + 4·N·H + 8·H·b
-        half precision     6·N·b + 8·N·H + 8·H·b
+        half precision     6·N·b + 8·N·H + 6·H·b
 
     On a CPU with JAX 0.10, bfloat16 adds a copy of the kernel, `2·H·V`.
 

@@ -85,7 +85,7 @@ def recompute_on_cpu(head: Head) -> int:
     if dtype == "float32":
         return 4 * blocks + 4 * n * width + 8 * width * BLOCK
     copied = dtype == "bfloat16" and jax.__version_info__ < (0, 11)
-    return 6 * blocks + 8 * n * width + 8 * width * BLOCK + copied * 2 * width * classes
+    return 6 * blocks + 8 * n * width + 6 * width * BLOCK + copied * 2 * width * classes
 
 
 def test_on_cpu(tmp_path: Path):
