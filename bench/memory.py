@@ -76,7 +76,7 @@ def measure(cases: Sequence[head.Head], targets: Sequence[str]) -> dict[str, Any
     Returns:
         A section of the results file.
     """
-    found, left_out = contenders.load(contenders.HEAD, Dtype.BFLOAT16)
+    found, left_out = contenders.load(contenders.HEAD + contenders.TIED, Dtype.BFLOAT16)
     measured = []
     for target in targets:
         try:
@@ -104,11 +104,14 @@ def _device(target: str) -> Any:
 
 def _compile(contender: contenders.Contender, case: head.Head, device: Any) -> dict[str, Any]:
     sharding = SingleDeviceSharding(device)
+    kernel = (case.hidden, case.classes)
+    if contender.entry in contenders.TIED:
+        kernel = kernel[::-1]
     arguments = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for shape, dtype in (
             ((case.tokens, case.hidden), case.dtype),
-            ((case.hidden, case.classes), case.dtype),
+            (kernel, case.dtype),
             ((case.tokens,), jnp.int32),
         )
     ]

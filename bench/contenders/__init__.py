@@ -66,6 +66,12 @@ HEAD = (
     Entry("three products", "products", "head", whole=True),
 )
 
+# Heads whose kernel is the transpose of an embedding [V, H], which they take in its place.
+TIED = (
+    Entry("jaxsoftmax, tied", "ours", "tied_in_forward"),
+    Entry("jaxsoftmax, recompute, tied", "ours", "tied_recompute"),
+)
+
 NOTES = {
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
