@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the losses: plain arithmetic on one number a token, around the one rule."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +78,8 @@ def token_losses(
         statistics = Statistics(*(jnp.where(ignored, 0, s) for s in statistics))
     loss = statistics.loss
     if options.class_weights is not None:
-        weights = _taken(options.class_weights, labels).astype(loss.dtype)
-        loss = loss * (weights if ignored is None else jnp.where(ignored, 0, weights))
+        weights: Any = label_weights(labels, ignore_index, options.class_weights)
+        loss = loss * weights.astype(loss.dtype)
     return target_losses(statistics._replace(loss=loss), options)
 
 

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from ._numerics import accumulation_dtype
+from ._rules import is_primal, values
 from ._sharding import is_local
 
 # XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
@@ -24,9 +25,8 @@ class Live:
 
 def opened(tree):
     """The values of a custom rule's arguments, and which of them are differentiated."""
-    is_leaf = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
-    return treedef.unflatten([p.value for p in leaves]), Live(tuple(p.perturbed for p in leaves))
+    leaves = jax.tree.leaves(tree, is_leaf=is_primal)
+    return values(tree), Live(tuple(p.perturbed for p in leaves))
 
 
 def dot(a, b, contract, precision):

@@ -78,4 +78,9 @@ def rule(
 
 def values(tree: Any) -> Any:
     """The values of the primals that `symbolic_zeros` wraps."""
-    return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    return jax.tree.map(lambda p: p.value, tree, is_leaf=is_primal)
+
+
+def is_primal(leaf: Any) -> bool:
+    """Whether `symbolic_zeros` wrapped this."""
+    return hasattr(leaf, "perturbed")

@@ -9,6 +9,15 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
+def device(request):
+    """Both formulations: the one for any platform or sharding, and the one for a lone CPU."""
+    from cases import on_device  # noqa: PLC0415  (after JAX is configured)
+
+    yield from on_device(request.param)

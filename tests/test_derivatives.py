@@ -14,7 +14,6 @@ from cases import (
     ROW_KINDS,
     cotangent_of,
     generator,
-    on_device,
     promised,
     rows,
     targets_of,
@@ -25,12 +24,6 @@ from cases import (
 import jaxsoftmax as js
 
 ULP = 2.0**-23
-
-
-@pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
-def device(request):
-    """Both formulations: the one for any platform or sharding, and the one for a lone CPU."""
-    yield from on_device(request.param)
 
 
 def pullback(f, x, g):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import generator, on_device
+from cases import generator
 
 import jaxsoftmax as js
 
@@ -19,12 +19,6 @@ dense = js.softmax_cross_entropy
 # Around the thresholds of the CPU formulation.
 SIZES = (3, 40, 2050)
 ROWS = 5
-
-
-@pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
-def device(request):
-    """Both formulations: the one for any platform or sharding, and the one for a lone CPU."""
-    yield from on_device(request.param)
 
 
 def one_hot(labels, classes):

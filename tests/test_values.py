@@ -14,7 +14,6 @@ from cases import (
     ROW_KINDS,
     Case,
     generator,
-    on_device,
     promised,
     rows,
     targets_of,
@@ -26,12 +25,6 @@ import jaxsoftmax as js
 from jaxsoftmax import _numerics
 
 ULP = 2.0**-23
-
-
-@pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
-def device(request):
-    """Both formulations: the one for any platform or sharding, and the one for a lone CPU."""
-    yield from on_device(request.param)
 
 
 def test_the_device_fixture_chooses_what_runs(device, monkeypatch):
