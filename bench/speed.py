@@ -26,7 +26,7 @@ from bench.cases import (
 
 DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16)
 MODES = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
-SECONDS = 10.0
+SECONDS = 20.0
 QUICK_FRACTION, QUICK_ROUNDS = 16, 5
 
 
@@ -84,9 +84,9 @@ def command(
 ) -> None:
     """Time the losses on logits, or the linear heads: ours and the others'.
 
-    Every contender is compiled ahead, warmed up, and called once a round in random order; the
-    tables show medians and quartiles. A complete run takes about six minutes on two cores, the
-    linear heads ten.
+    Every contender is compiled ahead, warmed up, and timed once a round in random order; the
+    tables show medians and quartiles. A complete run takes about ten minutes on two cores, the
+    linear heads half an hour.
     """
     integer = labels == Labels.INTEGER
     options = {

@@ -48,6 +48,7 @@ class Rows(NamedTuple):
 
     m: jax.Array
     r: jax.Array
+    z_label: jax.Array | None  # z_t; NaN where the label is no class, None for dense targets
     mean_gap: jax.Array | None  # Σ_k ŷ_k (m − z_k), for the entropy
     classes: jax.Array | None  # n, for the spread
     mass: jax.Array | None  # Σ_k u_k over those classes
@@ -94,8 +95,9 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
 def _token_fwd(x, labels, transform, weights):
     z = transformed(x, transform)
     m, r = max_and_remainder(z)
-    out = _outputs(z, m, r, (m - pick(z, labels)) + jnp.log1p(r), weights)
-    return out, (x, labels, transform, weights, m, r)
+    z_label = pick(z, labels)
+    out = _outputs(z, m, r, (m - z_label) + jnp.log1p(r), weights)
+    return out, (x, labels, transform, weights, m, r, z_label)
 
 
 def _token_bwd(residuals, cotangents):
@@ -104,9 +106,9 @@ def _token_bwd(residuals, cotangents):
 
 
 def _token_linear(residuals, g, used=None):
-    x, labels, transform, weights, m, r = residuals
+    x, labels, transform, weights, m, r, z_label = residuals
     z, pull = jax.vjp(transformed, x, transform)
-    rows = _rows(z, m, r, weights, g, used)
+    rows = _rows(z, m, r, z_label, weights, g, used)
     dz, d_weights = label_cotangents(z, labels, weights, rows, g)
     dx, d_transform = pull(dz)
     return dx, None, d_transform, d_weights
@@ -148,7 +150,7 @@ def _target_linear(residuals, g, used=None):
     if g.loss is not None:
         targets = [(g.loss, partial(excess, jnp.sum(y_, axis=-1), y_))]
         dy = (g.loss[..., None] * ((m[..., None] - z_) + jnp.log1p(r)[..., None])).astype(y.dtype)
-    dz, _ = _cotangents(z_, targets, None, _rows(z_, m, r, None, g, used), g)
+    dz, _ = _cotangents(z_, targets, None, _rows(z_, m, r, None, None, g, used), g)
     dx, d_transform = pull(dz.astype(z.dtype))
     return dx, dy, d_transform
 
@@ -177,21 +179,30 @@ def used_rows(g: Statistics) -> jax.Array | None:
 def label_cotangents(
     z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics
 ) -> tuple[jax.Array, Any]:
-    """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block."""
-    targets = []
-    if g.loss is not None:
-        targets.append((g.loss, partial(_label_excess, one_hot(labels, z.shape[-1]))))
-    return _cotangents(z, targets, weights, rows, g)
+    """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
+
+    Every entry as if it were not the label's, then the label's own in its place: one number a row,
+    so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000] float32,
+    in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would keep
+    logits that are not an argument, and so twice their memory).
+    """
+    dz, d_weights = _cotangents(z, _loss_target(g, lambda e, r: e), weights, rows, g)
+    if g.loss is None:
+        return dz, d_weights
+    own_weight = None if weights is None else weights[jnp.maximum(labels, 0)][..., None]
+    target = _loss_target(g, lambda e, r: (e - 1) - r[..., None])
+    own, _ = _cotangents(rows.z_label[..., None], target, own_weight, rows, g)
+    at_label = one_hot(labels, z.shape[-1])
+    return jnp.where(at_label, own.astype(z.dtype), dz), d_weights
 
 
-def _label_excess(at_label, e, r):
-    """`excess` of a one-hot target; XLA fuses a select here with the exponential, not the sums."""
-    return jnp.where(at_label, (e - 1) - r[..., None], e)
+def _loss_target(g, beyond):
+    return [] if g.loss is None else [(g.loss, beyond)]
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
 def _cotangents(z, targets, weights, rows, g):
-    m, r, mean_gap, classes, mass, used = rows
+    m, r, _, mean_gap, classes, mass, used = rows
     scale = 1 / (1 + r)
     e = shifted_exp(z, m)
     terms = []
@@ -231,10 +242,10 @@ def _outputs(z, m, r, loss, weights):
     )
 
 
-def _rows(z, m, r, weights, g, used):  # noqa: PLR0917
+def _rows(z, m, r, z_label, weights, g, used):  # noqa: PLR0917
     mean_gap = None if g.entropy is None else gap_sum(z, m) / (1 + r)
     classes, mass = (None, None) if g.spread is None else spread_sums(z, m, weights)[:2]
-    return Rows(m, r, mean_gap, classes, mass, used)
+    return Rows(m, r, z_label, mean_gap, classes, mass, used)
 
 
 def gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
@@ -255,6 +266,6 @@ def _inside(z, m, weights):
     z = upcast(z)
     inside = z != -jnp.inf
     gap = m[..., None] - z
-    one = jnp.ones((), gap.dtype)
-    u = one if weights is None else weights.astype(gap.dtype).reshape((1,) * m.ndim + (-1,))
+    u = jnp.ones((), gap.dtype) if weights is None else weights.astype(gap.dtype)
+    u = jnp.expand_dims(u, tuple(range(z.ndim - u.ndim)))
     return inside, jnp.where(inside, gap, 0), jnp.where(inside, u, 0)

@@ -99,7 +99,7 @@ def _forward(plan, operands):
         log1p_r + mean_gap,
         (sums.costs + sums.mass * log1p_r) / sums.classes,
     )
-    return out, Rows(m, r, mean_gap, sums.classes, sums.mass)
+    return out, Rows(m, r, z_label, mean_gap, sums.classes, sums.mass)
 
 
 def _moved(sums, r, rise, scale):

@@ -66,7 +66,7 @@ def test_one_array_of_the_logits_size_in_their_dtype(name, wrapper, dtype):
     labels = [a for a in rows if a.dtype == jnp.int32]
     statistics = [a for a in rows if a.dtype == jnp.float32]
     assert len(labels) <= 1
-    assert len(statistics) == 2  # m and r
+    assert len(statistics) == 2 + len(labels)  # m and r; the logit at the label
     assert len(rows) == len(labels) + len(statistics)
 
 
