@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory formulas of the docstrings against the compilers, by `python -m bench memory`."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from cases import on_device
 
+import jaxsoftmax
 from bench import memory
 from bench.cases import Dtype
 from bench.head import Head
@@ -109,3 +113,23 @@ def test_for_tpu(tmp_path: Path):
     large = Head(8192, 2304, 256000, Dtype.BFLOAT16)  # plain optax: 8.4 GB
     assert found[large, "jaxsoftmax"] <= 3.5e9
     assert found[large, "jaxsoftmax, recompute"] <= 0.35e9
+
+
+def test_logits_made_inside_a_program_are_overwritten_by_their_gradient():
+    """Plain optax needs a second array of their size, the kept exponentials."""
+
+    def step(hidden, kernel, labels):
+        losses = jaxsoftmax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
+        return losses.mean()
+
+    tokens, width, classes = 512, 64, 8192
+    arguments = [
+        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, classes), jnp.float32),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+    ]
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        compiled = jax.jit(jax.grad(step, (0, 1))).lower(*arguments).compile()
+    logits = 4 * tokens * classes
+    chunk = 4 << 20  # the rows that the forward pass holds in cache
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.05 * logits + chunk

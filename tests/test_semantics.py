@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each row of README's table "What it means", by its name, on the smallest input that shows it.
+
+The other files go through these questions with every size, dtype and transform.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax
+
+README = Path(__file__).parents[1] / "README.md"
+ROWS: dict[str, str] = {}  # row of the table: name of its test
+
+dense = jaxsoftmax.softmax_cross_entropy
+integer = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+head = jaxsoftmax.linear_softmax_cross_entropy
+
+Z = np.array([[1.0, -2.0, 0.5, 3.0], [0.0, 4.0, 4.0, -1.0]])
+LABELS = np.array([3, 0])
+X = jnp.asarray(Z, jnp.float32)
+INF = float("inf")
+ULPS = 2e-6  # float32: a handful of roundings of numbers below 10
+
+
+def row(question):
+    """Says which row of the table a test is about."""
+
+    def register(test):
+        assert question not in ROWS
+        ROWS[question] = test.__name__
+        return test
+
+    return register
+
+
+def truth(z=Z, labels=LABELS):
+    """−log softmax at the labels in float64, from the definition."""
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    return -np.log(p[np.arange(len(z)), labels])
+
+
+def gradient(function, x):
+    """Of the sum of the results."""
+    return np.asarray(jax.grad(lambda x: function(x).sum())(x))
+
+
+def test_every_row_has_its_test():
+    table = README.read_text().split("## What it means")[1].split("## ")[0]
+    questions = re.findall(r"^\| (.+?) \| ", table, re.M)[2:]  # below the heading and its rule
+    assert questions
+    assert set(questions) == set(ROWS)
+
+
+@row("dtypes")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtypes(dtype):
+    x = X.astype(dtype)
+    assert integer(x, LABELS).dtype == jnp.float32
+    assert jaxsoftmax.softmax(x).dtype == x.dtype
+    assert jax.grad(lambda x: integer(x, LABELS).sum())(x).dtype == x.dtype
+    with jax.enable_x64(True):
+        assert integer(jnp.asarray(Z), LABELS).dtype == jnp.float64
+
+
+@row("what is saved for the backward pass")
+def test_what_is_saved_for_the_backward_pass():
+    x = X.astype(jnp.bfloat16)
+    _, pull = jax.vjp(lambda x: integer(x, LABELS), x)
+    kept = {id(a): a for a in jax.tree.leaves(pull) if hasattr(a, "shape")}.values()
+    assert [a.dtype for a in kept if a.size == x.size] == [jnp.bfloat16]
+    assert sum(a.size == 2 and a.dtype == jnp.float32 for a in kept) <= 3
+
+
+@row("`where`")
+def test_where():
+    classes = np.array([[True, False, True, True], [False] * 4])
+    got = integer(X, LABELS, where=classes)
+    np.testing.assert_allclose(got, [truth(Z[:1, [0, 2, 3]], [2])[0], 0], rtol=ULPS)
+    d = gradient(lambda x: integer(x, LABELS, where=classes), X)
+    assert (d[~classes] == 0).all()
+    assert (d[0, classes[0]] != 0).all()
+    examples = np.array([False, True])
+    np.testing.assert_allclose(integer(X, LABELS, where=examples), [0, truth()[1]], rtol=ULPS)
+
+
+@row("a label that is masked out")
+def test_a_label_that_is_masked_out():
+    mask = np.array([[True, True, True, False]] * 2)
+    assert integer(X, LABELS, where=mask)[0] == INF
+    one_hot = jnp.eye(4, dtype=jnp.float32)[LABELS]
+    assert dense(X, one_hot, where=mask)[0] == 0
+
+
+@row("−inf logits")
+def test_minus_infinite_logits():
+    x = X.at[0, 0].set(-INF)
+    want = truth(Z[:1, 1:], [2])[0]
+    np.testing.assert_allclose(integer(x, LABELS)[0], want, rtol=ULPS)
+    assert gradient(lambda x: integer(x, LABELS), x)[0, 0] == 0
+    one_hot = jnp.eye(4, dtype=jnp.float32)[LABELS]
+    np.testing.assert_allclose(dense(x, one_hot)[0], want, rtol=ULPS)
+    assert integer(x, np.array([0, 0]))[0] == INF
+
+
+@row("+inf or NaN in a row, or a whole row at −inf")
+@pytest.mark.parametrize("bad", [[INF, 0, 0, 0], [math.nan, 0, 0, 0], [-INF] * 4])
+def test_a_bad_row(bad):
+    x = jnp.stack([jnp.asarray(bad, jnp.float32), X[1]])
+    loss, d = integer(x, LABELS), gradient(lambda x: integer(x, LABELS), x)
+    assert np.isnan(loss[0])
+    assert np.isnan(d[0]).all()
+    assert loss[1] == integer(X, LABELS)[1]
+    np.testing.assert_array_equal(d[1], gradient(lambda x: integer(x, LABELS), X)[1])
+    np.testing.assert_array_equal(jaxsoftmax.logsumexp(x, axis=-1), jax.nn.logsumexp(x, axis=-1))
+
+
+@row("label outside [0, C)")
+@pytest.mark.parametrize("label", [-1, 4, -100])
+def test_label_outside(label):
+    labels = np.array([label, 0])
+    assert np.isnan(integer(X, labels)[0])
+    assert np.isnan(gradient(lambda x: integer(x, labels), X)[0]).all()
+    used = gradient(lambda x: integer(x, labels)[1:], X)
+    assert (used[0] == 0).all()
+    np.testing.assert_array_equal(used[1], gradient(lambda x: integer(x, LABELS), X)[1])
+
+
+@row("`soft_cap`, `temperature`")
+def test_soft_cap_and_temperature():
+    z = 2.0 * np.tanh(Z / 2.0) / 0.5
+    got = integer(X, LABELS, soft_cap=2.0, temperature=0.5)
+    np.testing.assert_allclose(got, truth(z), rtol=ULPS)
+    x = X.at[0, 0].set(-INF)
+    np.testing.assert_allclose(
+        integer(x, LABELS, soft_cap=2.0)[0],
+        truth(2.0 * np.tanh(Z[:1, 1:] / 2.0), [2])[0],
+        rtol=ULPS,
+    )
+
+
+@row("`label_smoothing` ε")
+def test_label_smoothing():
+    spread = np.mean([truth(labels=[k, k]) for k in range(4)], axis=0)
+    got = integer(X, LABELS, label_smoothing=0.1)
+    np.testing.assert_allclose(got, 0.9 * truth() + 0.1 * spread, rtol=ULPS)
+    x = X.at[:, 0].set(-INF)
+    labels = np.array([3, 1])
+    spread = np.mean([truth(Z[:, 1:], [k, k]) for k in range(3)], axis=0)
+    want = 0.9 * truth(Z[:, 1:], labels - 1) + 0.1 * spread
+    np.testing.assert_allclose(integer(x, labels, label_smoothing=0.1), want, rtol=ULPS)
+
+
+@row("`class_weights`, and with smoothing")
+def test_class_weights():
+    weights = np.array([0.5, 2.0, 0.0, 1.5])
+    nll = np.stack([truth(labels=[k, k]) for k in range(4)], axis=-1)
+    got = integer(X, LABELS, class_weights=weights.astype(np.float32), label_smoothing=0.2)
+    want = 0.8 * (weights * nll)[[0, 1], LABELS] + 0.2 * (weights * nll).sum(-1) / 4
+    np.testing.assert_allclose(got, want, rtol=ULPS)
+    mean = head(X, jnp.eye(4), LABELS, class_weights=weights.astype(np.float32))
+    np.testing.assert_allclose(
+        mean, (weights[LABELS] * truth()).sum() / weights[LABELS].sum(), rtol=ULPS
+    )
+
+
+@row("`z_loss` λ")
+def test_z_loss():
+    lse = np.log(np.exp(Z).sum(-1))
+    np.testing.assert_allclose(integer(X, LABELS, z_loss=0.01), truth() + 0.01 * lse**2, rtol=ULPS)
+
+
+@row("`ignore_index`")
+def test_ignore_index():
+    x = X.at[1].set(math.nan)
+    labels = np.array([3, -100])
+    loss = integer(x, labels, ignore_index=-100)
+    np.testing.assert_allclose(loss, [truth()[0], 0], rtol=ULPS)
+    assert (gradient(lambda x: integer(x, labels, ignore_index=-100), x)[1] == 0).all()
+    mean = head(X, jnp.eye(4), labels, ignore_index=-100)
+    np.testing.assert_allclose(mean, truth()[0], rtol=ULPS)
+
+
+@row("which options may be traced and differentiated")
+def test_which_options_may_be_traced_and_differentiated():
+    values = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 5.0, "temperature": 0.7}
+    primals = jax.tree.map(jnp.float32, values)
+    weights = jnp.array([0.5, 2.0, 0.3, 1.5])
+
+    def mean(options, weights):
+        return integer(X, LABELS, class_weights=weights, **options).mean()
+
+    got = jax.jit(jax.grad(mean, (0, 1)))(primals, weights)
+    with jax.enable_x64(True):  # central differences: an error of 1e-10 in float64
+        step = 1e-5
+        x = jnp.asarray(Z)
+
+        def at(options, weights):
+            return float(integer(x, LABELS, class_weights=weights, **options).mean())
+
+        wide = np.asarray(weights, np.float64)
+        for name, value in values.items():
+            up, down = ({**values, name: value + s} for s in (step, -step))
+            slope = (at(up, wide) - at(down, wide)) / (2 * step)
+            np.testing.assert_allclose(got[0][name], slope, rtol=1e-5, err_msg=name)
+        for k in range(4):
+            up, down = (wide + s * np.eye(4)[k] for s in (step, -step))
+            slope = (at(values, up) - at(values, down)) / (2 * step)
+            np.testing.assert_allclose(got[1][k], slope, rtol=1e-5)
+    with pytest.raises(TypeError, match="ignore_index"):
+        jax.jit(lambda i: integer(X, LABELS, ignore_index=i))(3)
+
+
+@row("dense labels")
+def test_dense_labels():
+    y = np.array([0.5, 0.0, 1.0, 2.0])  # for both examples
+    nll = np.stack([truth(labels=[k, k]) for k in range(4)], axis=-1)
+    labels = jnp.asarray(y, jnp.float32)[None]
+    np.testing.assert_allclose(dense(X, labels), nll @ y, rtol=ULPS)
+    p = np.exp(-nll)
+    d = gradient(lambda x: dense(x, labels), X)
+    np.testing.assert_allclose(d, y.sum() * p - y, rtol=0, atol=4 * ULPS)
+    np.testing.assert_allclose(gradient(lambda y: dense(X, y), labels)[0], nll.sum(0), rtol=ULPS)
+
+
+@row("tuple of axes")
+def test_tuple_of_axes():
+    x = X.reshape(2, 2, 2)
+    np.testing.assert_array_equal(integer(x, LABELS, axis=(1, 2)), integer(X, LABELS))
+    swapped = jnp.swapaxes(x, 1, 2)
+    np.testing.assert_array_equal(integer(swapped, LABELS, axis=(2, 1)), integer(X, LABELS))
+
+
+@row("empty input")
+def test_empty_input():
+    assert integer(X[:0], LABELS[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="at least one class"):
+        integer(X[:, :0], LABELS)
+
+
+@row("wrong type, dtype or shape")
+def test_wrong_type_dtype_or_shape():
+    function = "softmax_cross_entropy_with_integer_labels"
+    with pytest.raises(TypeError, match=rf"^{function}: logits must have .* got int"):
+        integer(LABELS[None], LABELS)
+    with pytest.raises(ValueError, match=rf"^{function}: labels must have shape \(2,\).* \(2, 1\)"):
+        integer(X, LABELS[:, None])
