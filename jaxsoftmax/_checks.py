@@ -23,20 +23,28 @@ def _describe(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _typed(value: object) -> str:
+    """What came, with its type first."""
+    return f"{type(value).__name__} {_describe(value)}"
+
+
+def _no_array(function: str, name: str, value: object) -> TypeError:
+    return TypeError(f"{function}: {name} must be an array or a scalar; got {_typed(value)}")
+
+
 def as_array(function: str, name: str, value: ArrayLike) -> jax.Array:
     """`value` as a JAX array; lists and other containers are refused, as in `jax.numpy`."""
     if isinstance(value, (list, tuple, dict, set, str, bytes)) or value is None:
-        raise TypeError(
-            f"{function}: {name} must be an array or a scalar; "
-            f"got {type(value).__name__} {_describe(value)}"
-        )
+        raise _no_array(function, name, value)
     try:
         return jnp.asarray(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{function}: {name} must be an array or a scalar; "
-            f"got {type(value).__name__} {_describe(value)}"
+    except OverflowError as error:
+        raise ValueError(
+            f"{function}: {name} must fit {jnp.asarray(0).dtype} as a Python integer; "
+            f"got {_describe(value)}"
         ) from error
+    except (TypeError, ValueError) as error:
+        raise _no_array(function, name, value) from error
 
 
 def as_floating(function: str, name: str, value: ArrayLike) -> jax.Array:
@@ -52,11 +60,11 @@ def as_floating(function: str, name: str, value: ArrayLike) -> jax.Array:
 def as_inexact(function: str, name: str, value: ArrayLike) -> jax.Array:
     """`value` as a real floating-point array; integers and booleans are promoted as in jax.nn."""
     array = as_array(function, name, value)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have a real dtype; got {array.dtype}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(jax.eval_shape(jnp.exp, array).dtype)
-    return array
+    return array.astype(jax.eval_shape(jnp.exp, array).dtype)
 
 
 def as_labels(function: str, name: str, value: ArrayLike) -> jax.Array:
@@ -75,12 +83,14 @@ def as_mask(function: str, name: str, value: ArrayLike) -> jax.Array:
     return array
 
 
-def _one_axis(function: str, axis: object, ndim: int) -> int:
-    if isinstance(axis, (bool, np.bool_)) or not isinstance(axis, (int, np.integer)):
-        raise TypeError(
-            f"{function}: axis must be an integer, a tuple of integers or None; "
-            f"got {type(axis).__name__} {_describe(axis)}"
-        )
+ONE_AXIS = "an integer"
+SOME_AXES = "an integer or a tuple of integers"
+ANY_AXES = "an integer, a tuple of integers or None"
+
+
+def _one_axis(function: str, axis: object, ndim: int, allowed: str) -> int:
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"{function}: axis must be {allowed}; got {_typed(axis)}")
     if not -ndim <= axis < ndim:
         raise ValueError(
             f"{function}: axis must be in [{-ndim}, {ndim}) for an array with {ndim} axes; "
@@ -89,13 +99,15 @@ def _one_axis(function: str, axis: object, ndim: int) -> int:
     return int(axis) % ndim
 
 
-def as_axes(function: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+def as_axes(
+    function: str, axis: int | Sequence[int] | None, ndim: int, allowed: str = ANY_AXES
+) -> tuple[int, ...]:
     """`axis` as a tuple of distinct non-negative axes, in the caller's order."""
-    if axis is None:
+    if axis is None and allowed == ANY_AXES:
         return tuple(range(ndim))
-    if not isinstance(axis, (tuple, list)):
-        return (_one_axis(function, axis, ndim),)
-    axes = tuple(_one_axis(function, a, ndim) for a in axis)
+    if allowed == ONE_AXIS or not isinstance(axis, (tuple, list)):
+        return (_one_axis(function, axis, ndim, allowed),)
+    axes = tuple(_one_axis(function, a, ndim, allowed) for a in axis)
     if len(set(axes)) != len(axes):
         raise ValueError(f"{function}: axis must name distinct axes; got {tuple(axis)}")
     return axes
@@ -134,19 +146,39 @@ def check_broadcasts(
         )
 
 
+def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
+    """A real floating scalar; a boolean is a switch, and no number."""
+    array = as_array(function, name, value)
+    if array.dtype == jnp.bool_:
+        raise TypeError(f"{function}: {name} must be a real number; got {_describe(value)}")
+    array = as_inexact(function, name, array)
+    if array.ndim:
+        raise ValueError(f"{function}: {name} must be a scalar; got shape {array.shape}")
+    return array
+
+
+def _known(value: ArrayLike, array: jax.Array) -> float | None:
+    """The number in `array`, which was made of `value`: 1e-60 is 0 there. None if traced."""
+    if isinstance(value, Tracer):
+        return None
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.asarray(value).astype(array.dtype))
+
+
 def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
     """A real floating scalar; positive and finite where its value is known."""
-    array = _as_scalar(function, name, value)
-    if not isinstance(value, Tracer) and not 0 < float(np.asarray(value)) < np.inf:
+    array = as_scalar(function, name, value)
+    known = _known(value, array)
+    if known is not None and not 0 < known < np.inf:
         raise ValueError(f"{function}: {name} must be positive and finite; got {value}")
     return array
 
 
 def as_fraction(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
     """A real floating, finite scalar; in [0, most] where its value is known."""
-    array = _as_scalar(function, name, value)
-    known = 0.0 if isinstance(value, Tracer) else float(np.asarray(value))
-    if not (0 <= known <= most and known < np.inf):
+    array = as_scalar(function, name, value)
+    known = _known(value, array)
+    if known is not None and not (0 <= known <= most and known < np.inf):
         expected = "at least 0 and finite" if most == np.inf else f"in [0, {most:g}]"
         raise ValueError(f"{function}: {name} must be {expected}; got {value}")
     return array
@@ -156,19 +188,12 @@ def as_ignore_index(function: str, value: object) -> int | None:
     """A Python integer, or None."""
     if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
         return None if value is None else int(value)
-    raise TypeError(f"{function}: ignore_index must be an integer or None; got {_describe(value)}")
+    raise TypeError(f"{function}: ignore_index must be an integer or None; got {_typed(value)}")
 
 
-def _as_scalar(function, name, value):
-    array = as_inexact(function, name, value)
-    if array.ndim:
-        raise ValueError(f"{function}: {name} must be a scalar; got shape {array.shape}")
-    return array
-
-
-def check_choice(function: str, name: str, value: object, choices: Sequence[object]) -> None:
+def check_choice(function: str, name: str, value: object, choices: Sequence[str | None]) -> None:
     """`value` is one of `choices`."""
-    if not any(value is choice or value == choice for choice in choices):
+    if not (value is None or isinstance(value, str)) or value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {listed}; got {_describe(value)}")
 
@@ -176,7 +201,7 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[obje
 def as_flag(function: str, name: str, value: object) -> bool:
     """A Python boolean: it decides what is computed."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {name} must be True or False; got {_describe(value)}")
+        raise TypeError(f"{function}: {name} must be True or False; got {_typed(value)}")
     return bool(value)
 
 
@@ -186,15 +211,20 @@ def check_precision(function: str, value: Any) -> None:
     try:
         jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), one)
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"{function}: precision must be as in jax.lax.dot_general; got {_describe(value)}"
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"{function}: precision must be as in jax.lax.dot_general; got {_typed(value)}"
         ) from error
+
+
+def check_callable(function: str, name: str, value: object) -> None:
+    """`value` is a function."""
+    if not callable(value):
+        raise TypeError(f"{function}: {name} must be callable; got {_typed(value)}")
 
 
 def check_losses(function: str, loss_fn: Any, arguments: Sequence[jax.ShapeDtypeStruct]) -> None:
     """`loss_fn` gives one floating loss a token for `arguments`, logits first."""
-    if not callable(loss_fn):
-        raise TypeError(f"{function}: loss_fn must be callable; got {_describe(loss_fn)}")
     losses = jax.eval_shape(loss_fn, *arguments)
     expected = arguments[0].shape[:1]
     if getattr(losses, "shape", None) != expected:
@@ -209,9 +239,7 @@ def check_losses(function: str, loss_fn: Any, arguments: Sequence[jax.ShapeDtype
 def check_count(function: str, name: str, value: object) -> None:
     """`value` is a Python integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(
-            f"{function}: {name} must be an integer; got {type(value).__name__} {_describe(value)}"
-        )
+        raise TypeError(f"{function}: {name} must be an integer; got {_typed(value)}")
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1; got {value}")
 
@@ -245,8 +273,9 @@ def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | Non
             f"{name}: labels must be known, not traced (outside jit); got {_describe(labels)}"
         )
     # NumPy keeps 64 bits, which JAX would cut off without x64.
-    array = np.asarray(labels) if isinstance(labels, (np.ndarray, np.generic, int)) else None
-    array = np.asarray(as_labels(name, "labels", labels)) if array is None else array
+    if not isinstance(labels, (np.ndarray, np.generic, int)):
+        labels = as_labels(name, "labels", labels)
+    array = np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name}: labels must have an integer dtype; got {array.dtype}")
     wrong = (array < 0) | (array >= num_classes)

@@ -260,9 +260,7 @@ def as_log_probs(statistics: Statistics, with_entropy: bool) -> LogProbs:
 def _logits_and_labels(name, logits, labels, axis):
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_labels(name, "labels", labels)
-    if axis is None:
-        raise TypeError(f"{name}: axis must be an integer or a tuple of integers; got None")
-    axes = _checks.as_axes(name, axis, logits.ndim)
+    axes = _checks.as_axes(name, axis, logits.ndim, _checks.SOME_AXES)
     _checks.check_has_classes(name, "logits", logits.shape, axes)
     meaning = f"the shape of logits without axis {axis}"
     _checks.check_shape(name, "labels", labels.shape, _batch_shape(logits.shape, axes), meaning)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of the linear head, checked, and how its losses are put back together."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -83,22 +84,19 @@ def as_head(
             raise ValueError(
                 f'{function}: denominator needs reduction="mean"; got reduction={reduction!r}'
             )
-        denominator = _checks.as_inexact(function, "denominator", denominator)
-        _checks.check_shape(function, "denominator", denominator.shape, (), "a scalar")
-        denominator = denominator.astype(total)
+        denominator = _checks.as_scalar(function, "denominator", denominator).astype(total)
     _checks.check_precision(function, precision)
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
-    rows = hidden.astype(dtype).reshape(-1, width) if hidden.size else hidden.reshape(0, width)
+    rows = hidden.astype(dtype).reshape(math.prod(shape), width)
     return Head(shape, rows, kernel.astype(dtype), bias, weights, reduction, denominator)
 
 
 def as_per_token(function, name, value, head):
     value = _checks.as_array(function, name, value)
     tokens = len(head.shape)
-    _checks.check_shape(
-        function, f"the first axes of {name}", value.shape[:tokens], head.shape, "the tokens"
-    )
+    axes = f"the first axes of {name}"
+    _checks.check_shape(function, axes, value.shape[:tokens], head.shape, "the tokens of hidden")
     return value.reshape(head.hidden.shape[0], *value.shape[tokens:])
 
 

@@ -96,6 +96,7 @@ def linear_loss(
       3.0
     """
     name = "linear_loss"
+    _checks.check_callable(name, "loss_fn", loss_fn)
     head = as_head(
         name,
         hidden,

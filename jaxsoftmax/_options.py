@@ -45,7 +45,7 @@ def as_options(
 
 
 def _unless_zero(function, name, value, most):
-    if isinstance(value, (int, float)) and value == 0:
+    if isinstance(value, (int, float)) and value == 0 and value is not False:
         return None
     return _checks.as_fraction(function, name, value, most)
 

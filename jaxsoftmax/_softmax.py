@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +150,7 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
       `return_sign` is NaN.
 
     Raises:
-      TypeError: `a` or `b` is not real, or `where` not boolean.
+      TypeError: `a` or `b` is not real, `where` not boolean, or a switch not True or False.
       ValueError: an axis out of range, or shapes that do not broadcast.
 
     Differentiable in `a` and `b` in reverse mode, to any order; forward mode over reverse
@@ -175,6 +174,8 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
             ) from None
         a, b = (jnp.broadcast_to(v.astype(dtype), shape) for v in (a, b))
     axes = _checks.as_axes("logsumexp", axis, a.ndim)
+    keepdims = _checks.as_flag("logsumexp", "keepdims", keepdims)
+    return_sign = _checks.as_flag("logsumexp", "return_sign", return_sign)
     where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
     with jax.named_scope("jaxsoftmax.logsumexp"):
         summed = (_row_logsumexp if b is None else _weighted_logsumexp).now()
@@ -274,9 +275,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
        [-9.357623e-14  9.357623e-14]]
     """
     x = _checks.as_inexact("softmax_jacobian", "x", x)
-    if not isinstance(axis, Integral) or isinstance(axis, bool):
-        raise TypeError(f"softmax_jacobian: axis must be an integer; got {axis!r}")
-    axes = _checks.as_axes("softmax_jacobian", axis, x.ndim)
+    axes = _checks.as_axes("softmax_jacobian", axis, x.ndim, _checks.ONE_AXIS)
     _checks.check_has_classes("softmax_jacobian", "x", x.shape, axes)
     with jax.named_scope("jaxsoftmax.softmax_jacobian"):
         return _softmax_jacobian(x, axes)

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
     m: jax.Array
     r: jax.Array
-    z_label: jax.Array | None  # z_t; NaN where the label is no class, None for dense targets
+    z_label: Any  # z_t [...]; NaN where the label is no class, None for dense targets
     mean_gap: jax.Array | None  # Σ_k ŷ_k (m − z_k), for the entropy
     classes: jax.Array | None  # n, for the spread
     mass: jax.Array | None  # Σ_k u_k over those classes
@@ -66,7 +66,7 @@ def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLi
     """Check both."""
     if soft_cap is not None:
         soft_cap = _checks.as_positive(function, "soft_cap", soft_cap)
-    if isinstance(temperature, (int, float)) and temperature == 1:
+    if isinstance(temperature, (int, float)) and temperature == 1 and temperature is not True:
         return Transform(soft_cap)
     return Transform(soft_cap, _checks.as_positive(function, "temperature", temperature))
 

@@ -1,36 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes and dtypes in the signatures hold: jaxtyping and beartype check them on every call."""
+"""The shapes and dtypes in the signatures hold: jaxtyping and beartype check them on every call.
+
+Every right call of `arguments` passes them, with its gradient and in half precision; every wrong
+one is refused, by them or with the very error that a user gets.
+"""
 
 import subprocess
 import sys
+from pathlib import Path
 
 CALLS = """
-from jaxtyping import install_import_hook
+from jaxtyping import TypeCheckError, install_import_hook
 
 with install_import_hook("jaxsoftmax", "beartype.beartype"):
-    import jaxsoftmax as js
+    import jaxsoftmax
 
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp
+from arguments import MORE_RIGHT, RIGHT, WRONG, call
 
-for dtype in (jnp.float32, jnp.bfloat16):
-    x = jnp.zeros((3, 4), dtype)
-    labels = np.array([0, 1, 2], np.int8)
-    mask = np.ones((3, 4), bool)
-    for axis in (-1, 0, (0, 1), None):
-        js.softmax(x, axis)
-        js.log_softmax(x, axis, where=mask)
-        js.logsumexp(x, axis, b=2.0, return_sign=True)
-    js.softmax_jacobian(x, axis=0)
-    js.softmax_cross_entropy(x, jax.nn.one_hot(labels, 4), where=mask)
-    js.softmax_cross_entropy_with_integer_labels(x, labels, where=np.ones(3, bool))
-    js.softmax_cross_entropy_with_integer_labels(x, 5, axis=(0, 1))
-    jax.grad(lambda x: js.softmax_cross_entropy(x, x).sum())(x)
+
+def with_gradient(name, changes):
+    # Of the first array, in its own dtype and in bfloat16.
+    array = next(n for n in ("x", "a", "logits", "hidden", "labels") if n in RIGHT[name])
+    x = jnp.asarray((RIGHT[name] | changes)[array])
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return call(name, **changes)
+    total = lambda x: sum(jnp.sum(o) for o in jax.tree.leaves(call(name, **changes | {array: x})))
+    for dtype in (x.dtype, jnp.bfloat16):
+        jax.eval_shape(jax.value_and_grad(total), x.astype(dtype))
+
+
+right = wrong = by_type = 0
+for name in RIGHT:
+    for changes in [{}, *MORE_RIGHT[name]]:
+        with_gradient(name, changes)
+        right += 1
+    for case in WRONG[name]:
+        try:
+            call(name, **{case.argument: case.value, **case.others})
+        except TypeCheckError:
+            # A type or a choice; what shape an argument must have depends on the others.
+            assert case.error is TypeError or " one of " in case.message, case
+            by_type += 1
+        except case.error as error:
+            assert str(error) == f"{name}: {case.message}", case
+        else:
+            raise AssertionError(f"{name} takes {case}")
+        wrong += 1
+assert right > 30 and wrong > 400 and by_type > 100, (right, wrong, by_type)
 print("checked")
 """
 
 
 def test_annotations_agree_with_what_comes_and_goes():
     done = subprocess.run(
-        [sys.executable, "-c", CALLS], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-W", "error", "-c", CALLS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.stdout == "checked\n", done.stderr

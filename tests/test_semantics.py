@@ -7,6 +7,7 @@ The other files go through these questions with every size, dtype and transform.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def row(question):
     return register
 
 
-def truth(z=Z, labels=LABELS):
+def truth(z: Any = Z, labels: Any = LABELS) -> np.ndarray:
     """−log softmax at the labels in float64, from the definition."""
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     return -np.log(p[np.arange(len(z)), labels])

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Right and wrong values for every argument of every public function: one table of errors."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsoftmax
+
+X = np.zeros((8, 16), np.float32)
+LABELS = np.zeros(8, np.int32)
+MASK = np.ones((8, 16), bool)
+WIDE = np.ones((2, 8, 16), np.float32)
+COMPLEX = X.astype(np.complex64)
+KEY = jax.random.key(0)
+HIDDEN, KERNEL = np.zeros((8, 4), np.float32), np.zeros((4, 16), np.float32)
+WEIGHTS, BIAS = np.ones(8, np.float32), np.zeros(16, np.float32)
+BIG = 2**70
+INT32 = f"must fit int32 as a Python integer; got {BIG}"
+
+
+def squared(logits, *targets):
+    return jnp.sum(logits**2, axis=-1) + sum(targets)
+
+
+# What each function needs at least, by name.
+RIGHT: dict[str, dict[str, Any]] = {
+    "softmax": {"x": X},
+    "log_softmax": {"x": X},
+    "logsumexp": {"a": X},
+    "softmax_jacobian": {"x": X},
+    "softmax_cross_entropy": {"logits": X, "labels": X},
+    "softmax_cross_entropy_with_integer_labels": {"logits": X, "labels": LABELS},
+    "label_log_probs": {"logits": X, "labels": LABELS},
+    "linear_loss": {
+        "loss_fn": squared,
+        "hidden": HIDDEN,
+        "kernel": KERNEL,
+        "token_args": (WEIGHTS,),
+    },
+    "linear_softmax_cross_entropy": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
+    "linear_log_probs": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
+    "check_labels": {"labels": LABELS, "num_classes": 16},
+}
+INTEGER = "softmax_cross_entropy_with_integer_labels"
+HEAD = "linear_softmax_cross_entropy"
+
+_transform = {"soft_cap": 30.0, "temperature": np.float32(2)}
+_losses = {"label_smoothing": 0.1, "z_loss": 1e-4, **_transform}
+_classes = {"ignore_index": -100, "class_weights": BIAS + 1}
+_head = {"bias": BIAS, "chunk_size": 5, "precision": "highest"}
+_reduced = {"weights": WEIGHTS, "reduction": "mean", "denominator": 8}
+
+# Every other argument, rightly: changes to the above, each a call.
+MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
+    "softmax": [{"axis": 0, "where": MASK}, {"axis": None}, {"axis": (1, 0), "where": MASK[:1]}],
+    "log_softmax": [{"axis": -2, "where": MASK[:, :1]}, {"axis": [0]}, {"x": 1, "axis": ()}],
+    "logsumexp": [
+        {"axis": (0, 1), "b": BIAS, "keepdims": True, "return_sign": True, "where": MASK},
+        {"a": X[:, 0], "b": X[:, :1]},
+    ],
+    "softmax_jacobian": [{"x": X.astype(np.float16), "axis": 0}, {"x": WIDE, "axis": 1}],
+    "softmax_cross_entropy": [
+        {"axis": (0, 1), "where": MASK, **_losses},
+        {"labels": BIAS, "where": MASK[:, 0]},
+        {"logits": jnp.zeros((8, 16), jnp.bfloat16), "labels": MASK, "axis": None},
+    ],
+    INTEGER: [
+        {"axis": 1, "where": MASK[:, 0], **_losses, **_classes},
+        {"axis": (1, 0), "labels": 5, "where": MASK},
+        {"labels": LABELS.astype(np.uint8), "class_weights": np.arange(16)},
+    ],
+    "label_log_probs": [{"axis": -1, "with_entropy": True, **_transform}],
+    "linear_loss": [
+        {**_head, **_reduced},
+        {"token_args": (), "reduction": None},
+        {"hidden": WIDE[..., :4], "token_args": (WIDE[..., 0], WIDE[..., 1])},
+        {"hidden": HIDDEN[0], "token_args": (1.0,)},
+    ],
+    "linear_softmax_cross_entropy": [
+        {**_head, **_reduced, **_losses, **_classes, "gradients": "recompute"},
+        {"reduction": "sum", "gradients": "in_forward", "weights": MASK[:, 0]},
+        {"hidden": HIDDEN.reshape(2, 4, 4), "labels": LABELS.reshape(2, 4), "reduction": None},
+    ],
+    "linear_log_probs": [{**_head, **_transform, "with_entropy": True}],
+    "check_labels": [{"labels": LABELS - 100, "ignore_index": -100}, {"labels": 3}],
+}
+
+
+def call(name: str, **changes: Any) -> Any:
+    """The function with right arguments, `changes` apart."""
+    arguments = RIGHT[name] | changes
+    first = [arguments.pop(n) for n in ("loss_fn", "hidden", "kernel") if name == "linear_loss"]
+    return getattr(jaxsoftmax, name)(*first, *arguments.pop("token_args", ()), **arguments)
+
+
+class Wrong(NamedTuple):
+    """A call with one wrong argument, its error, and the text that follows the function's name."""
+
+    argument: str
+    value: Any
+    error: type[Exception]
+    message: str
+    others: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def _array(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    """Nothing that is no array."""
+    said = f"{name} must be an array or a scalar; got"
+    yield Wrong(name, [1.0, 2.0], TypeError, f"{said} list [1.0, 2.0]")
+    yield Wrong(name, (1.0, 2.0), TypeError, f"{said} tuple (1.0, 2.0)")
+    yield Wrong(name, "text", TypeError, f"{said} str 'text'")
+    yield Wrong(name, {"a": 1}, TypeError, f"{said} dict {{'a': 1}}")
+    yield Wrong(name, np.array(["a"]), TypeError, f"{said} ndarray <U1[1]")
+    yield Wrong(name, np.ma.masked_array(X), TypeError, f"{said} MaskedArray float32[8,16]")
+    yield Wrong(name, BIG, ValueError, f"{name} {INT32}")
+    if not optional:
+        yield Wrong(name, None, TypeError, f"{said} NoneType None")
+
+
+def _floating(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    yield from _array(name, optional=optional)
+    said = f"{name} must have a real floating-point dtype; got"
+    yield Wrong(name, LABELS, TypeError, f"{said} int32")
+    yield Wrong(name, MASK, TypeError, f"{said} bool")
+    yield Wrong(name, COMPLEX, TypeError, f"{said} complex64")
+    yield Wrong(name, KEY, TypeError, f"{said} key<fry>")
+
+
+def _real(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    yield from _array(name, optional=optional)
+    yield Wrong(name, COMPLEX, TypeError, f"{name} must have a real dtype; got complex64")
+    yield Wrong(name, KEY, TypeError, f"{name} must have a real dtype; got key<fry>")
+
+
+def _scalar(name: str, *, optional: bool = True) -> Iterator[Wrong]:
+    yield from _real(name, optional=optional)
+    yield Wrong(name, True, TypeError, f"{name} must be a real number; got True")
+    yield Wrong(name, np.array(False), TypeError, f"{name} must be a real number; got bool[]")
+    yield Wrong(name, BIAS, ValueError, f"{name} must be a scalar; got shape (16,)")
+
+
+def _in_range(name: str, expected: str, *values: float, optional=False) -> Iterator[Wrong]:
+    yield from _scalar(name, optional=optional)
+    for value in values:
+        yield Wrong(name, value, ValueError, f"{name} must be {expected}; got {value}")
+    array = jnp.asarray(values[0], jnp.float32)
+    yield Wrong(name, array, ValueError, f"{name} must be {expected}; got {array}")
+
+
+def _transforms() -> Iterator[Wrong]:
+    # 1e-60 and 1e60 are 0 and infinity in float32, where they are used.
+    values = (0, -2, -0.5, 1e-60, 1e60, np.inf, np.nan)
+    yield from _in_range("soft_cap", "positive and finite", *values, optional=True)
+    yield from _in_range("temperature", "positive and finite", *values)
+
+
+def _options() -> Iterator[Wrong]:
+    yield from _transforms()
+    yield from _in_range("label_smoothing", "in [0, 1]", -0.5, 1.5, 2, np.inf, np.nan)
+    yield from _in_range("z_loss", "at least 0 and finite", -1.0, -1, 1e60, np.inf, np.nan)
+
+
+def _flag(name: str) -> Iterator[Wrong]:
+    said = f"{name} must be True or False; got"
+    yield Wrong(name, 1, TypeError, f"{said} int 1")
+    yield Wrong(name, "yes", TypeError, f"{said} str 'yes'")
+    yield Wrong(name, None, TypeError, f"{said} NoneType None")
+    yield Wrong(name, jnp.array(True), TypeError, f"{said} ArrayImpl bool[]")
+
+
+def _count(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    said = f"{name} must be an integer; got"
+    yield Wrong(name, 2.0, TypeError, f"{said} float 2.0")
+    yield Wrong(name, "8", TypeError, f"{said} str '8'")
+    yield Wrong(name, True, TypeError, f"{said} bool True")
+    yield Wrong(name, jnp.array(8), TypeError, f"{said} ArrayImpl int32[]")
+    for value in (0, -1):
+        yield Wrong(name, value, ValueError, f"{name} must be at least 1; got {value}")
+    if not optional:
+        yield Wrong(name, None, TypeError, f"{said} NoneType None")
+
+
+def _axis(allowed: str) -> Iterator[Wrong]:
+    said = f"axis must be {allowed}; got"
+    yield Wrong("axis", 1.5, TypeError, f"{said} float 1.5")
+    yield Wrong("axis", "a", TypeError, f"{said} str 'a'")
+    yield Wrong("axis", True, TypeError, f"{said} bool True")
+    yield Wrong("axis", np.bool_(True), TypeError, f"{said} bool bool[]")
+    yield Wrong("axis", np.array(1), TypeError, f"{said} ndarray int64[]")
+    reach = "axis must be in [-2, 2) for an array with 2 axes; got"
+    yield Wrong("axis", 2, ValueError, f"{reach} 2")
+    yield Wrong("axis", -3, ValueError, f"{reach} -3")
+    if "None" not in allowed:
+        yield Wrong("axis", None, TypeError, f"{said} NoneType None")
+    if "tuple" not in allowed:
+        yield Wrong("axis", (0, 1), TypeError, f"{said} tuple (0, 1)")
+        return
+    yield Wrong("axis", (0, 1.5), TypeError, f"{said} float 1.5")
+    yield Wrong("axis", (0, 5), ValueError, f"{reach} 5")
+    yield Wrong("axis", (0, -2), ValueError, "axis must name distinct axes; got (0, -2)")
+    yield Wrong("axis", [1, 1], ValueError, "axis must name distinct axes; got (1, 1)")
+
+
+_SOME = "an integer or a tuple of integers"
+_ANY = "an integer, a tuple of integers or None"
+
+
+def _classes_of(name: str, **others: Any) -> Iterator[Wrong]:
+    """A class axis there is, with a class."""
+    said = f"{name} must have at least one class along axis"
+    yield Wrong(name, X[:, :0], ValueError, f"{said} 1; got shape (8, 0)", others)
+    both = {"axis": (1, 0), **others}
+    yield Wrong(name, X[:, :0], ValueError, f"{said} (1, 0); got shape (8, 0)", both)
+    said = "axis must be in [0, 0) for an array with 0 axes; got -1"
+    yield Wrong(name, np.float32(1), ValueError, said, others)
+
+
+def _mask(name: str) -> Iterator[Wrong]:
+    """The mask of an array called `name`."""
+    yield from _array("where", optional=True)
+    for value in (X, LABELS):
+        yield Wrong("where", value, TypeError, f"where must have dtype bool; got {value.dtype}")
+    said = f"where must broadcast to (8, 16), the shape of {name}; got"
+    yield Wrong("where", MASK[:3], ValueError, f"{said} (3, 16)")
+    yield Wrong("where", MASK.T, ValueError, f"{said} (16, 8)")
+    if name != "logits":
+        yield Wrong("where", WIDE > 0, ValueError, f"{said} (2, 8, 16)")
+
+
+def _loss_mask() -> Iterator[Wrong]:
+    """The mask of a loss has the axes of the logits, or one value per example."""
+    yield from _mask("logits")
+    said = "where must have shape (8,), one value per example, or have the 2 axes of logits; got"
+    yield Wrong("where", MASK[0], ValueError, f"{said} (16,)")
+    yield Wrong("where", True, ValueError, f"{said} ()")
+    yield Wrong("where", WIDE > 0, ValueError, f"{said} (2, 8, 16)")
+
+
+def _token_labels(meaning: str) -> Iterator[Wrong]:
+    yield from _array("labels")
+    said = "labels must have an integer dtype; got"
+    yield Wrong("labels", WEIGHTS, TypeError, f"{said} float32")
+    yield Wrong("labels", LABELS > 0, TypeError, f"{said} bool")
+    yield Wrong("labels", COMPLEX, TypeError, f"{said} complex64")
+    yield Wrong("labels", KEY, TypeError, f"{said} key<fry>")
+    said = f"labels must have shape (8,), {meaning}; got"
+    yield Wrong("labels", LABELS[:3], ValueError, f"{said} (3,)")
+    yield Wrong("labels", LABELS[:, None], ValueError, f"{said} (8, 1)")
+    yield Wrong("labels", np.int32(0), ValueError, f"{said} ()")
+
+
+def _ignore_index() -> Iterator[Wrong]:
+    said = "ignore_index must be an integer or None; got"
+    yield Wrong("ignore_index", 1.0, TypeError, f"{said} float 1.0")
+    yield Wrong("ignore_index", True, TypeError, f"{said} bool True")
+    yield Wrong("ignore_index", np.bool_(True), TypeError, f"{said} bool bool[]")
+    yield Wrong("ignore_index", "pad", TypeError, f"{said} str 'pad'")
+    yield Wrong("ignore_index", jnp.array(0), TypeError, f"{said} ArrayImpl int32[]")
+
+
+def _class_weights() -> Iterator[Wrong]:
+    yield from _real("class_weights", optional=True)
+    said = "class_weights must have shape (16,), one weight a class; got"
+    for value in (WEIGHTS, X, np.float32(1)):
+        yield Wrong("class_weights", value, ValueError, f"{said} {np.shape(value)}")
+
+
+def _integer_logits() -> Iterator[Wrong]:
+    """Logits with integer labels."""
+    yield from _floating("logits")
+    yield from _classes_of("logits")
+    yield from _axis(_SOME)
+    yield from _token_labels("the shape of logits without axis -1")
+    said = "labels must have shape"
+    wrong = ((0, (16,), "0"), ((0, 1), (), "(0, 1)"), ([1], (8,), "[1]"))
+    for axis, shape, text in wrong:
+        expected = f"{said} {shape}, the shape of logits without axis {text}; got (8, 1)"
+        yield Wrong("labels", LABELS[:, None], ValueError, expected, {"axis": axis})
+    expected = f"{said} (2, 8), the shape of logits without axis -1; got (8,)"
+    yield Wrong("logits", WIDE, ValueError, expected)
+
+
+def _linear() -> Iterator[Wrong]:
+    """The head itself."""
+    yield from _floating("hidden")
+    said = "hidden must have shape [*tokens, H]; got a scalar"
+    yield Wrong("hidden", np.float32(1), ValueError, said)
+    yield from _floating("kernel")
+    said = "kernel must have shape (4, V), with H = 4 the last axis of hidden; got"
+    for value in (KERNEL.T, BIAS, KERNEL[None], np.float32(1)):
+        yield Wrong("kernel", value, ValueError, f"{said} {np.shape(value)}")
+    expected = "kernel must have shape (3, V), with H = 3 the last axis of hidden; got (4, 16)"
+    yield Wrong("hidden", HIDDEN[:, :3], ValueError, expected)
+    expected = "kernel must have at least one class along axis 1; got shape (4, 0)"
+    yield Wrong("kernel", KERNEL[:, :0], ValueError, expected)
+    yield from _floating("bias", optional=True)
+    said = "bias must have shape (16,), one number for each of the 16 classes of kernel; got"
+    for value in (WEIGHTS, X, np.float32(1)):
+        yield Wrong("bias", value, ValueError, f"{said} {np.shape(value)}")
+    yield from _count("chunk_size", optional=True)
+    said = "precision must be as in jax.lax.dot_general; got"
+    for value, came in (("best", "str 'best'"), (3, "int 3"), (X, "ndarray float32[8,16]")):
+        yield Wrong("precision", value, ValueError, f"{said} {came}")
+
+
+def _reduction() -> Iterator[Wrong]:
+    yield from _real("weights", optional=True)
+    said = "weights must have shape (8,), the tokens of hidden; got"
+    for value in (WEIGHTS[:3], WEIGHTS[:, None], np.float32(1)):
+        yield Wrong("weights", value, ValueError, f"{said} {np.shape(value)}")
+    said = "reduction must be one of 'mean', 'sum', None; got"
+    for value, came in (("avg", "'avg'"), (1, "1"), (False, "False"), (X, "float32[8,16]")):
+        yield Wrong("reduction", value, ValueError, f"{said} {came}")
+    yield from _scalar("denominator")
+    for reduction in ("sum", None):
+        expected = f'denominator needs reduction="mean"; got reduction={reduction!r}'
+        yield Wrong("denominator", 2.0, ValueError, expected, {"reduction": reduction})
+
+
+def _loss_fn() -> Iterator[Wrong]:
+    yield Wrong("loss_fn", 3, TypeError, "loss_fn must be callable; got int 3")
+    none = {"hidden": HIDDEN[:0], "token_args": (WEIGHTS[:0],)}
+    yield Wrong("loss_fn", None, TypeError, "loss_fn must be callable; got NoneType None", none)
+    said = "loss_fn must return one loss a token, shape (8,) for logits (8, 16); got"
+    yield Wrong("loss_fn", lambda z, y: z.sum(), ValueError, f"{said} float32[]")
+    yield Wrong("loss_fn", lambda z, y: z, ValueError, f"{said} float32[8,16]")
+    yield Wrong("loss_fn", lambda z, y: None, ValueError, f"{said} None")
+    said = "loss_fn must return one loss a token, shape (3,) for logits (3, 16); got"
+    yield Wrong("loss_fn", lambda z, y: 1.0, ValueError, f"{said} float32[]", {"chunk_size": 3})
+    said = "loss_fn must return a floating dtype; got"
+    yield Wrong("loss_fn", lambda z, y: z.argmax(-1), TypeError, f"{said} int32")
+
+
+def _token_args() -> Iterator[Wrong]:
+    for wrong in _array("token_args[1]"):
+        yield wrong._replace(argument="token_args", value=(WEIGHTS, wrong.value))
+    said = "the first axes of token_args[0] must have shape (8,), the tokens of hidden; got"
+    for value in (WEIGHTS[:3], np.float32(1), X.T):
+        expected = f"{said} {np.shape(value)[:1]}"
+        yield Wrong("token_args", (value,), ValueError, expected)
+
+
+def _check_labels() -> Iterator[Wrong]:
+    # A NumPy array stays one, whatever JAX would make of it.
+    yield from (
+        wrong for wrong in _array("labels") if not isinstance(wrong.value, int | np.ndarray)
+    )
+    yield Wrong("labels", np.array(["a"]), TypeError, "labels must have an integer dtype; got <U1")
+    expected = "labels must be in [0, 16); got 1 that are not, the first"
+    yield Wrong("labels", 2**40, ValueError, f"{expected} {2**40} at index ()")
+    yield Wrong("labels", WEIGHTS, TypeError, "labels must have an integer dtype; got float32")
+    yield Wrong("labels", True, TypeError, "labels must have an integer dtype; got bool")
+    expected = "labels must be in [0, 16); got 2 that are not, the first -1 at index (0, 1)"
+    yield Wrong("labels", np.array([[0, -1], [16, 15]]), ValueError, expected)
+    expected = "labels must be in [0, 16) or be -1; got 1 that are not, the first 16 at index (2,)"
+    yield Wrong("labels", np.array([0, -1, 16]), ValueError, expected, {"ignore_index": -1})
+    yield from _count("num_classes")
+    yield from _ignore_index()
+
+
+def _weighted() -> Iterator[Wrong]:
+    """What `logsumexp` takes besides."""
+    yield from _real("b", optional=True)
+    said = "b must have a shape that broadcasts with (8, 16), the shape of a; got"
+    yield Wrong("b", X[:3], ValueError, f"{said} (3, 16)")
+    yield from _flag("keepdims")
+    yield from _flag("return_sign")
+
+
+def _jacobian() -> Iterator[Wrong]:
+    yield from _real("x")
+    yield from _axis("an integer")
+    expected = "x must have at least one class along axis 1; got shape (8, 0)"
+    yield Wrong("x", X[:, :0], ValueError, expected)
+
+
+def _dense() -> Iterator[Wrong]:
+    """Logits with a target for each class."""
+    yield from _floating("logits")
+    yield from _classes_of("logits", labels=np.float32(0))
+    yield from _axis(_ANY)
+    yield from _real("labels")
+    said = "labels must broadcast to (8, 16), the shape of logits; got"
+    for value in (X[:3], X.T, WIDE, X[:0]):
+        yield Wrong("labels", value, ValueError, f"{said} {value.shape}")
+
+
+def _gradients() -> Iterator[Wrong]:
+    said = "gradients must be one of 'auto', 'in_forward', 'recompute'; got"
+    for value, came in (("fast", "'fast'"), (None, "None"), (X, "float32[8,16]")):
+        yield Wrong("gradients", value, ValueError, f"{said} {came}")
+    expected = 'gradients="in_forward" needs reduction "mean" or "sum"; got None'
+    yield Wrong("gradients", "in_forward", ValueError, expected, {"reduction": None})
+
+
+_of_tokens = list(_token_labels("the tokens of hidden"))
+_of_classes = [*_ignore_index(), *_class_weights()]
+_of_head = [*_linear(), *_of_tokens]
+
+WRONG: dict[str, list[Wrong]] = {
+    "softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_classes_of("x")],
+    "log_softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_classes_of("x")],
+    "logsumexp": [*_real("a"), *_axis(_ANY), *_mask("a"), *_weighted()],
+    "softmax_jacobian": [*_jacobian()],
+    "softmax_cross_entropy": [*_dense(), *_loss_mask(), *_options()],
+    INTEGER: [*_integer_logits(), *_loss_mask(), *_options(), *_of_classes],
+    "label_log_probs": [*_integer_logits(), *_transforms(), *_flag("with_entropy")],
+    "linear_loss": [*_linear(), *_reduction(), *_loss_fn(), *_token_args()],
+    HEAD: [*_of_head, *_reduction(), *_options(), *_of_classes, *_gradients()],
+    "linear_log_probs": [*_of_head, *_transforms(), *_flag("with_entropy")],
+    "check_labels": [*_check_labels()],
+}
