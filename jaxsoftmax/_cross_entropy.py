@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from . import _checks
 from ._numerics import to_index, to_rows
-from ._options import as_options, target_losses, token_losses
+from ._options import as_options, ignored_tokens, target_losses, token_losses
 from ._statistics import Statistics, as_transform, target_statistics, token_statistics
 
 
@@ -97,6 +97,10 @@ def _integer_labels(summed, logits, labels, where, options, axes, ignore_index):
         logits = jnp.where(where, logits, -jnp.inf)
     rows = to_rows(logits, axes)
     index = to_index(labels, rows.shape[-1])
+    ignored = ignored_tokens(labels, ignore_index)
+    if ignored is not None and summed is token_statistics.forward:
+        # A linear map cannot see that a token is not used: 0 · NaN would be NaN.
+        rows, index = jnp.where(ignored[..., None], 0, rows), jnp.where(ignored, 0, index)
     statistics = summed(rows, index, options.transform, options.class_weights)
     losses = token_losses(statistics, labels, ignore_index, options)
     return _zero_where_nothing(losses, where, axes)

@@ -283,7 +283,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
 
 @partial(jax.jit, static_argnames="axes")
 def _softmax_jacobian(x, axes):
-    rows = to_rows(x, axes)
+    rows = upcast(to_rows(x, axes))  # once: so is its cotangent, of two uses, cast once
     m, r = max_and_remainder(rows)
     e, r = shifted_exp(rows, m), r[..., None]
     probabilities = e / (1 + r)

@@ -3,7 +3,8 @@
 
 The same names, arguments and results, with the derivative under `custom_jvp`; reverse mode works
 too and keeps what it keeps elsewhere. The functions of the package itself have a `custom_vjp`, of
-which JAX cannot take a `jvp`.
+which JAX cannot take a `jvp`. One difference: a label that is no class (and is not ignored) makes
+its row's gradient NaN even where its loss is not used, since a linear map cannot tell.
 
 Example:
   >>> import jax, jax.numpy as jnp

@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every public function on one list of hostile inputs: eager, jitted, differentiated, vmapped.
+
+A line of FUNCTIONS is a function of logits, or a head that has exactly those logits, with its
+truth; a line of ROWS a kind of row. A head's hidden states are the identity, so that its product
+is exact, its kernel is the logits, and d_kernel is the gradient with respect to the logits; a class
+at −inf is a bias of −inf. Every mode must be within the bound of docs/derivation.md section 11 of
+the definition at 80 digits (tests/oracle.py), so no two modes differ by more than twice that.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from assertions import accumulation, assert_within
+from cases import generator
+from oracle import Value, Wide
+
+import jaxsoftmax as js
+from jaxsoftmax import forward_mode
+
+inf, nan = np.inf, np.nan
+
+
+class Case(NamedTuple):
+    classes: int
+    dtype: str = "float32"
+
+    def __str__(self):
+        return f"{self.classes}-{self.dtype}"
+
+
+MIDDLE, DOUBLE = Case(17), Case(17, "float64")
+CASES = [Case(1), Case(2), MIDDLE, Case(127), Case(130), DOUBLE, Case(17, "bfloat16")]
+
+
+def _raised(by):
+    return lambda rng, c: rng.standard_normal(c) + by * (np.arange(c) == rng.integers(c))
+
+
+ROWS: dict[str, Callable] = {
+    "scale 1": lambda rng, c: rng.standard_normal(c),
+    "ties": lambda rng, c: np.round(rng.standard_normal(c)),
+    "all equal": lambda rng, c: np.full(c, -0.5),
+    "zeros of both signs": lambda rng, c: rng.choice([0.0, -0.0], c),
+    "negative": lambda rng, c: rng.standard_normal(c) - 1e4,
+    "offset": lambda rng, c: rng.standard_normal(c) + 1e4,
+    "huge": lambda rng, c: 1e4 * rng.standard_normal(c),
+    "tiny": lambda rng, c: 1e-3 * rng.standard_normal(c),
+    "tinier": lambda rng, c: 1e-30 * rng.standard_normal(c),
+    "sure": _raised(20),
+    "surer": _raised(60),
+}
+N, BAD = len(ROWS), 2  # odd: no chunk divides it; the row that is spoilt has one sign
+WEIGHTS = np.linspace(0.25, 1.75, N).astype(np.float32)
+
+
+class Data(NamedTuple):
+    logits: np.ndarray  # [N, C]
+    kernel: np.ndarray  # [N, C] the logits, but finite
+    bias: np.ndarray  # [C] −inf for the classes left out
+    labels: np.ndarray  # [N] int32: the largest class, any, or the last; never left out
+    targets: np.ndarray  # [N, C] float32, with other sums than 1, 0 where left out
+
+
+@functools.cache
+def data(case: Case, left_out: bool = False) -> Data:
+    rng, c = generator("hostile", case.classes, left_out), case.classes
+    kernel = np.stack([make(rng, c) for make in ROWS.values()]).astype(jnp.dtype(case.dtype))
+    out = (rng.random(c) < 0.4) & left_out
+    out[-1] = False
+    bias = np.where(out, -inf, 0).astype(kernel.dtype)
+    logits = np.where(out, bias, kernel)
+    labels = logits.astype(np.float64).argmax(-1).astype(np.int32)
+    labels[1::2] = rng.choice(np.flatnonzero(~out), N // 2)
+    labels[1] = c - 1
+    targets = rng.random((N, c)) * (rng.random((N, c)) < 0.7) * rng.uniform(0.2, 3, (N, 1))
+    return Data(logits, kernel, bias, labels, np.where(out, 0, targets).astype(np.float32))
+
+
+@functools.cache
+def truth(case: Case, left_out: bool) -> oracle.Truth:
+    return oracle.truth(data(case, left_out).logits, accumulation(case.dtype))
+
+
+# Truths that oracle.py has not
+
+
+def rounded(v: Value, t, roundings) -> Value:
+    finite = np.where(np.isfinite(v.value), np.abs(v.value), 0)
+    return Value(v.value, v.bound + roundings * t.u * finite)
+
+
+def merged(t):
+    """Blocks of the vocabulary: each of up to 4 merges costs r another 5 u."""
+    p, complement, nll = (rounded(v, t, 20) for v in (t.p, t.complement, t.nll))
+    lse = Value(t.lse.value, t.lse.bound + 20 * t.u * _first(t.nll.value, t))
+    return t._replace(p=p, complement=complement, nll=nll, lse=lse)
+
+
+def _first(a, t):
+    return a[np.arange(N), t.top]
+
+
+def _gaps(t):
+    """γ_k; their mean Γ over ŷ; its bound: that of ŷ, half an ulp of γ, product and sum."""
+    first = _first(t.nll.value, t)[:, None]
+    gap = np.where(np.isfinite(t.nll.value), t.nll.value, first) - first
+    mean = (t.p.value * gap).sum(-1)
+    return gap, mean, (t.p.bound * gap).sum(-1) + (t.chain + 3) * t.u * mean
+
+
+def log_probs(t, labels) -> Value:
+    """The three fields in a last axis; the entropy is log1p(r) + Γ."""
+    _, mean, bound = _gaps(t)
+    entropy = Value(_first(t.nll.value, t) + mean, bound + _first(t.nll.bound, t))
+    nll = oracle.nll(t, labels)
+    fields = (Value(-nll.value, nll.bound), t.lse, rounded(entropy, t, 1))
+    return Value(*(np.stack(a, -1) for a in zip(*fields, strict=True)))
+
+
+def log_probs_gradient(t, labels, g) -> Value:
+    """ŷ_i (γ_i − Γ) for the entropy: the errors of ŷ and of the bracket, and four roundings."""
+    gap, mean, mean_bound = _gaps(t)
+    bracket, of_entropy = gap - mean[:, None], g[:, 2:].astype(Wide)
+    inner = mean_bound[:, None] + t.u * (gap + 4 * np.abs(bracket))
+    bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner) + t.tiny
+    terms = [
+        oracle.nll_gradient(t, labels, -g[:, 0]),
+        oracle.lse_gradient(t, g[:, 1]),
+        Value(of_entropy * t.p.value * bracket, bound),
+    ]
+    value, bound = (sum(a) for a in zip(*terms, strict=True))
+    return Value(value, bound + 3 * t.u * sum(np.abs(v.value) for v in terms))
+
+
+def _factors(p, complement):
+    """1 − ŷ_j on the diagonal, ŷ_j off it."""
+    return np.where(np.eye(p.shape[-1], dtype=bool), complement[:, None, :], p[:, None, :])
+
+
+def jacobian(t) -> Value:
+    """ŷ_i (δ_ij − ŷ_j): the errors of both factors, and the product's."""
+    factor, error = (_factors(*pair) for pair in zip(t.p, t.complement, strict=True))
+    p, p_bound = (a[:, :, None] for a in t.p)
+    bound = p_bound * (factor + error) + p * error + 2 * t.u * p * factor + t.tiny
+    return Value(p * factor * (2 * np.eye(p.shape[1]) - 1), bound)
+
+
+def jacobian_gradient(t, g) -> Value:
+    """ŷ_k (c_k − Σ c ŷ) with c_k = G_kk − Σ_j (G_kj + G_jk) ŷ_j, through ŷ_i and 1 − ŷ_j.
+
+    S sums the absolute terms on every way from G to dz_k. Bound: S with each ŷ and 1 − ŷ at the end
+    of its own bound, less S; and the roundings of three nested sums and a dozen products.
+    """
+    g, p = g.astype(Wide), t.p.value
+
+    def terms(p, complement):
+        of_own = np.abs(np.einsum("nii->ni", g)) * p
+        a = (np.abs(g) * _factors(p, complement)).sum(-1) + (np.abs(g) * p[:, :, None]).sum(1)
+        every = (of_own * (1 + complement) + a * p).sum(-1, keepdims=True)
+        return p * (a + of_own + every)
+
+    s = terms(p, t.complement.value)
+    widest = terms(*(v.value + v.bound for v in (t.p, t.complement)))
+    c = np.einsum("nii->ni", g) - ((g + g.swapaxes(1, 2)) * p[:, None, :]).sum(-1)
+    bound = (widest - s) + (3 * t.chain + 12) * t.u * s + t.tiny * p.shape[-1]
+    return Value(p * (c - (c * p).sum(-1, keepdims=True)), bound)
+
+
+def weighted_sum(t, y) -> Value:
+    loss, w = oracle.nll(t, y), WEIGHTS.astype(Wide)
+    return Value((w * loss.value).sum(), (w * (loss.bound + N * t.u * loss.value)).sum())
+
+
+def weighted_mean(t, y) -> Value:
+    divisor = WEIGHTS.astype(Wide).sum()
+    return rounded(Value(*(a / divisor for a in weighted_sum(t, y))), t, 2 * N)
+
+
+def gradient_of_sum(t, y, g) -> Value:
+    return rounded(oracle.nll_gradient(t, y, g * WEIGHTS.astype(Wide)), t, 3)
+
+
+def gradient_of_mean(t, y, g) -> Value:
+    return rounded(gradient_of_sum(t, y, g / WEIGHTS.astype(Wide).sum()), t, 2 * N)
+
+
+# The functions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
+    name: str
+    f: Callable
+    y: str | None  # the field of Data that it takes
+    value: Callable[..., Value]  # (truth, y)
+    gradient: Callable[..., Value]  # (truth, y, cotangent)
+    options: str = ""  # keywords that leave everything out
+    fixed: dict = dataclasses.field(default_factory=dict)
+    head: bool = False
+
+    def __str__(self):
+        return self.name
+
+    def arguments(self, case=MIDDLE, left_out=False):
+        d = data(case, left_out)
+        y = getattr(d, self.y) if self.y else None
+        return d.kernel if self.head else d.logits, y, d.bias
+
+    def on_hidden(self, hidden, kernel, y, bias, **options):
+        keywords = self.fixed | options
+        if "weights" in keywords:
+            keywords["weights"] = WEIGHTS[: len(hidden)] if hidden.ndim == 2 else WEIGHTS[0]
+        return _array(self.f(hidden, kernel, y, bias=bias, **keywords))
+
+    def __call__(self, x, y, bias, **options):
+        if self.head:
+            return self.on_hidden(jnp.eye(len(x), dtype=x.dtype), x, y, bias, **options)
+        return _array(self.f(*((x, y) if self.y else (x,)), axis=-1, **self.fixed, **options))
+
+
+def _array(out):
+    return jnp.stack(out, axis=-1) if isinstance(out, tuple) else out
+
+
+def _alone(f):
+    return lambda t, y, *g: f(t, *g)
+
+
+def _in_blocks(f):
+    return lambda t, *args: f(merged(t), *args)
+
+
+INTEGER = "softmax_cross_entropy_with_integer_labels"
+ENTROPY = {"with_entropy": True}
+CE, CE_GRADIENT = oracle.cross_entropy, oracle.cross_entropy_gradient
+LSE, LOG = oracle.lse_gradient, oracle.log_probabilities
+
+
+def _on_logits(module, prefix=""):
+    lines = [
+        ("softmax", None, _alone(lambda t: t.p), _alone(oracle.softmax_gradient), "where"),
+        ("log_softmax", None, _alone(LOG), _alone(oracle.log_softmax_gradient), "where"),
+        ("logsumexp", None, _alone(lambda t: t.lse), _alone(LSE), "where"),
+        ("softmax_jacobian", None, _alone(jacobian), _alone(jacobian_gradient)),
+        ("softmax_cross_entropy", "targets", CE, CE_GRADIENT, "where"),
+        (INTEGER, "labels", oracle.nll, oracle.nll_gradient, "where ignore_index"),
+        ("label_log_probs", "labels", log_probs, log_probs_gradient, "", ENTROPY),
+    ]
+    return [Function(prefix + name, getattr(module, name), *line) for name, *line in lines]
+
+
+def _of_kernel(name, f, y, value, gradient, **fixed):
+    options = "ignore_index" if "cross_entropy" in name else ""
+    return Function(name, f, y, value, gradient, options, fixed, head=True)
+
+
+def _loss(name):
+    return functools.partial(js.linear_loss, getattr(js, name))
+
+
+HEAD = js.linear_softmax_cross_entropy
+BLOCKS = [_in_blocks(f) for f in (weighted_mean, gradient_of_mean)]
+ROW_BLOCKS = [_in_blocks(f) for f in (oracle.nll, oracle.nll_gradient)]
+PROBS = [_in_blocks(f) for f in (log_probs, log_probs_gradient)]
+MEAN = {"weights": WEIGHTS, "reduction": "mean"}
+SUM = MEAN | {"reduction": "sum", "chunk_size": 4}
+ROW = {"reduction": None}
+NAME = "linear_softmax_cross_entropy-"
+FORWARD = _on_logits(forward_mode, "forward_mode.")
+FUNCTIONS = [
+    *_on_logits(js),
+    _of_kernel(
+        "linear_loss",
+        _loss("softmax_cross_entropy"),
+        "targets",
+        CE,
+        CE_GRADIENT,
+        chunk_size=4,
+        **ROW,
+    ),
+    _of_kernel("linear_loss-sum", _loss(INTEGER), "labels", weighted_sum, gradient_of_sum, **SUM),
+    _of_kernel(
+        NAME + "in_forward", HEAD, "labels", weighted_mean, gradient_of_mean, chunk_size=4, **MEAN
+    ),
+    _of_kernel(
+        NAME + "recompute", HEAD, "labels", *BLOCKS, gradients="recompute", chunk_size=5, **MEAN
+    ),
+    _of_kernel(NAME + "unreduced", HEAD, "labels", *ROW_BLOCKS, chunk_size=5, **ROW),
+    _of_kernel("linear_log_probs", js.linear_log_probs, "labels", *PROBS, chunk_size=5, **ENTROPY),
+]
+HEADS = [f for f in FUNCTIONS if f.head]
+OF_LABELS = [f for f in FUNCTIONS if f.y == "labels"]
+
+
+def over(functions):
+    return pytest.mark.parametrize("function", functions, ids=str)
+
+
+def both(f, x, y, bias, g, **options):
+    """Value, and gradient in x for the cotangent g."""
+    value, pull = jax.vjp(lambda x: f(x, y, bias, **options), x)
+    return value, pull(g)[0]
+
+
+compiled = functools.cache(lambda function: jax.jit(functools.partial(both, function)))
+
+
+def cotangent(f, *arguments):
+    """Non-uniform, of both signs; representable in half precision."""
+    out = jax.eval_shape(f, *arguments)
+    g = np.sin(np.arange(1, out.size + 1)).reshape(out.shape)
+    return g.astype(jnp.bfloat16).astype(out.dtype)
+
+
+class Checked(NamedTuple):
+    """A function on a case, and its truth there."""
+
+    function: Function
+    case: Case = MIDDLE
+    left_out: bool = False
+
+    def value(self, got):
+        t, (_, y, _) = truth(self.case, self.left_out), self.function.arguments(*self[1:])
+        assert_within(got, *self.function.value(t, y), f"value, left out: {self.left_out}")
+
+    def gradient(self, got, g):
+        t, (x, y, bias) = truth(self.case, self.left_out), self.function.arguments(*self[1:])
+        expected = self.function.gradient(t, y, np.asarray(g, np.float64))
+        assert_within(got, *expected, f"gradient, left out: {self.left_out}")
+        assert got.dtype == x.dtype
+        assert not (self.function.head and np.asarray(got)[:, bias == -inf].any())
+
+
+def _cases(function):
+    """A head costs most to compile, and rounds d_logits to half precision (see test_linear)."""
+    return (
+        [MIDDLE] if function in FORWARD else [Case(1), MIDDLE, DOUBLE] if function.head else CASES
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "case"), [(f, c) for f in FUNCTIONS + FORWARD for c in _cases(f)], ids=str
+)
+def test_jit_gives_the_definition_and_its_gradient(function, case):
+    with jax.enable_x64(case.dtype == "float64"):
+        for left_out in (False, True):
+            given = function.arguments(case, left_out)
+            g = cotangent(function, *given)
+            value, gradient = compiled(function)(*given, g)
+            Checked(function, case, left_out).value(value)
+            Checked(function, case, left_out).gradient(gradient, g)
+
+
+@over(FUNCTIONS)
+def test_eager_and_vmap_give_it_too(function):
+    given = function.arguments()
+    g = cotangent(function, *given)
+    Checked(function).value(function(*given))
+    pair = jax.tree.map(lambda *a: np.stack(a), given, function.arguments(left_out=True))
+    mapped = jax.jit(jax.vmap(functools.partial(both, function), in_axes=(0, 0, 0, None)))
+    for left_out, value, gradient in zip((False, True), *mapped(*pair, g), strict=True):
+        Checked(function, MIDDLE, left_out).value(value)
+        Checked(function, MIDDLE, left_out).gradient(gradient, g)
+
+
+@over(HEADS)
+def test_gradients_of_hidden_and_bias(function):
+    """dh_ij = Σ_k dz_ik w_jk and db_k = Σ_i dz_ik: the error of dz, and a rounding each term."""
+    kernel, y, bias = function.arguments()
+    hidden, g = np.eye(N, dtype=np.float32), cotangent(function, kernel, y, bias)
+
+    @jax.jit
+    def run(hidden, bias):
+        return jax.vjp(lambda h, b: function.on_hidden(h, kernel, y, b), hidden, bias)[1](g)
+
+    t, wide = truth(MIDDLE, False), kernel.astype(Wide)
+    dz, bound = function.gradient(t, y, g.astype(np.float64))
+    bound = bound + (MIDDLE.classes + 1) * t.u * np.abs(dz)
+    d_hidden, d_bias = run(hidden, bias)
+    underflow = t.tiny * MIDDLE.classes
+    assert_within(d_hidden, dz @ wide.T, bound @ np.abs(wide).T + underflow, "hidden")
+    assert_within(d_bias, dz.sum(0), bound.sum(0), "bias")
+
+
+@over(OF_LABELS)
+def test_a_label_left_out_costs_infinity_and_has_the_gradient_of_any_other(function):
+    x, y, bias = function.arguments(left_out=True)
+    y = np.where(np.arange(N) % 3 == 0, np.argmax(bias == -inf), y).astype(np.int32)
+    g, t = cotangent(function, x, y, bias), truth(MIDDLE, True)
+    value, gradient = compiled(function)(x, y, bias, g)
+    assert_within(gradient, *function.gradient(t, y, np.asarray(g, np.float64)))
+    if value.ndim:
+        assert_within(value, *function.value(t, y))
+    else:
+        assert value == inf
+
+
+def _spoilt(function):
+    """(f, x, the other arguments, each x with one bad row); of a head x is the hidden states."""
+    x, y, bias = function.arguments()
+    row = (np.arange(N) == BAD)[:, None]
+    if function.head:
+        hidden = np.eye(N, dtype=x.dtype)
+        bad = [np.where(row & (hidden == 1), v, hidden) for v in (nan, inf, -inf)]
+        return (lambda h, y, bias: function.on_hidden(h, x, y, bias)), hidden, (y, bias), bad
+    rows = (np.r_[nan, x[BAD, 1:]], np.r_[x[BAD, 1:], inf], np.full(x.shape[1], -inf))
+    return function, x, (y, bias), [np.where(row, a, x) for a in rows]
+
+
+@over(FUNCTIONS + FORWARD)
+def test_a_bad_row_leaves_every_other_bit_for_bit(function):
+    f, good, rest, bad = _spoilt(function)
+    xs = np.stack([good, *bad]).astype(good.dtype)
+    g = cotangent(f, good, *rest)
+    run = functools.partial(both, f)
+    if function.head:
+        mapped = jax.jit(jax.vmap(run, in_axes=(0, None, None, None)))
+        results = zip(*mapped(xs, *rest, g), strict=True)
+    else:
+        results = [compiled(function)(x, *rest, g) for x in xs]
+    (value, gradient), *others = jax.tree.map(np.asarray, list(results))
+    kept = np.arange(N) != BAD
+    assert np.isfinite(value).all()
+    assert np.isfinite(gradient).all()
+    for bad_value, bad_gradient in others:
+        np.testing.assert_array_equal(bad_gradient[kept], gradient[kept])
+        assert np.isnan(bad_gradient[BAD]).any()
+        if value.ndim:
+            np.testing.assert_array_equal(bad_value[kept], value[kept])
+        assert not np.isfinite(bad_value[BAD] if value.ndim else bad_value).all()
+
+
+@over([f for f in FUNCTIONS + FORWARD if f.options])
+def test_everything_left_out_is_exactly_zero_whatever_is_in_it(function):
+    x, y, bias = function.arguments()
+    g = cotangent(function, x, y, bias)
+    nothing = -inf if "log" in function.name else 0
+    for option in function.options.split():
+        mask = np.zeros(x.shape, bool) if option == "where" else -100
+        labels = y if option == "where" else np.full(N, -100, np.int32)
+        run = jax.jit(functools.partial(both, function, **{option: mask}))
+        for inside in (x, np.full_like(x, nan)):
+            value, gradient = run(inside, labels, bias, g)
+            np.testing.assert_array_equal(value, np.full(value.shape, nothing))
+            np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+def _tokens(function, n, dtype=np.float32, width=3):
+    """(f, its arguments) of so many tokens; of a head, tokens that are all ones."""
+    x, y, bias = function.arguments()
+    y = None if y is None else y[:n]
+    if not function.head:
+        return function, (x[:n].astype(dtype), y, bias)
+    return function.on_hidden, (np.ones((n, width), np.float32), x[:width].astype(dtype), y, bias)
+
+
+@over(FUNCTIONS + FORWARD)
+def test_zero_tokens(function):
+    """The shape and dtype of one token's result, without the token; no gradient."""
+    one = jax.eval_shape(_tokens(function, 1)[0], *_tokens(function, 1)[1])
+    f, none = _tokens(function, 0)
+
+    @jax.jit
+    def run(*none):
+        value, pull = jax.vjp(f, *none)
+        return value, [d for d in pull(jnp.ones_like(value)) if getattr(d, "size", 0)]
+
+    value, gradients = run(*none)
+    assert (value.shape, value.dtype) == ((0, *one.shape[1:]) if one.shape else (), one.dtype)
+    assert not np.any(value)
+    assert len(gradients) == (2 if function.head else 1)
+    assert not any(np.any(d) for d in gradients)
+
+
+@over(HEADS)
+def test_zero_tokens_have_the_dtype_of_any_number(function):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        for n in (0, 1):
+            f, given = _tokens(function, n, np.float64)
+            assert jax.eval_shape(f, *given).dtype == np.float64
+
+
+@over(HEADS)
+def test_hidden_states_of_width_zero_leave_the_bias(function):
+    _, (hidden, kernel, y, _) = _tokens(function, N, width=0)
+    bias = data(MIDDLE).kernel[0]
+    t = oracle.truth(np.broadcast_to(bias, (N, MIDDLE.classes)), np.float32)
+    assert_within(function.on_hidden(hidden, kernel, y, bias), *function.value(t, y))
+
+
+# What comes in
+
+
+DTYPES = ["int8", "uint8", "int16", "int64", "uint64", "int8", "int64"]
+
+
+@pytest.mark.parametrize(("function", "dtype"), [*zip(OF_LABELS, DTYPES, strict=True)], ids=str)
+def test_labels_of_any_integer_dtype(function, dtype):
+    """One for each function; all for the cross-entropy on logits in test_edges."""
+    x, y, bias = function.arguments()
+    g = cotangent(function, x, y, bias)
+    expected = compiled(function)(x, y, bias, g)
+    with jax.enable_x64(dtype == "uint64"):
+        got = compiled(function)(x, y.astype(dtype), bias, g)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@over([f for f in FUNCTIONS + FORWARD if f.y == "labels"])
+def test_integer_labels_have_float0_cotangents(function):
+    x, y, bias = function.arguments()
+    g = cotangent(function, x, y, bias)
+
+    @jax.jit
+    def run(x, y):
+        d, d_labels, _ = jax.vjp(function, x, y, bias)[1](g)
+        total = lambda x, y: jnp.sum(function(x, y, bias) * g)  # noqa: E731
+        alone = jax.grad(total, 1, allow_int=True)(x, y)
+        beside = jax.grad(total, (0, 1), allow_int=True)(x, y)[1]
+        for zero in (d_labels, alone, beside):
+            assert (zero.shape, zero.dtype) == (y.shape, jax.dtypes.float0)
+        return d
+
+    Checked(function).gradient(run(x, y), g)
+
+
+@over([f for f in OF_LABELS if "weights" not in f.fixed])
+def test_a_scalar_label_and_logits_without_a_batch(function):
+    x, y, bias = function.arguments()
+    f = function.on_hidden if function.head else function
+    one = (np.eye(1, N, dtype=np.float32)[0], x) if function.head else (x[0],)
+    expected = Value(*(a[0] for a in function.value(truth(MIDDLE, False), y)))
+    for kind in (int,) if function.head else (int, np.int8, np.uint64, jnp.asarray):
+        assert_within(f(*one, kind(y[0]), bias), *expected)
+
+
+def _strided(a):
+    """Neither contiguous nor forward nor writeable."""
+    wide = np.zeros([3 * size for size in a.shape], a.dtype)
+    view = wide[(slice(None, None, -3),) * a.ndim]
+    view[:] = a
+    view.setflags(write=False)
+    return view
+
+
+@over(FUNCTIONS)
+def test_numpy_arrays_of_any_layout(function):
+    x, y, bias = function.arguments()
+    y, bias = jax.tree.map(_strided, (y, bias))
+    for layout in (_strided,) if function.head else (_strided, np.asfortranarray):
+        Checked(function).value(function(layout(x), y, bias))
+
+
+@over(FUNCTIONS)
+@pytest.mark.parametrize("x64", [False, True])
+def test_weakly_typed_logits_have_the_dtypes_of_others(function, x64):
+    _, y, bias = function.arguments()
+    with jax.enable_x64(x64):
+        weak = jnp.broadcast_to(jnp.asarray(0.5), (N, MIDDLE.classes))
+        assert weak.aval.weak_type
+        g = cotangent(function, np.asarray(weak), y, bias)
+        run = functools.partial(both, function)
+        kinds = [jax.eval_shape(run, x, y, bias, g) for x in (weak, np.asarray(weak))]
+        assert [a.dtype for a in kinds[0]] == [a.dtype for a in kinds[1]]
