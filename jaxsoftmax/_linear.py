@@ -18,6 +18,7 @@ from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
 from ._options import as_options, label_weights, token_losses
+from ._products import product
 from ._statistics import Statistics, as_transform, token_statistics
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
@@ -302,8 +303,14 @@ def _linear_loss(loss_fn, head, args, chunk_size, precision):
         return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
     chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
     size = -(-n // chunks)
-    logits = jax.ShapeDtypeStruct((size, classes), dtype)
-    example = [logits, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in args)]
+    # Of a chunk, with the axes of shard_map that it varies over.
+    example = jax.eval_shape(
+        lambda h, k, b, args: [product(h[:size], k, b, None), *(a[:size] for a in args)],
+        head.hidden,
+        head.kernel,
+        head.bias,
+        args,
+    )
     _checks.check_losses("linear_loss", loss_fn, example)
     # What the loss closes over becomes an argument: it may be traced, and differentiated.
     loss_fn, consts = jax.closure_convert(loss_fn, *example)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ._sharding import aligned
+
 _in_forward_mode = ContextVar("jaxsoftmax.forward_mode", default=False)
 
 
@@ -71,9 +73,10 @@ def rule(
 
         return out, jax.checkpoint(tangent_map, prevent_cse=False)(residuals, tangents)
 
+    # Within `shard_map` a rule's cotangents vary over whatever its arguments vary over together.
     forward = jax.custom_jvp(function)
     forward.defjvp(jvp)
-    return Rule(reverse, forward)
+    return Rule(lambda *args: reverse(*aligned(args)), forward)
 
 
 def values(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes when an axis is sharded, and every difference between JAX versions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,29 @@ def is_local(*arrays: jax.Array) -> bool:
     return jax.device_count() == 1 and not any(
         axis for array in arrays for axis in jax.typeof(array).sharding.spec
     )
+
+
+def manual_axes(*arrays: jax.Array) -> frozenset[str]:
+    """The mesh axes of `shard_map` over which any of the arrays varies."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+
+def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x` as an array that varies over these axes too; its cotangent is summed over them."""
+    missing = tuple(sorted(axes - manual_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def aligned(tree: Any) -> Any:
+    """Arrays that all vary over the same axes, as a custom rule's cotangents will."""
+    axes = manual_axes(*jax.tree.leaves(tree))
+    return jax.tree.map(lambda x: varying(x, axes), tree)
+
+
+def summed_as(d: jax.Array, x: jax.Array) -> jax.Array:
+    """The cotangent of `x`, summed over the axes that only the cotangent varies over."""
+    extra = tuple(sorted(manual_axes(d) - manual_axes(x)))
+    return lax.psum(d, extra) if extra else d
 
 
 def sliceable(x: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._products import add_product, dot, opened, product
+from ._products import add_product, cotangent_scale, dot, opened, product, times
+from ._sharding import manual_axes, summed_as, varying
 
 
 class Plan(NamedTuple):
@@ -41,13 +42,13 @@ def weighted_sum(plan, operands, weights):
 def _weighted_sum_fwd(plan, operands, weights):
     operands, live = opened(operands)
     values, gradients = _gradients_over_chunks(plan, operands, weights.value, live)
-    return jnp.sum(values * weights.value), (gradients, values, operands)
+    return jnp.sum(values * weights.value), (gradients, values, operands, weights.value)
 
 
 def _weighted_sum_bwd(plan, residuals, g):
-    gradients, values, operands = residuals
+    gradients, values, operands, weights = residuals
     g = _instantiated(g)
-    return _cast(jax.tree.map(lambda d: g * d, gradients), operands), g * values
+    return _cast(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -99,10 +100,14 @@ def _gradients_over_chunks(plan, operands, g, live):
     """
     live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
     kernel, bias, dtype = operands.kernel, operands.bias, g.dtype
+    axes = manual_axes(g, *jax.tree.leaves(operands))
     head_live = live.hidden or live.kernel or live.bias
 
+    scale = cotangent_scale(g, kernel.dtype)
+    g = g if scale is None else g / scale
+
     def zeros_if(flag, array):
-        return jnp.zeros(array.shape, dtype) if flag else None
+        return varying(jnp.zeros(array.shape, dtype), axes) if flag else None
 
     def body(sums, xs):
         hidden, args, g = xs
@@ -118,7 +123,8 @@ def _gradients_over_chunks(plan, operands, g, live):
             return plan.loss_fn(*full)
 
         values, pull = jax.vjp(loss, *(primals[i] for i in chosen))
-        d = dict(zip(chosen, pull(g.astype(values.dtype)), strict=True))
+        g = varying(g.astype(values.dtype), manual_axes(values))
+        d = dict(zip(chosen, pull(g), strict=True))
         d_hidden = None
         d_kernel, d_bias, d_consts = sums
         if head_live:
@@ -148,7 +154,7 @@ def _gradients_over_chunks(plan, operands, g, live):
     n = operands.hidden.shape[0]
     values, d_hidden, d_args = jax.tree.map(lambda y: _unchunked(y, n), per_token)
     d_kernel, d_bias, d_consts = sums
-    return values, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
+    return values, times(scale, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts))
 
 
 def _chunked(tree, size, *, zero_last=False):
@@ -188,5 +194,6 @@ def _cast(gradients, operands):
     # A missing bias is no leaf of the operands.
     ds = ds if operands.bias is not None else [*ds[:2], *ds[3:]]
     return treedef.unflatten(
-        None if d is None else d.astype(x.dtype) for x, d in zip(leaves, ds, strict=True)
+        None if d is None else summed_as(d, x).astype(x.dtype)
+        for x, d in zip(leaves, ds, strict=True)
     )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._numerics import accumulation_dtype, log_sum_exp, max_and_remainder, merge, pick
-from ._products import dot, opened, product
-from ._sharding import restored, sliceable
+from ._products import cotangent_scale, dot, opened, product, times
+from ._sharding import manual_axes, restored, sliceable, summed_as, varying
 from ._statistics import (
     Rows,
     Statistics,
@@ -62,7 +62,8 @@ def linear_statistics(plan, operands):
 def _forward(plan, operands):
     n = operands.hidden.shape[0]
     dtype = accumulation_dtype(operands.hidden.dtype)
-    zeros = jnp.zeros(n, dtype)
+    axes = manual_axes(*jax.tree.leaves(operands))
+    zeros = varying(jnp.zeros(n, dtype), axes)
 
     def step(carry, start, size):
         m, r, sums, z_label = carry
@@ -85,10 +86,10 @@ def _forward(plan, operands):
         return m_new, r_new, sums, z_label
 
     start = (
-        jnp.full(n, -jnp.inf, dtype),
-        jnp.full(n, jnp.nan, dtype),
+        zeros - jnp.inf,
+        zeros + jnp.nan,
         _Sums(zeros, zeros, zeros, zeros),
-        jnp.full(n, jnp.nan, dtype),
+        zeros + jnp.nan,
     )
     m, r, sums, z_label = _over_blocks(plan, step, start, operands.kernel.shape[1])
     mean_gap = sums.gaps / (1 + r)
@@ -124,6 +125,8 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     asked = jax.tree.unflatten(jax.tree.structure(operands), flags.flags)
     hidden, kernel, bias, transform, weights, labels = operands
     g = poisoned(live(cotangents), labels)
+    scale = cotangent_scale(g, kernel.dtype)
+    g = g if scale is None else jax.tree.map(lambda x: x / scale, g)
     rows = rows._replace(used=used_rows(g))
     dtype = rows.m.dtype
 
@@ -138,11 +141,13 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         d_raw, d = pull(dz)
         d_transform = jax.tree.map(jnp.add, d_transform, d)
         if asked.bias:
-            d = jnp.sum(d_raw, axis=0).astype(bias.dtype)
+            d = times(scale, jnp.sum(d_raw, axis=0)).astype(bias.dtype)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=0)
         d_raw = d_raw.astype(kernel.dtype)
         if asked.kernel:
-            d = sliceable(dot(hidden, d_raw, (0, 0), plan.precision).astype(kernel.dtype))
+            d = sliceable(
+                times(scale, dot(hidden, d_raw, (0, 0), plan.precision)).astype(kernel.dtype)
+            )
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=1)
         if asked.hidden:
             block = _columns(kernel, start, size)
@@ -156,11 +161,15 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else jnp.zeros_like(weights),
     )
+    axes = manual_axes(*jax.tree.leaves((operands, g)))
+    start = jax.tree.map(lambda x: varying(x, axes), start)
     sums = _over_blocks(plan, step, start, kernel.shape[1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
+    d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
     d_hidden = None if d_hidden is None else d_hidden.astype(hidden.dtype)
     d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
-    return (Operands(d_hidden, d_kernel, d_bias, d_transform, d_weights, None),)
+    ds = Operands(d_hidden, d_kernel, d_bias, d_transform, d_weights, None)
+    return (jax.tree.map(lambda x, d: None if d is None else summed_as(d, x), operands, ds),)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)

@@ -136,7 +136,7 @@ def log_probs_gradient(t, labels, g) -> Value:
         oracle.lse_gradient(t, g[:, 1]),
         Value(of_entropy * t.p.value * bracket, bound),
     ]
-    value, bound = (sum(a) for a in zip(*terms, strict=True))
+    value, bound = (np.sum(a, axis=0) for a in zip(*terms, strict=True))
     return Value(value, bound + 3 * t.u * sum(np.abs(v.value) for v in terms))
 
 
@@ -453,7 +453,7 @@ def test_everything_left_out_is_exactly_zero_whatever_is_in_it(function):
             np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
-def _tokens(function, n, dtype=np.float32, width=3):
+def _tokens(function, n, dtype: type = np.float32, width=3):
     """(f, its arguments) of so many tokens; of a head, tokens that are all ones."""
     x, y, bias = function.arguments()
     y = None if y is None else y[:n]
@@ -490,7 +490,7 @@ def test_zero_tokens_have_the_dtype_of_any_number(function):
 
 @over(HEADS)
 def test_hidden_states_of_width_zero_leave_the_bias(function):
-    _, (hidden, kernel, y, _) = _tokens(function, N, width=0)
+    hidden, kernel, y = _tokens(function, N, width=0)[1][:3]
     bias = data(MIDDLE).kernel[0]
     t = oracle.truth(np.broadcast_to(bias, (N, MIDDLE.classes)), np.float32)
     assert_within(function.on_hidden(hidden, kernel, y, bias), *function.value(t, y))

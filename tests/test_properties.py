@@ -248,7 +248,10 @@ def _entries(z, y, o) -> dict[str, jax.Array]:
         "integer": loss(z, y),
         "dense": jnp.where(used, dense(z, targets, z_loss=lam, **transform), 0),
         "log_softmax": jnp.where(
-            used, lam * js.logsumexp(x, axis=-1) ** 2 - jnp.sum(targets * log_p, axis=-1), 0
+            used,
+            lam * jnp.square(jnp.asarray(js.logsumexp(x, axis=-1)))
+            - jnp.sum(targets * log_p, axis=-1),
+            0,
         ),
         "label_log_probs": of_log_probs(js.label_log_probs(z, y, **transform)),
         "linear_log_probs": of_log_probs(js.linear_log_probs(eye, z, y, chunk_size=5, **transform)),

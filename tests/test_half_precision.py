@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bfloat16 and float16: each result is the truth about the given numbers, rounded once.
+
+Losses come in float32 and are within its bounds. `assert_within` allows a half-precision number
+what rounding anything within the float32 bounds gives.
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from assertions import assert_dtype, assert_within
+from cases import FUNCTIONS, Rows, cotangent_of, generator, targets_of
+from heads import TINY, WAYS, U, check_head, check_log_probs, head_truth, problem, total
+
+import jaxsoftmax as js
+
+SCALES = (1e-3, 1, 30, 1e3, 1e4)
+GAPS = (None, 0, 5, 17, 40)  # of the target's logit to the largest of the rest
+CLASSES, MANY = 60, 70_000
+integer = js.softmax_cross_entropy_with_integer_labels
+both_ways = pytest.mark.parametrize("gradients", WAYS)
+dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+def as_rows(z: np.ndarray, labels: np.ndarray, dtype: str) -> Rows:
+    rng = generator("half", z.shape, dtype)
+    n, classes = z.shape
+    one_hot = np.eye(classes, dtype=np.float32)[labels] if classes < 1000 else np.zeros_like(z)
+    one_hot[np.arange(n), labels] = 1
+    targets = (rng.random(z.shape) * (rng.random(z.shape) < 0.5)).astype(np.float32)
+    wide = rng.standard_normal(z.shape).astype(np.float32)
+    g = rng.standard_normal(n).astype(np.float32)
+    z = z.clip(-65504, 65504).astype(jnp.dtype(dtype))
+    return Rows(z, labels.astype(np.int32), one_hot, targets, g, wide)
+
+
+@cache
+def rows(dtype: str) -> tuple[Rows, oracle.Truth]:
+    """Rows of every scale and gap, and their truth; half have another class for the label."""
+    rng = generator("half precision")
+    z, labels = [], []
+    for scale in SCALES:
+        for gap in GAPS:
+            row = scale * rng.standard_normal(CLASSES)
+            label = rng.integers(CLASSES)
+            if gap is not None:
+                row[label] = -np.inf
+                row[label] = row.max() + gap
+            z += [row, row]
+            labels += [label, rng.integers(CLASSES)]
+    data = as_rows(np.array(z, np.float32), np.array(labels), dtype)
+    return data, oracle.truth(data.logits, np.float32)
+
+
+@cache
+def many_classes() -> tuple[Rows, oracle.Truth]:
+    """Rows of 70 000 float16 numbers, more than float16 can count: zeros, scale 1, a peak."""
+    z = np.zeros((3, MANY), np.float32)
+    z[1] = generator("many").standard_normal(MANY)
+    z[2, -1] = 17
+    data = as_rows(z, np.array([5, 69_999, 69_999]), "float16")
+    return data, oracle.truth(data.logits, np.float32)
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "float16", "70 000 classes"])
+def test_values_and_gradients_of_every_function_of_logits(case):
+    data, t = many_classes() if case == "70 000 classes" else rows(case)
+    targets = [targets_of(function, data) for function in FUNCTIONS]
+
+    @jax.jit
+    def results(z, targets):
+        out = []
+        for function, y in zip(FUNCTIONS, targets, strict=True):
+            value, pull = jax.vjp(lambda z, f=function, y=y: f.call(z, y), z)
+            g = cotangent_of(function, data, value.dtype)
+            out.append((value, pull(g)[0]))
+        return out
+
+    found = results(data.logits, targets)
+    for function, y, (value, d) in zip(FUNCTIONS, targets, found, strict=True):
+        dtype = np.float32 if function.accumulates else data.logits.dtype
+        assert_dtype(value, dtype)
+        assert_dtype(d, data.logits.dtype)
+        true, bound = function.value(t, y)
+        assert_within(value, true, bound, str(function))
+        g = cotangent_of(function, data, dtype)
+        true, bound = function.gradient(t, y, g)
+        assert_within(d, true, bound, f"gradient of {function}")
+
+
+@dtypes
+def test_log_probabilities_entropies_and_the_jacobian(dtype):
+    data, t = rows(dtype)
+    z, labels, g = data.logits, data.labels, data.cotangent
+    p, nll = t.p.value, t.nll.value
+    out = js.label_log_probs(z, labels, with_entropy=True)
+    # H = Σ ŷ_k (−log ŷ_k), terms of one sign.
+    entropy = (p * nll).sum(-1)
+    bound = (p * t.nll.bound + t.p.bound * nll).sum(-1) + (t.chain + 4) * U * entropy
+    assert out.entropies is not None
+    assert_within(out.entropies, entropy, bound)
+    assert_within(out.log_normalizers, *t.lse)
+    assert_within(-out.log_probs, *oracle.nll(t, labels))
+    d = jax.grad(lambda z: (g * js.label_log_probs(z, labels).log_normalizers).sum())(z)
+    assert_within(d, *oracle.lse_gradient(t, g))
+    entropies: Any = lambda z: js.label_log_probs(z, labels, with_entropy=True).entropies  # noqa: E731
+    d = jax.grad(lambda z: entropies(z).sum())(z)
+    # ŷ_i (−log ŷ_i − H): a difference, within the errors of both.
+    size = nll + entropy[:, None]
+    error = t.p.bound * size + p * (t.nll.bound + bound[:, None] + 8 * U * size) + TINY
+    assert_within(d, p * (nll - entropy[:, None]), error)
+    # ŷ_i (δ_ij − ŷ_j)
+    eye = np.eye(CLASSES, dtype=bool)
+    other = np.where(eye, t.complement.value[:, None], -p[:, None])
+    error = np.where(eye, t.complement.bound[:, None], t.p.bound[:, None])
+    error = p[..., None] * error + (t.p.bound + 2 * U * p)[..., None] * np.abs(other) + TINY
+    assert_within(js.softmax_jacobian(z), p[..., None] * other, error)
+
+
+@dtypes
+def test_forward_mode(dtype):
+    data, t = rows(dtype)
+    g = data.wide_cotangent.astype(data.logits.dtype)
+    f = js.forward_mode.softmax_cross_entropy_with_integer_labels
+    value, change = jax.jvp(lambda z: f(z, data.labels), (data.logits,), (g,))
+    assert_within(value, *oracle.nll(t, data.labels))
+    d, bound = oracle.nll_gradient(t, data.labels, np.ones(len(g)))
+    g = g.astype(oracle.Wide)
+    error = ((bound + (t.chain + 2) * U * np.abs(d)) * np.abs(g)).sum(-1)
+    assert_within(change, (d * g).sum(-1), error)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-4},
+    {"soft_cap": 30.0},
+    {"temperature": 0.7},
+    {"class_weights": np.linspace(0.5, 2, CLASSES).astype(np.float32)},
+]
+OPTIONS.append({k: v for options in OPTIONS for k, v in options.items()})
+
+
+@dtypes
+def test_options_are_those_of_float32_rounded_once(dtype):
+    """The bound is what two float32 computations may differ by: a few roundings of z, twice."""
+    data, _ = rows(dtype)
+
+    @jax.jit
+    def results(z):
+        def losses(z):
+            return [integer(z, data.labels, **options) for options in OPTIONS]
+
+        out, pull = jax.vjp(losses, z)
+        zero = jnp.zeros_like(out[0])
+        one_each = [[g if i == j else zero for j in range(len(out))] for i in range(len(out))]
+        return out, [pull(gs)[0] for gs in one_each]
+
+    g = data.cotangent
+    half, full = (results(z) for z in (data.logits, data.logits.astype(np.float32)))
+    size = np.abs(data.logits.astype(np.float32)).max(-1) / 0.7
+    slack = (32 + 4 * size)[:, None] * U
+    for loss, d, loss32, d32 in zip(*half, *full, strict=True):
+        assert_dtype(loss, np.float32)
+        assert_dtype(d, dtype)
+        assert_within(loss, loss32, slack[:, 0] * np.abs(loss32) + TINY)
+        assert_within(d, d32, slack * np.abs(d32) + TINY)
+
+
+@dtypes
+@pytest.mark.parametrize("scale", SCALES)
+def test_heads(dtype, scale):
+    """Products add up in float32, ŷ − y is rounded once and each gradient once: `pulled_back`."""
+    arrays: Any = problem(9, 5, 130, dtype, scale)
+    check_head("in_forward", arrays, chunk_size=4)
+    check_head("recompute", arrays, chunk_size=64)
+    check_log_probs(arrays)
+    losses, pull = dense_by_token(*arrays)
+    for got, want in zip((losses, *pull), head_truth(*arrays, g=np.ones(9)), strict=True):
+        assert_within(got, *want)
+
+
+@jax.jit
+def dense_by_token(hidden, kernel, bias, labels):
+    def f(*operands):
+        y = jax.nn.one_hot(labels, 130)
+        options: Any = {"bias": operands[2], "reduction": None, "chunk_size": 4}
+        return js.linear_loss(js.softmax_cross_entropy, *operands[:2], y, **options)
+
+    losses, pull = jax.vjp(f, hidden, kernel, bias)
+    return losses, pull(jnp.ones_like(losses))
+
+
+@dtypes
+@both_ways
+def test_confident_columns_of_d_kernel_keep_relative_accuracy(dtype, gradients):
+    """One token a class, so that the label's entry of a column is nothing but h (ŷ_t − 1)."""
+    gaps = np.array([0, 5, 17, 40])
+    hidden = (4 * np.eye(4)).astype(jnp.dtype(dtype))
+    kernel = np.diag(gaps / 4).astype(jnp.dtype(dtype))
+    labels = np.arange(4, dtype=np.int32)
+    _, d_kernel, _ = check_head(gradients, (hidden, kernel, np.zeros(4, np.float32), labels))
+    if dtype == "bfloat16":
+        r = 3 * np.exp(-np.diag(kernel).astype(float) * 4)
+        true = -4 * np.linspace(0.5, 2, 4).astype(np.float32) * r / (1 + r)
+        # ŷ − y rounded, the gradient rounded; float32's errors are 60 u.
+        np.testing.assert_allclose(np.diag(d_kernel).astype(float), true, rtol=2 * 2**-8 + 1e-5)
+
+
+@both_ways
+@pytest.mark.parametrize("how", ["denominator", "weights"])
+def test_a_small_cotangent_loses_nothing_in_float16(gradients, how):
+    """A mean over 16 384 tokens, 9 of them here: ŷ/16 384 would be of the size of subnormals."""
+    arrays: Any = problem(9, 5, 130, np.float16)
+    small = np.float32(2**-14)
+    options: Any = {"reduction": "sum", "weights": np.full(9, small)}
+    if how == "denominator":
+        options = {"reduction": "mean", "denominator": 1 / small}
+    value, ds = total(*arrays, gradients=gradients, **options)
+    losses, *expected = head_truth(*arrays, g=np.ones(9))
+    assert_within(value, losses.value.sum() * small, losses.bound.sum() * small + 1e-12)
+    for d, (true, bound) in zip(ds, expected, strict=True):
+        assert_within(d, small * true, small * bound)
+
+
+@both_ways
+def test_heads_of_more_classes_than_float16_can_count(gradients):
+    hidden, kernel, _, labels = problem(3, 2, MANY, np.float16)
+    bias = np.zeros(MANY, np.float32)
+    labels[0] = MANY - 1
+    ds = check_head(gradients, (hidden, kernel, bias, labels))
+    check_head(gradients, (0 * hidden, kernel, bias, labels))
+    assert all(np.isfinite(d).all() for d in ds)
