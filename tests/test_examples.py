@@ -13,6 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.wide
 def test_half_precision_training(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("optax")

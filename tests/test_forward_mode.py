@@ -74,6 +74,7 @@ def test_values_and_jacobians_are_those_of_reverse_mode(call):
     assert_trees_close(jax.jacrev(lambda x: call(forward_mode, x))(x), want)
 
 
+@pytest.mark.wide
 @every_call
 def test_linearize_and_second_derivatives(call):
     x, v = logits(), jnp.cos(jnp.arange(ROWS * CLASSES, dtype=jnp.float32)).reshape(ROWS, CLASSES)

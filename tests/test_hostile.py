@@ -359,6 +359,7 @@ def test_jit_gives_the_definition_and_its_gradient(function, case):
             Checked(function, case, left_out).gradient(gradient, g)
 
 
+@pytest.mark.wide
 @over(FUNCTIONS)
 def test_eager_and_vmap_give_it_too(function):
     given = function.arguments()

@@ -239,6 +239,7 @@ def test_nothing_unneeded_is_computed(gradients, products):
     assert count(jax.grad(head, (0, 1))) == products
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
 def test_transforms(gradients):
     hidden, kernel, bias, _, labels = problem(7, 5, 40)

@@ -338,6 +338,7 @@ def taken_row(taken, mapped, index):
     return tuple(a[index] if m else a for a, m in zip(taken, mapped, strict=True))
 
 
+@pytest.mark.wide
 @every_function
 def test_vmap_along_another_axis_and_twice(function, classes):
     arguments = function.arguments(classes)
@@ -397,6 +398,7 @@ def hessian(f, *arguments):
     return jax.hessian(functools.partial(weighted, f))(*arguments)
 
 
+@pytest.mark.wide
 @every_function
 @pytest.mark.parametrize("operation", [hessian, reverse_thrice])
 def test_vmap_of_hessian_and_third_derivative(function, classes, operation):

@@ -57,7 +57,6 @@ LOGITS = {
 HEAD = (
     Entry(OURS, "ours", "head_in_forward"),
     Entry("jaxsoftmax, recompute", "ours", "head_recompute"),
-    Entry("jaxsoftmax, three options", "ours", "head_with_options"),
     Entry(BASELINE, "with_optax", "head"),
     Entry("optax, checkpointed chunks", "with_optax", "head_in_chunks"),
     Entry("tokamax", "with_tokamax", "head"),
@@ -77,7 +76,6 @@ NOTES = {
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",
-    "jaxsoftmax, three options": "label smoothing, z-loss, soft cap; gradient in the forward pass",
     "tokamax": "its implementation for all platforms, xla",
     "three products": "the matrix products of the plain head and nothing else",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",

@@ -27,10 +27,3 @@ def tied_recompute(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -
 def head_recompute(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Recompute the logits, block by block, in the backward pass."""
     return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="recompute")
-
-
-def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """Smooth, add a z-loss and cap, with the gradient in the forward pass."""
-    return jaxsoftmax.linear_softmax_cross_entropy(
-        hidden, kernel, labels, label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0
-    )
