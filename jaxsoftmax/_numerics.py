@@ -11,7 +11,7 @@ Rows are the last axis here; the modules above bring the class axes there.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -106,33 +106,63 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     Rows are taken a chunk at a time, so that the second pass reads from cache; the last chunk
     is moved back to end with the last row, so that any number of rows fits.
     """
+    if x.shape[-1] <= _FEW:
+        *batch, classes = x.shape
+        m, r = _by_column(x.reshape(math.prod(batch), classes))
+        return m.reshape(batch), r.reshape(batch)
+    return _in_chunks(_plain if x.shape[-1] < _MANY else _by_block, x)
+
+
+def _in_chunks(form, x, *numbers):
+    """`form` of the rows of `x [*batch, C]`, and of numbers `[*batch]`: numbers again."""
     *batch, classes = x.shape
     n = math.prod(batch)
-    x = x.reshape(n, classes)
-    if classes <= _FEW:
-        form = _by_column
-    elif classes < _MANY:
-        form = _plain
-    else:
-        form = _by_block
+    x, *numbers = (a.reshape(n, *a.shape[len(batch) :]) for a in (x, *numbers))
     rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
-    if form is _by_column or not isinstance(n, int) or n <= rows:  # n: symbolic in an export
-        m, r = form(x)
-        return m.reshape(batch), r.reshape(batch)
+    if not isinstance(n, int) or n <= rows:  # n: symbolic in an export
+        return tuple(s.reshape(batch) for s in form(x, *numbers))
     source = sliceable(x)
 
     def chunk(i):
         start = jnp.minimum(i * rows, n - rows)
-        return form(restored(lax.dynamic_slice_in_dim(source, start, rows), x.dtype))
+        part = restored(lax.dynamic_slice_in_dim(source, start, rows), x.dtype)
+        return form(part, *(lax.dynamic_slice_in_dim(a, start, rows) for a in numbers))
 
     chunks = -(-n // rows)
-    m, r = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
+    sums = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
     fresh = n - (chunks - 1) * rows  # rows of the last chunk that no other has seen
 
     def joined(s):
         return jnp.concatenate([s[:-1].reshape(-1), s[-1, rows - fresh :]]).reshape(batch)
 
-    return joined(m), joined(r)
+    return tuple(joined(s) for s in sums)
+
+
+def row_sums(
+    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The sum over each row's classes of each of `terms(x, m)`, arrays `[..., C]`.
+
+    XLA:CPU adds up numbers that lie there several times faster than numbers it selects on the way,
+    so there the terms of a chunk of rows are written to cache first.
+    """
+
+    def plain(x, m):
+        return tuple(jnp.sum(t, axis=-1) for t in terms(x, m))
+
+    def written(x, m):
+        return tuple(jnp.sum(t, axis=-1) for t in lax.optimization_barrier(terms(x, m)))
+
+    @jax.custom_jvp
+    def sums(x, m):
+        if not is_local(x):
+            return plain(x, m)
+        return lax.platform_dependent(
+            x, m, cpu=lambda x, m: _in_chunks(written, x, m), default=plain
+        )
+
+    sums.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return sums(x, m)
 
 
 def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:

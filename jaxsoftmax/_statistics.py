@@ -28,6 +28,7 @@ from ._numerics import (
     max_and_remainder,
     one_hot,
     pick,
+    row_sums,
     shifted_exp,
     upcast,
 )
@@ -250,12 +251,23 @@ def _rows(z, m, r, z_label, weights, g, used):  # noqa: PLR0917
 
 def gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
     """Σ_k e_k (m − z_k) of each row; a logit of −inf gives 0."""
-    _, gap, _ = _inside(z, m, None)
-    return jnp.sum(shifted_exp(z, m) * gap, axis=-1)
+
+    def terms(z, m):
+        return (shifted_exp(z, m) * _inside(z, m, None)[1],)
+
+    return row_sums(terms, z, m)[0]
 
 
 def spread_sums(z: jax.Array, m: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, ...]:
     """Over each row's classes that are not at −inf: their number, Σ u_k, and Σ u_k (m − z_k)."""
+    if weights is None:
+
+        def terms(z, m):
+            _, gap, one = _inside(z, m, None)
+            return one, gap
+
+        classes, costs = row_sums(terms, z, m)
+        return classes, classes, costs
     inside, gap, u = _inside(z, m, weights)
     classes = jnp.sum(inside, axis=-1, dtype=m.dtype)
     return classes, jnp.sum(u, axis=-1), jnp.sum(u * gap, axis=-1)
