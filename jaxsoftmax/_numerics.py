@@ -110,7 +110,8 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         *batch, classes = x.shape
         m, r = _by_column(x.reshape(math.prod(batch), classes))
         return m.reshape(batch), r.reshape(batch)
-    return _in_chunks(_plain if x.shape[-1] < _MANY else _by_block, x)
+    m, r = _in_chunks(_plain if x.shape[-1] < _MANY else _by_block, x)
+    return m, r
 
 
 def _in_chunks(form, x, *numbers):
