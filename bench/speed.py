@@ -85,8 +85,8 @@ def command(
     """Time the losses on logits, or the linear heads: ours and the others'.
 
     Every contender is compiled ahead, warmed up, and timed once a round in random order; the
-    tables show medians and quartiles. A complete run takes about ten minutes on two cores, the
-    linear heads half an hour.
+    tables show medians and quartiles. A complete run takes about eight minutes on two cores, the
+    linear heads several times that.
     """
     integer = labels == Labels.INTEGER
     options = {

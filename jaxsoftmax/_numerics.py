@@ -101,11 +101,7 @@ def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same at the speed of XLA:CPU's plain log-sum-exp, or better.
-
-    Rows are taken a chunk at a time, so that the second pass reads from cache; the last chunk
-    is moved back to end with the last row, so that any number of rows fits.
-    """
+    """The same at the speed of XLA:CPU's plain log-sum-exp, or better."""
     if x.shape[-1] <= _FEW:
         *batch, classes = x.shape
         m, r = _by_column(x.reshape(math.prod(batch), classes))
@@ -115,7 +111,11 @@ def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _in_chunks(form, x, *numbers):
-    """`form` of the rows of `x [*batch, C]`, and of numbers `[*batch]`: numbers again."""
+    """`form` of the rows of `x [*batch, C]`, and of numbers `[*batch]`: numbers again.
+
+    Rows are taken a chunk at a time, so that a second pass reads from cache; the last chunk is
+    moved back to end with the last row, so that any number of rows fits.
+    """
     *batch, classes = x.shape
     n = math.prod(batch)
     x, *numbers = (a.reshape(n, *a.shape[len(batch) :]) for a in (x, *numbers))

@@ -38,19 +38,20 @@ def dot(a, b, contract, precision):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
-def cotangent_scale(g: Any, dtype: jnp.dtype) -> jax.Array | None:
-    """A power of two, 8 to 16 times below the largest cotangent; None for 1.
+def without_scale(g: Any, dtype: jnp.dtype) -> tuple[Any, jax.Array | None]:
+    """Cotangents for operands of `dtype`, and what they were divided by: see `times`; None for 1.
 
-    Without it d_logits is rounded to float16, which has no room below 6e-8: there ŷ over a mean's
-    number of tokens would be 0. Multiplied back in float32 (`times`) nothing is lost.
+    A power of two that leaves the largest between 8 and 16: float16, to which d_logits is rounded,
+    has no room below 6e-8, where ŷ over a mean's number of tokens would be 0. Multiplied back in
+    float32 nothing is lost.
     """
     if dtype != jnp.float16:
-        return None
+        return g, None
     finite = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in jax.tree.leaves(g)]
-    sizes = [jnp.max(x, initial=0) for x in finite]
-    largest = functools.reduce(jnp.maximum, sizes)
+    largest = functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in finite])
     scale = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 4)
-    return lax.stop_gradient(jnp.where(largest > 0, scale, jnp.ones_like(scale)))
+    scale = lax.stop_gradient(jnp.where(largest > 0, scale, jnp.ones_like(scale)))
+    return jax.tree.map(lambda x: x / scale, g), scale
 
 
 def times(scale: jax.Array | None, tree: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._products import add_product, cotangent_scale, dot, opened, product, times
+from ._products import add_product, dot, opened, product, times, without_scale
 from ._sharding import manual_axes, summed_as, varying
 
 
@@ -103,8 +103,7 @@ def _gradients_over_chunks(plan, operands, g, live):
     axes = manual_axes(g, *jax.tree.leaves(operands))
     head_live = live.hidden or live.kernel or live.bias
 
-    scale = cotangent_scale(g, kernel.dtype)
-    g = g if scale is None else g / scale
+    g, scale = without_scale(g, kernel.dtype)
 
     def zeros_if(flag, array):
         return varying(jnp.zeros(array.shape, dtype), axes) if flag else None

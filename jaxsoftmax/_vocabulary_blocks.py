@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._numerics import accumulation_dtype, log_sum_exp, max_and_remainder, merge, pick
-from ._products import cotangent_scale, dot, opened, product, times
+from ._products import dot, opened, product, times, without_scale
 from ._sharding import manual_axes, restored, sliceable, summed_as, varying
 from ._statistics import (
     Rows,
@@ -124,9 +124,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     operands, rows, flags = residuals
     asked = jax.tree.unflatten(jax.tree.structure(operands), flags.flags)
     hidden, kernel, bias, transform, weights, labels = operands
-    g = poisoned(live(cotangents), labels)
-    scale = cotangent_scale(g, kernel.dtype)
-    g = g if scale is None else jax.tree.map(lambda x: x / scale, g)
+    g, scale = without_scale(poisoned(live(cotangents), labels), kernel.dtype)
     rows = rows._replace(used=used_rows(g))
     dtype = rows.m.dtype
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 from assertions import assert_within
 from cases import generator
 from oracle import Value, Wide
@@ -17,6 +18,7 @@ import jaxsoftmax as js
 U = 2.0**-24  # unit roundoff of float32
 TINY = 2.0**-126  # XLA may give 0 for anything smaller
 WAYS = ("in_forward", "recompute")
+both_ways = pytest.mark.parametrize("gradients", WAYS)
 head = js.linear_softmax_cross_entropy
 
 

@@ -134,6 +134,8 @@ def test_a_bad_label_is_nan_and_an_ignored_one_zero():
         return np.asarray(jax.jacfwd(lambda x: loss(x, labels, **ignore))(x))
 
     assert np.isnan(jacobian()[2, 2]).all()
+    loss = forward_mode.softmax_cross_entropy_with_integer_labels
+    assert np.isnan(jax.grad(lambda x: loss(x, labels)[:2].sum())(x)[2]).all()  # though not used
     ignored = jacobian(ignore_index=-100)
     assert np.isfinite(ignored).all()
     assert not ignored[2].any()

@@ -15,7 +15,7 @@ import oracle
 import pytest
 from assertions import assert_dtype, assert_within
 from cases import FUNCTIONS, Rows, cotangent_of, generator, targets_of
-from heads import TINY, WAYS, U, check_head, check_log_probs, head_truth, problem, total
+from heads import TINY, U, both_ways, check_head, check_log_probs, head_truth, problem, total
 
 import jaxsoftmax as js
 
@@ -23,7 +23,6 @@ SCALES = (1e-3, 1, 30, 1e3, 1e4)
 GAPS = (None, 0, 5, 17, 40)  # of the target's logit to the largest of the rest
 CLASSES, MANY = 60, 70_000
 integer = js.softmax_cross_entropy_with_integer_labels
-both_ways = pytest.mark.parametrize("gradients", WAYS)
 dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 

@@ -20,6 +20,7 @@ from cases import generator
 from heads import (
     WAYS,
     U,
+    both_ways,
     check_head,
     check_log_probs,
     head_truth,
@@ -38,7 +39,6 @@ import jaxsoftmax as js
 from bench.cases import Dtype
 from bench.head import Head
 
-both_ways = pytest.mark.parametrize("gradients", WAYS)
 integer = js.softmax_cross_entropy_with_integer_labels
 logsumexp: Any = js.logsumexp
 head = js.linear_softmax_cross_entropy
