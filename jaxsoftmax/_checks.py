@@ -14,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ._sharding import AxisName, manual_axes, manual_axes_here
+
 
 def _describe(value: object) -> str:
     """What came, short enough for one line: a dtype and shape, or a repr."""
@@ -191,6 +193,31 @@ def as_ignore_index(function: str, value: object) -> int | None:
     raise TypeError(f"{function}: ignore_index must be an integer or None; got {_typed(value)}")
 
 
+def as_axis_name(function: str, value: object, name: str, array: jax.Array) -> AxisName | None:
+    """The manual mesh axes that shard the classes of `array`."""
+    if value is None:
+        return None
+    names = (value,) if isinstance(value, str) else value
+    if not (isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)):
+        raise TypeError(
+            f"{function}: axis_name must be the name of a mesh axis, a tuple of such, or None; "
+            f"got {_typed(value)}"
+        )
+    here = manual_axes_here()
+    if not set(names) <= set(here) or len(set(names)) < len(names):
+        raise ValueError(
+            f"{function}: axis_name must name axes that an enclosing shard_map makes manual, here "
+            f"{here}, each once; got {value!r}"
+        )
+    varies = tuple(sorted(manual_axes(array)))
+    if not set(names) <= set(varies):
+        raise ValueError(
+            f"{function}: {name} must vary over axis_name {value!r}, its classes sharded by the "
+            f"in_specs of a shard_map with check_vma=True; got one that varies over {varies}"
+        )
+    return value  # pyright: ignore[reportReturnType] - a str or a tuple of them
+
+
 def check_choice(function: str, name: str, value: object, choices: Sequence[str | None]) -> None:
     """`value` is one of `choices`."""
     if not (value is None or isinstance(value, str)) or value not in choices:
@@ -223,8 +250,13 @@ def check_callable(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be callable; got {_typed(value)}")
 
 
-def check_losses(function: str, loss_fn: Any, arguments: Sequence[jax.ShapeDtypeStruct]) -> None:
-    """`loss_fn` gives one floating loss a token for `arguments`, logits first."""
+def check_losses(
+    function: str,
+    loss_fn: Any,
+    arguments: Sequence[jax.ShapeDtypeStruct],
+    axis_name: AxisName | None,
+) -> None:
+    """`loss_fn` gives one floating loss a token for `arguments`, logits first, of whole rows."""
     losses = jax.eval_shape(loss_fn, *arguments)
     expected = arguments[0].shape[:1]
     if getattr(losses, "shape", None) != expected:
@@ -234,6 +266,12 @@ def check_losses(function: str, loss_fn: Any, arguments: Sequence[jax.ShapeDtype
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(f"{function}: loss_fn must return a floating dtype; got {losses.dtype}")
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    if names & manual_axes(losses):
+        raise ValueError(
+            f"{function}: loss_fn must give the losses of whole rows, summed over axis_name "
+            f"{axis_name!r}; got losses that vary over it"
+        )
 
 
 def check_count(function: str, name: str, value: object) -> None:

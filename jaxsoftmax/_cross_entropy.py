@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from . import _checks
 from ._numerics import to_index, to_rows
-from ._options import as_options, ignored_tokens, target_losses, token_losses
-from ._statistics import Statistics, as_transform, target_statistics, token_statistics
+from ._options import as_options, ignored_tokens, label_weights, target_losses, token_losses
+from ._sharding import AxisName, shard_count, sum_over
+from ._statistics import Statistics, Wanted, as_transform, target_statistics, token_statistics
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -29,6 +30,7 @@ def softmax_cross_entropy_with_integer_labels(
     z_loss: ArrayLike = 0.0,
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy `−log softmax(logits)[label]` of each example; a drop-in for optax's.
 
@@ -50,6 +52,9 @@ def softmax_cross_entropy_with_integer_labels(
       z_loss: λ ≥ 0: adds `λ·lse²` with the log-sum-exp of the example.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: logits
+        and whatever has a number a class are this device's part, labels global class numbers. The
+        parts are in the order of the devices.
 
     Returns:
       The losses, with the shape of `labels`: float32, or float64 for float64 logits. A row that
@@ -74,6 +79,7 @@ def softmax_cross_entropy_with_integer_labels(
     """
     name = "softmax_cross_entropy_with_integer_labels"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
+    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
     where = _class_mask(name, where, logits.shape, axes)
     ignore_index = _checks.as_ignore_index(name, ignore_index)
     options = as_options(
@@ -87,23 +93,31 @@ def softmax_cross_entropy_with_integer_labels(
     )
     with jax.named_scope(f"jaxsoftmax.{name}"):
         (logits, where), axes = _one_axis(axes, logits, where)
-        summed = token_statistics.now()
-        return _integer_labels(summed, logits, labels, where, options, axes, ignore_index)
+        wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
+        summed = token_statistics(wanted).now()
+        return _integer_labels(
+            summed, wanted, logits, labels, where, options, axes, ignore_index
+        )
 
 
-@partial(jax.jit, static_argnames=("summed", "axes", "ignore_index"))
-def _integer_labels(summed, logits, labels, where, options, axes, ignore_index):  # noqa: PLR0917
+@partial(jax.jit, static_argnames=("summed", "wanted", "axes", "ignore_index"))
+def _integer_labels(  # noqa: PLR0917
+    summed, wanted, logits, labels, where, options, axes, ignore_index
+):
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
     rows = to_rows(logits, axes)
-    index = to_index(labels, rows.shape[-1])
+    index = to_index(labels, rows.shape[-1] * shard_count(wanted.axis_name))
     ignored = ignored_tokens(labels, ignore_index)
-    if ignored is not None and summed is token_statistics.forward:
+    if ignored is not None and summed is token_statistics(wanted).forward:
         # A linear map cannot see that a token is not used: 0 · NaN would be NaN.
         rows, index = jnp.where(ignored[..., None], 0, rows), jnp.where(ignored, 0, index)
-    statistics = summed(rows, index, options.transform, options.class_weights)
-    losses = token_losses(statistics, labels, ignore_index, options)
-    return _zero_where_nothing(losses, where, axes)
+    weights = options.class_weights
+    statistics = summed(rows, index, options.transform, weights if wanted.spread else None)
+    if weights is not None:
+        weights = label_weights(labels, ignore_index, weights, wanted.axis_name)
+    losses = token_losses(statistics, labels, weights, ignore_index, options)
+    return _zero_where_nothing(losses, where, axes, wanted.axis_name)
 
 
 def softmax_cross_entropy(
@@ -116,6 +130,7 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy `−Σ_k y_k log softmax(logits)_k` of each example; a drop-in for optax's.
 
@@ -134,6 +149,9 @@ def softmax_cross_entropy(
       z_loss: λ ≥ 0: adds `λ·lse²` with the log-sum-exp of the example.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: logits
+        and whatever has a number a class are this device's part, labels global class numbers. The
+        parts are in the order of the devices.
 
     Returns:
       The losses, with the shape of `logits` without `axis`: float32, or float64 where logits
@@ -159,6 +177,7 @@ def softmax_cross_entropy(
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_inexact(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim)
+    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
     _checks.check_has_classes(name, "logits", logits.shape, axes)
     _checks.check_broadcasts(name, "labels", labels.shape, logits.shape, "the shape of logits")
     where = _class_mask(name, where, logits.shape, axes)
@@ -172,17 +191,19 @@ def softmax_cross_entropy(
     with jax.named_scope(f"jaxsoftmax.{name}"):
         labels = jnp.broadcast_to(labels, logits.shape)
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
-        return _dense_labels(target_statistics.now(), logits, labels, where, options, axes)
+        wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
+        summed = target_statistics(wanted).now()
+        return _dense_labels(summed, axis_name, logits, labels, where, options, axes)
 
 
-@partial(jax.jit, static_argnames=("summed", "axes"))
-def _dense_labels(summed, logits, labels, where, options, axes):  # noqa: PLR0917
+@partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
+def _dense_labels(summed, axis_name, logits, labels, where, options, axes):  # noqa: PLR0917
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
         labels = jnp.where(where, labels, 0)
     rows, targets = to_rows(logits, axes), to_rows(labels, axes)
     losses = target_losses(summed(rows, targets, options.transform), options)
-    return _zero_where_nothing(losses, where, axes)
+    return _zero_where_nothing(losses, where, axes, axis_name)
 
 
 class LogProbs(NamedTuple):
@@ -207,6 +228,7 @@ def label_log_probs(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
+    axis_name: AxisName | None = None,
 ) -> LogProbs:
     r"""Log-probability of each label, log-normalizer and entropy of each row of logits.
 
@@ -219,6 +241,8 @@ def label_log_probs(
       temperature: divides the (capped) logits; positive. The results are those of the divided
         logits.
       with_entropy: also compute the entropies.
+      axis_name: inside `jax.shard_map`, the mesh axis that shards the classes (see the
+        cross-entropy).
 
     Returns:
       `LogProbs` in float32, or float64 for float64 logits.
@@ -240,25 +264,26 @@ def label_log_probs(
     """
     name = "label_log_probs"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
+    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
     transform = as_transform(name, soft_cap, temperature)
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
     with jax.named_scope(f"jaxsoftmax.{name}"):
         (logits,), axes = _one_axis(axes, logits)
-        summed = token_statistics.now()
-        return _label_log_probs(summed, logits, labels, transform, axes, with_entropy)
+        wanted = Wanted(entropy=with_entropy, axis_name=axis_name)
+        summed = token_statistics(wanted).now()
+        return _label_log_probs(summed, axis_name, logits, labels, transform, axes)
 
 
-@partial(jax.jit, static_argnames=("summed", "axes", "with_entropy"))
-def _label_log_probs(summed, logits, labels, transform, axes, with_entropy):  # noqa: PLR0917
+@partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
+def _label_log_probs(summed, axis_name, logits, labels, transform, axes):  # noqa: PLR0917
     rows = to_rows(logits, axes)
-    index = to_index(labels, rows.shape[-1])
-    return as_log_probs(summed(rows, index, transform, None), with_entropy)
+    index = to_index(labels, rows.shape[-1] * shard_count(axis_name))
+    return as_log_probs(summed(rows, index, transform, None))
 
 
-def as_log_probs(statistics: Statistics, with_entropy: bool) -> LogProbs:
+def as_log_probs(statistics: Statistics) -> LogProbs:
     """The public face of `Statistics`."""
-    entropies = statistics.entropy if with_entropy else None
-    return LogProbs(-statistics.loss, statistics.lse, entropies)
+    return LogProbs(-statistics.loss, statistics.lse, statistics.entropy)
 
 
 def _logits_and_labels(name, logits, labels, axis):
@@ -304,5 +329,10 @@ def _class_mask(function, where, shape, axes):
     return jnp.broadcast_to(where, shape)
 
 
-def _zero_where_nothing(losses, where, axes):
-    return losses if where is None else jnp.where(jnp.any(where, axis=axes), losses, 0)
+def _zero_where_nothing(losses, where, axes, axis_name):
+    if where is None:
+        return losses
+    included = jnp.any(where, axis=axes)
+    if axis_name is not None:
+        included = sum_over(axis_name, included.astype(jnp.int32)) > 0
+    return jnp.where(included, losses, 0)

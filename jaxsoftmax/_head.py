@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of the linear head, checked, and how its losses are put back together."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jax.typing import ArrayLike
 
 from . import _checks
 from ._numerics import accumulation_dtype
+from ._sharding import AxisName, Layout, layout_of, merged_tokens, unmerged_tokens
 
 Reduction = Literal["mean", "sum"] | None
 
@@ -24,10 +24,13 @@ class Head(NamedTuple):
     weights: jax.Array | None  # [N]
     reduction: Reduction
     denominator: jax.Array | None
+    layout: Layout
+    axis_name: AxisName | None
     counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
 
     def unreduced(self, losses):
-        return (losses if self.weights is None else losses * self.weights).reshape(self.shape)
+        losses = losses if self.weights is None else losses * self.weights
+        return unmerged_tokens(self.layout, losses, self.shape)
 
     def reduced(self, losses):
         return self.divided(jnp.sum(losses if self.weights is None else losses * self.weights))
@@ -52,6 +55,7 @@ def as_head(
     weights: ArrayLike | None = None,
     reduction: Reduction = None,
     denominator: ArrayLike | None = None,
+    axis_name: AxisName | None,
     chunk_size: int | None,
     precision: Any,
 ) -> Head:
@@ -73,11 +77,13 @@ def as_head(
         bias = _checks.as_floating(function, "bias", bias)
         meaning = f"one number for each of the {classes} classes of kernel"
         _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
+    axis_name = _checks.as_axis_name(function, axis_name, "kernel", kernel)
+    layout = layout_of(hidden, kernel)
     total = accumulation_dtype(dtype)
     if weights is not None:
         weights = _checks.as_inexact(function, "weights", weights)
         _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")
-        weights = weights.astype(total).reshape(-1)
+        weights = merged_tokens(layout, weights.astype(total))
     _checks.check_choice(function, "reduction", reduction, ("mean", "sum", None))
     if denominator is not None:
         if reduction != "mean":
@@ -88,8 +94,10 @@ def as_head(
     _checks.check_precision(function, precision)
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
-    rows = hidden.astype(dtype).reshape(math.prod(shape), width)
-    return Head(shape, rows, kernel.astype(dtype), bias, weights, reduction, denominator)
+    rows, kernel = merged_tokens(layout, hidden.astype(dtype)), kernel.astype(dtype)
+    return Head(
+        shape, rows, kernel, bias, weights, reduction, denominator, layout, axis_name
+    )
 
 
 def as_per_token(function, name, value, head):
@@ -97,10 +105,10 @@ def as_per_token(function, name, value, head):
     tokens = len(head.shape)
     axes = f"the first axes of {name}"
     _checks.check_shape(function, axes, value.shape[:tokens], head.shape, "the tokens of hidden")
-    return value.reshape(head.hidden.shape[0], *value.shape[tokens:])
+    return merged_tokens(head.layout, value)
 
 
 def as_token_labels(function, labels, head):
     labels = _checks.as_labels(function, "labels", labels)
     _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
-    return labels.reshape(-1)
+    return merged_tokens(head.layout, labels)

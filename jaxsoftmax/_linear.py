@@ -5,6 +5,7 @@ The public functions, their arguments, and the choice between the two orders of 
 _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
 from ._options import as_options, label_weights, token_losses
-from ._products import product
-from ._statistics import Statistics, as_transform, token_statistics
+from ._sharding import AxisName, laid_out, shard_count
+from ._statistics import Wanted, as_transform, token_statistics
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
@@ -38,6 +39,7 @@ def linear_loss(
     weights: ArrayLike | None = None,
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
@@ -59,9 +61,13 @@ def linear_loss(
       reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes of `kernel`
+        and `bias`: `loss_fn` gets its device's logits and must give the losses of the whole rows,
+        as the package's losses with this `axis_name` do.
       chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
         56 MiB on a CPU and 448 MiB elsewhere (JAX's default backend counts), from 256 to 4096.
-        Never more than asked for; any number of tokens fits.
+        Never more than asked for; any number of tokens fits. Where an explicit mesh shards tokens
+        or classes, each of its devices has chunks of `c` tokens, and V counts its classes.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -106,6 +112,7 @@ def linear_loss(
         weights=weights,
         reduction=reduction,
         denominator=denominator,
+        axis_name=axis_name,
         chunk_size=chunk_size,
         precision=precision,
     )
@@ -130,6 +137,7 @@ def linear_softmax_cross_entropy(
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
     gradients: Literal["auto", "in_forward", "recompute"] = "auto",
+    axis_name: AxisName | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
@@ -160,6 +168,9 @@ def linear_softmax_cross_entropy(
         fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
         `linear_log_probs` does: a product more, for the least memory. "auto" is "in_forward"
         with a reduction and "recompute" without.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
+        `bias` and `class_weights` are this device's part, in the order of the devices; labels are
+        global class numbers.
       chunk_size: tokens in a chunk, or classes in a block; see those functions for the default.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
@@ -190,6 +201,7 @@ def linear_softmax_cross_entropy(
         weights=weights,
         reduction=reduction,
         denominator=denominator,
+        axis_name=axis_name,
         chunk_size=chunk_size,
         precision=precision,
     )
@@ -208,26 +220,26 @@ def linear_softmax_cross_entropy(
         class_weights=class_weights,
         classes=head.kernel.shape[1],
     )
-    counts = label_weights(labels, ignore_index, options.class_weights)
+    counts = label_weights(labels, ignore_index, options.class_weights, axis_name)
     head = head._replace(counts=counts)
+    of_labels = [] if options.class_weights is None else [counts]
+    u = options.class_weights if options.label_smoothing is not None else None
+    wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
 
-    def losses(statistics, labels):
-        return token_losses(statistics, labels, ignore_index, options)
+    def losses(statistics, labels, weights=None):
+        return token_losses(statistics, labels, weights, ignore_index, options)
 
-    def loss_fn(logits, labels):
-        index = to_index(labels, logits.shape[-1])
-        transform, weights = options.transform, options.class_weights
-        return losses(token_statistics.reverse(logits, index, transform, weights), labels)
+    def loss_fn(logits, labels, *of_labels):
+        index = to_index(labels, logits.shape[-1] * shard_count(axis_name))
+        summed = token_statistics(wanted).reverse
+        return losses(summed(logits, index, options.transform, u), labels, *of_labels)
 
     with jax.named_scope(f"jaxsoftmax.{name}"):
         if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
-            return _linear_loss(loss_fn, head, [labels], chunk_size, precision)
-        smoothed = options.label_smoothing is not None
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, with_spread=smoothed)
-        statistics = _token_statistics(
-            plan, head, labels, options.transform, options.class_weights if smoothed else None
-        )
-        out = losses(statistics, labels)
+            return _linear_loss(loss_fn, head, [labels, *of_labels], chunk_size, precision)
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
+        statistics = _token_statistics(plan, head, labels, options.transform, u)
+        out = losses(statistics, labels, *of_labels)
         return head.unreduced(out) if reduction is None else head.reduced(out)
 
 
@@ -240,6 +252,7 @@ def linear_log_probs(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
+    axis_name: AxisName | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
 ) -> LogProbs:
@@ -257,7 +270,10 @@ def linear_log_probs(
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
       with_entropy: also compute the entropies.
-      chunk_size: classes in a block, 2048 by default. Any number of classes fits.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
+        `linear_softmax_cross_entropy`).
+      chunk_size: classes in a block, 2048 by default; of each shard, where they are sharded. Any
+        number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -286,13 +302,22 @@ def linear_log_probs(
     """
     name = "linear_log_probs"
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
-    head = as_head(name, hidden, kernel, bias=bias, chunk_size=chunk_size, precision=precision)
+    head = as_head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        axis_name=axis_name,
+        chunk_size=chunk_size,
+        precision=precision,
+    )
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, with_entropy)
-        flat: Any = _token_statistics(plan, head, labels, transform, None)
-        return as_log_probs(Statistics(*map(head.unreduced, flat)), with_entropy)
+        wanted = Wanted(entropy=with_entropy, axis_name=axis_name)
+        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
+        statistics = _token_statistics(plan, head, labels, transform, None)
+        return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
 def _linear_loss(loss_fn, head, args, chunk_size, precision):
@@ -301,26 +326,21 @@ def _linear_loss(loss_fn, head, args, chunk_size, precision):
     if n == 0:
         losses = jnp.zeros(0, dtype)
         return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
+    layout = head.layout
+    n, classes = n // math.prod(layout.token_shards), classes // layout.class_shards
     chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
-    size = -(-n // chunks)
-    # Of a chunk, with the axes of shard_map that it varies over.
-    example = jax.eval_shape(
-        lambda h, k, b, args: [product(h[:size], k, b, None), *(a[:size] for a in args)],
-        head.hidden,
-        head.kernel,
-        head.bias,
-        args,
-    )
-    _checks.check_losses("linear_loss", loss_fn, example)
+    plan = _token_chunks.Plan(loss_fn, -(-n // chunks), precision, layout)
+    operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), ())
+    example = _token_chunks.example(plan, operands)
+    _checks.check_losses("linear_loss", loss_fn, example, head.axis_name)
     # What the loss closes over becomes an argument: it may be traced, and differentiated.
     loss_fn, consts = jax.closure_convert(loss_fn, *example)
-    plan = _token_chunks.Plan(loss_fn, size, precision)
-    operands = _token_chunks.Operands(
-        head.hidden, head.kernel, head.bias, tuple(args), tuple(consts)
-    )
+    plan, operands = plan._replace(loss_fn=loss_fn), operands._replace(consts=tuple(consts))
     if head.reduction is None:
         return head.unreduced(_token_chunks.losses(plan, operands))
-    weights = jnp.ones(n, dtype) if head.weights is None else head.weights
+    weights = head.weights
+    if weights is None:
+        weights = laid_out(jnp.ones(head.hidden.shape[:1], dtype), layout.spec(layout.token_axes))
     if head.kernel.dtype == dtype:
         # Divided first, d_kernel is finished by the loop and handed out where it lies.
         return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
@@ -334,7 +354,7 @@ def _tokens_in_a_chunk(classes):
 
 
 def _token_statistics(plan, head, labels, transform, class_weights):
-    index = to_index(labels, head.kernel.shape[1])
+    index = to_index(labels, head.kernel.shape[1] * shard_count(head.axis_name))
     return _vocabulary_blocks.linear_statistics(
         plan,
         _vocabulary_blocks.Operands(

@@ -208,7 +208,7 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit z_t at each row's label (from `to_index`); NaN for −1."""
+    """The logit z_t at each row's label (from `to_index`); 0 for −1."""
 
     def compare(x, labels):
         return jnp.sum(jnp.where(one_hot(labels, x.shape[-1]), upcast(x), 0), axis=-1)
@@ -228,7 +228,7 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
         z = lax.platform_dependent(x, labels, cpu=on_cpu, default=compare)
     else:
         z = compare(x, labels)
-    return jnp.where(labels < 0, jnp.nan, z)
+    return jnp.where(labels < 0, 0, z)
 
 
 def to_index(labels: jax.Array, classes: int) -> jax.Array:
@@ -255,21 +255,3 @@ def excess(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Array) -> jax.Ar
 def log_sum_exp(m: jax.Array, r: jax.Array) -> jax.Array:
     """The log-sum-exp m + log1p(r); an infinite maximum stays itself."""
     return jnp.where(jnp.isinf(m), m, m + jnp.log1p(r))
-
-
-def merge(
-    m_a: jax.Array, r_a: jax.Array, m_b: jax.Array, r_b: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(m, r) of two blocks of classes taken together, and the factor each block's e scales by.
-
-    A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − M);
-    of two that reach it one maximum is counted. A block of nothing but −inf gives nothing, unless
-    all are such; its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
-    """
-    m = jnp.maximum(m_a, m_b)
-    blocks = ((m_a, r_a), (m_b, r_b))
-    scales = [jnp.where(m_x == -jnp.inf, 0, jnp.exp(m_x - m)) for m_x, _ in blocks]
-    r = jnp.where((m_a == m) & (m_b == m), jnp.ones_like(m), 0)
-    for (m_x, r_x), scale in zip(blocks, scales, strict=True):
-        r += jnp.where(m_x == m, r_x, (1 + jnp.where(scale == 0, 0, r_x)) * scale)
-    return m, r, scales[0], scales[1]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the losses: plain arithmetic on one number a token, around the one rule."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from . import _checks
 from ._numerics import to_index
-from ._statistics import Statistics, Transform, as_transform
+from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
+from ._statistics import Statistics, Transform, as_transform, local
 
 
 class Options(NamedTuple):
@@ -59,26 +60,44 @@ def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | N
 
 
 def label_weights(
-    labels: jax.Array, ignore_index: int | None, class_weights: jax.Array | None
+    labels: jax.Array,
+    ignore_index: int | None,
+    class_weights: jax.Array | None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array | None:
-    """What each token counts in a mean: its class's weight, 0 if ignored; None for 1 each."""
+    """What each token counts in a mean: its class's weight, 0 if ignored; None for 1 each.
+
+    NaN for a label that is no class.
+    """
     ignored = ignored_tokens(labels, ignore_index)
     if class_weights is None:
         return None if ignored is None else (~ignored).astype(jnp.float32)
-    weights = _taken(class_weights, labels)
+    classes = class_weights.shape[0]
+    index = to_index(labels, classes * shard_count(axis_name))
+    here = local(index, shard_start(axis_name, classes), classes)
+    weights = jnp.where(here < 0, 0, taken(class_weights, jnp.maximum(here, 0)))
+    if axis_name is not None:
+        weights = sum_over(axis_name, weights)
+    weights = jnp.where(index < 0, jnp.nan, weights)
     return weights if ignored is None else jnp.where(ignored, 0, weights)
 
 
 def token_losses(
-    statistics: Statistics, labels: jax.Array, ignore_index: int | None, options: Options
+    statistics: Statistics,
+    labels: jax.Array,
+    weights: jax.Array | None,
+    ignore_index: int | None,
+    options: Options,
 ) -> jax.Array:
-    """Losses of tokens with integer labels: exactly 0, with gradient 0, where ignored."""
+    """Losses of tokens with integer labels: exactly 0, with gradient 0, where ignored.
+
+    `weights`: the class weights of the labels, from `label_weights`; None for 1 each.
+    """
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None:
-        statistics = Statistics(*(jnp.where(ignored, 0, s) for s in statistics))
+        statistics = jax.tree.map(lambda s: jnp.where(ignored, 0, s), statistics)
     loss = statistics.loss
-    if options.class_weights is not None:
-        weights: Any = label_weights(labels, ignore_index, options.class_weights)
+    if weights is not None:
         loss = loss * weights.astype(loss.dtype)
     return target_losses(statistics._replace(loss=loss), options)
 
@@ -93,8 +112,3 @@ def target_losses(statistics: Statistics, options: Options) -> jax.Array:
         loss = loss + options.z_loss.astype(dtype) * statistics.lse**2
     return loss
 
-
-def _taken(class_weights, labels):
-    """Each label's class weight; NaN for a label that is no class."""
-    index = to_index(labels, class_weights.shape[0])
-    return jnp.where(index < 0, jnp.nan, class_weights[jnp.maximum(index, 0)])

@@ -11,7 +11,7 @@ from jax import lax
 
 from ._numerics import accumulation_dtype
 from ._rules import is_primal, values
-from ._sharding import is_local
+from ._sharding import is_local, scaled
 
 # XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
 _PRODUCT_BYTES = 8 << 20
@@ -31,11 +31,16 @@ def opened(tree):
     return values(tree), Live(tuple(p.perturbed for p in leaves))
 
 
-def dot(a, b, contract, precision):
-    """The product over one axis of each, in the accumulation dtype."""
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    dtype = accumulation_dtype(a.dtype)
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
+def dot(a, b, contract, precision, spec=None):
+    """The product over some axes of each, in the accumulation dtype; laid out as `spec` says."""
+    return lax.dot_general(
+        a,
+        b,
+        (contract, ((), ())),
+        precision=precision,
+        preferred_element_type=accumulation_dtype(a.dtype),
+        out_sharding=spec,
+    )
 
 
 def without_scale(g: Any, dtype: jnp.dtype) -> tuple[Any, jax.Array | None]:
@@ -56,19 +61,20 @@ def without_scale(g: Any, dtype: jnp.dtype) -> tuple[Any, jax.Array | None]:
 
 def times(scale: jax.Array | None, tree: Any) -> Any:
     """`tree` times the scale that its cotangents were divided by."""
-    return tree if scale is None else jax.tree.map(lambda d: d * scale.astype(d.dtype), tree)
+    return tree if scale is None else jax.tree.map(lambda d: scaled(d, scale), tree)
 
 
 def product(hidden, kernel, bias, precision):
-    logits = dot(hidden, kernel, (1, 0), precision)
-    return logits if bias is None else logits + bias.astype(logits.dtype).reshape(1, -1)
+    """Logits `[N, *classes]` of `hidden [N, H]`, `kernel [H, *classes]` and `bias [*classes]`."""
+    logits = dot(hidden, kernel, ((1,), (0,)), precision)
+    return logits if bias is None else logits + bias.astype(logits.dtype)[None]
 
 
-def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any, spec: Any) -> Any:
     """`total [H, V] + aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
 
     def whole(total, a, b):
-        return total + dot(a, b, (0, 0), precision)
+        return total + dot(a, b, ((0,), (0,)), precision, spec)
 
     def by_block(total, a, b):
         classes = total.shape[1]

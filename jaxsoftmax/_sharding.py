@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes when an axis is sharded, and every difference between JAX versions."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec, reshard
+
+# One axis of a mesh, or several, the first one slowest.
+AxisName = str | tuple[str, ...]
 
 
 def is_local(*arrays: jax.Array) -> bool:
@@ -40,6 +45,147 @@ def summed_as(d: jax.Array, x: jax.Array) -> jax.Array:
     """The cotangent of `x`, summed over the axes that only the cotangent varies over."""
     extra = tuple(sorted(manual_axes(d) - manual_axes(x)))
     return lax.psum(d, extra) if extra else d
+
+
+class Layout(NamedTuple):
+    """How an explicit mesh shards a head: the mesh axes of each token axis, and of the classes.
+
+    Nothing, where the mesh is automatic or there is none. A mesh axis of the tokens shards nothing
+    of the kernel within: the kernel is gathered over it, as over those of its hidden axis.
+    """
+
+    tokens: tuple[tuple[str, ...], ...] = ()
+    classes: tuple[str, ...] = ()
+    token_shards: tuple[int, ...] = ()
+    class_shards: int = 1
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes that shard the tokens, merged into one axis."""
+        return sum(self.tokens, ())
+
+    def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> PartitionSpec | None:
+        """Mesh axes for each array axis; None where nothing is sharded."""
+        if not (self.token_axes or self.classes):
+            return None
+        return PartitionSpec(*(axis or None for axis in axes), unreduced=frozenset(unreduced))
+
+    def scattered(self, kernel: jax.Array) -> PartitionSpec | None:
+        """Where the sum over all tokens of d_kernel is made: like `kernel`, and its hidden axis
+        over the tokens' mesh axes as well, where its size allows."""
+        if self.spec() is None:
+            return None
+        sharding = jax.typeof(kernel).sharding
+        hidden, classes = map(_mesh_axes, sharding.spec)
+        all_hidden = hidden + tuple(a for a in self.token_axes if a not in hidden + classes)
+        shards = math.prod(sharding.mesh.shape[a] for a in all_hidden)
+        if kernel.shape[0] % shards:
+            all_hidden = hidden
+        return PartitionSpec(all_hidden or None, classes or None)
+
+
+def layout_of(hidden: jax.Array, kernel: jax.Array) -> Layout:
+    """How `hidden [*tokens, H]` and `kernel [H, V]` are sharded."""
+    sizes = jax.typeof(hidden).sharding.mesh.shape | jax.typeof(kernel).sharding.mesh.shape
+    tokens = tuple(map(_mesh_axes, jax.typeof(hidden).sharding.spec[:-1]))
+    taken = sum(tokens, ())
+    classes = tuple(a for a in _mesh_axes(jax.typeof(kernel).sharding.spec[1]) if a not in taken)
+
+    def shards(axes):
+        return math.prod(sizes[a] for a in axes)
+
+    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes))
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def laid_out(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """`x` sharded so, summed over what it was unreduced over; as it is for None."""
+    return x if spec is None else reshard(x, spec)
+
+
+def laid_out_like(d: jax.Array, x: jax.Array) -> jax.Array:
+    """`d` sharded on an explicit mesh as `x` is, and summed over what it is unreduced over."""
+    spec = jax.typeof(x).sharding.spec
+    return reshard(d, spec) if jax.typeof(d).sharding.spec != spec else d
+
+
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x` times a scalar, in its dtype, whatever it is still to be summed over."""
+    scale = scale.astype(x.dtype)
+    unreduced = jax.typeof(x).sharding.spec.unreduced
+    return x * (reshard(scale, PartitionSpec(reduced=unreduced)) if unreduced else scale)
+
+
+def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
+    """`x [*tokens, ...]` as `[N, ...]`; shards stay where they are, so tokens change places."""
+    count = len(layout.tokens)
+    tokens, rest = x.shape[:count], x.shape[count:]
+    n = math.prod(tokens)
+    if layout.spec() is None:
+        return x.reshape(n, *rest)
+    of_rest = [None] * len(rest)
+    x = reshard(x, PartitionSpec(*(a or None for a in layout.tokens), *of_rest))
+    split = [(shards, size // shards) for shards, size in zip(layout.token_shards, tokens)]
+    sharding = [entry for axes in layout.tokens for entry in (axes or None, None)]
+    x = jnp.reshape(x, (*sum(split, ()), *rest), out_sharding=PartitionSpec(*sharding, *of_rest))
+    x = jnp.transpose(x, _shards_first(count, len(rest)))
+    return jnp.reshape(x, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
+
+
+def unmerged_tokens(layout: Layout, x: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
+    """Undoes `merged_tokens` for `x [N]`."""
+    if layout.spec() is None:
+        return x.reshape(tokens)
+    count = len(layout.tokens)
+    shards = layout.token_shards
+    sizes = [size // s for size, s in zip(tokens, shards)]
+    sharding = PartitionSpec(*(a or None for a in layout.tokens), *[None] * count)
+    x = jnp.reshape(x, (*shards, *sizes), out_sharding=sharding)
+    order = [i for pair in zip(range(count), range(count, 2 * count)) for i in pair]
+    x = jnp.transpose(x, order)
+    return jnp.reshape(x, tokens, out_sharding=PartitionSpec(*(a or None for a in layout.tokens)))
+
+
+def _shards_first(count, rest):
+    return [*range(0, 2 * count, 2), *range(1, 2 * count, 2), *range(2 * count, 2 * count + rest)]
+
+
+def manual_axes_here() -> tuple[str, ...]:
+    """The mesh axes that the enclosing `shard_map` made manual."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def shard_count(axis_name: AxisName | None) -> int:
+    """How many devices along manual mesh axes share the classes; 1 if classes are whole."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
+
+
+def shard_start(axis_name: AxisName | None, size: int) -> Any:
+    """The number of the first class of this device's block of `size`; 0 if classes are whole."""
+    return 0 if axis_name is None else lax.axis_index(axis_name) * size
+
+
+def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
+    """The maximum over the devices along manual mesh axes; a constant to differentiation."""
+    return lax.pmax(lax.stop_gradient(x), axis_name)
+
+
+def taken(vector: jax.Array, index: jax.Array) -> jax.Array:
+    """`vector[index]`, laid out as the index is."""
+    spec = jax.typeof(index).sharding.spec
+    if not any(spec):
+        return vector[index]
+    vector = reshard(vector, PartitionSpec(None))
+    return vector.at[index].get(out_sharding=spec)
+
+
+def sum_over(axis_name: AxisName, tree: Any) -> Any:
+    """The sums over the devices along manual mesh axes, of arrays of one shape, in one piece."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))
 
 
 def sliceable(x: jax.Array) -> jax.Array:

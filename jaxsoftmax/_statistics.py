@@ -12,6 +12,7 @@ The first and the last are cross-entropies, so one form of their derivative, Y �
 """
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,11 +33,12 @@ from ._numerics import (
     shifted_exp,
     upcast,
 )
-from ._rules import rule
+from ._rules import Rule, rule
+from ._sharding import AxisName, laid_out_like, maximum_over, shard_start, sum_over
 
 
 class Statistics(NamedTuple):
-    """One number a token each; or their cotangents, None where symbolically zero."""
+    """One number a token each, None where not wanted; or their cotangents, None where zero."""
 
     loss: Any
     lse: Any
@@ -44,16 +46,28 @@ class Statistics(NamedTuple):
     spread: Any
 
 
-class Rows(NamedTuple):
-    """What the derivative needs of each row; None where no live cotangent asks for it."""
+class Wanted(NamedTuple):
+    """Which statistics beside loss and lse, and of what; fixed while tracing."""
 
-    m: jax.Array
-    r: jax.Array
-    z_label: Any  # z_t [...]; NaN where the label is no class, None for dense targets
-    mean_gap: jax.Array | None  # Σ_k ŷ_k (m − z_k), for the entropy
-    classes: jax.Array | None  # n, for the spread
-    mass: jax.Array | None  # Σ_k u_k over those classes
-    used: jax.Array | None = None
+    entropy: bool = False
+    spread: bool = False
+    axis_name: AxisName | None = None  # the manual mesh axes that shard the classes
+
+
+class Rows(NamedTuple):
+    """What blocks of classes are put together by, one number a row; None where not wanted.
+
+    Labels and whole rows are spread over blocks: each holds its part of every sum, relative to its
+    own maximum.
+    """
+
+    m: Any
+    r: Any
+    z_label: Any = None  # z_t; 0 where the label is in another block
+    gaps: Any = None  # Σ e (m − z), for the entropy
+    classes: Any = None  # those not at −inf, for the spread
+    mass: Any = None  # Σ u over those
+    costs: Any = None  # Σ u (m − z)
 
 
 class Transform(NamedTuple):
@@ -88,75 +102,171 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     return x
 
 
-# Integer labels. `token_statistics` of raw logits `x [..., C]`, `labels [...]` from `to_index`, a
-# `Transform` and `weights [C]`, the u_k of the spread (1 where None). Nothing unused is computed:
-# jit drops outputs that are not read, and a cotangent that is symbolically zero adds no term.
+# Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `to_index`, a
+# `Transform` and `weights [C]`, the u_k of the spread (1 where None).
 #
 #     loss = (m − z_t) + log1p(r)
-def _token_fwd(x, labels, transform, weights):
+def _token_fwd(wanted, x, labels, transform, weights):
     z = transformed(x, transform)
-    m, r = max_and_remainder(z)
-    z_label = pick(z, labels)
-    out = _outputs(z, m, r, (m - z_label) + jnp.log1p(r), weights)
-    return out, (x, labels, transform, weights, m, r, z_label)
+    rows = block_rows(wanted, z, labels, shard_start(wanted.axis_name, z.shape[-1]), weights)
+    if wanted.axis_name is not None:
+        rows = over_shards(wanted.axis_name, rows)
+    rows = with_label(rows, labels)
+    return outputs(rows), (x, labels, transform, weights, rows._replace(costs=None))
 
 
-def _token_bwd(residuals, cotangents):
+def _token_bwd(wanted, residuals, cotangents):
     g = poisoned(live(cotangents), residuals[1])
-    return _token_linear(residuals, g, used_rows(g))
+    return _token_linear(wanted, residuals, g, used_rows(g))
 
 
-def _token_linear(residuals, g, used=None):
-    x, labels, transform, weights, m, r, z_label = residuals
+def _token_linear(wanted, residuals, g, used=None):
+    x, labels, transform, weights, rows = residuals
     z, pull = jax.vjp(transformed, x, transform)
-    rows = _rows(z, m, r, z_label, weights, g, used)
-    dz, d_weights = label_cotangents(z, labels, weights, rows, g)
+    start = shard_start(wanted.axis_name, z.shape[-1])
+    dz, d_weights = label_cotangents(z, local(labels, start, z.shape[-1]), weights, rows, g, used)
     dx, d_transform = pull(dz)
+    d_weights = None if d_weights is None else laid_out_like(d_weights, weights)
     return dx, None, d_transform, d_weights
 
 
-def _token_tangents(residuals, g):
+def _token_tangents(wanted, residuals, g):
     factor = jnp.where(residuals[1] >= 0, jnp.ones_like(g.loss), jnp.nan)
-    return _token_linear(residuals, g._replace(loss=factor * g.loss))
+    return _token_linear(wanted, residuals, g._replace(loss=factor * g.loss))
 
 
-token_statistics = rule(_token_fwd, _token_bwd, linear=_token_tangents)
+@functools.cache
+def token_statistics(wanted: Wanted) -> Rule:
+    """The rule `(x, labels, transform, weights) -> Statistics`, one object for each `wanted`."""
+    parts = (_token_fwd, _token_bwd, _token_tangents)
+    fwd, bwd, tangents = (partial(part, wanted) for part in parts)
+    return rule(fwd, bwd, linear=tangents)
 
 
 # The same with a target `y [..., C]` in place of labels: loss = Σ_k y_k (m − z_k) + Y log1p(r)
-def _target_fwd(x, y, transform):
+def _target_fwd(wanted, x, y, transform):
     dtype = accumulation_dtype(x.dtype, y.dtype)
     z = transformed(x, transform)
-    m, r = (s.astype(dtype) for s in max_and_remainder(z))
+    rows = block_rows(wanted, z, None, 0, None)
+    rows = jax.tree.map(lambda s: s.astype(dtype), rows)
     z, y_ = z.astype(dtype), y.astype(dtype)
-    gap = m[..., None] - z
-    # A gap of ∞ is a logit of −inf, where 0 · ∞ counts as 0; a NaN gap stays NaN.
-    cost = jnp.where((y_ == 0) & (gap == jnp.inf), 0, y_ * gap)
-    loss = jnp.sum(cost, axis=-1) + jnp.sum(y_, axis=-1) * jnp.log1p(r)
-    return _outputs(z, m, r, loss, None), (x, y, transform, m, r)
+
+    def target_sums(m):
+        gap = m[..., None] - z
+        # A gap of ∞ is a logit of −inf, where 0 · ∞ counts as 0; a NaN gap stays NaN.
+        cost = jnp.where((y_ == 0) & (gap == jnp.inf), 0, y_ * gap)
+        return jnp.sum(cost, axis=-1), jnp.sum(y_, axis=-1)
+
+    if wanted.axis_name is None:
+        cost, total = target_sums(rows.m)
+    else:
+        rows, (cost, total) = over_shards(wanted.axis_name, rows, target_sums)
+    out = outputs(rows)._replace(loss=cost + total * jnp.log1p(rows.r))
+    return out, (x, y, transform, total, rows._replace(costs=None))
 
 
-def _target_bwd(residuals, cotangents):
+def _target_bwd(wanted, residuals, cotangents):
     g = live(cotangents)
-    return _target_linear(residuals, g, used_rows(g))
+    return _target_linear(wanted, residuals, g, used_rows(g))
 
 
 # dy_k = g (lse − z_k) = g ((m − z_k) + log1p(r))
-def _target_linear(residuals, g, used=None):
-    x, y, transform, m, r = residuals
+def _target_linear(wanted, residuals, g, used=None):
+    del wanted
+    x, y, transform, total, rows = residuals
+    m, r = rows.m, rows.r
     z, pull = jax.vjp(transformed, x, transform)
     z_, y_ = z.astype(m.dtype), y.astype(m.dtype)
     dy = jnp.zeros_like(y)
     targets = []
     if g.loss is not None:
-        targets = [(g.loss, partial(excess, jnp.sum(y_, axis=-1), y_))]
+        targets = [(g.loss, partial(excess, total, y_))]
         dy = (g.loss[..., None] * ((m[..., None] - z_) + jnp.log1p(r)[..., None])).astype(y.dtype)
-    dz, _ = _cotangents(z_, targets, None, _rows(z_, m, r, None, None, g, used), g)
+    dz, _ = _cotangents(z_, targets, None, rows, g, used)
     dx, d_transform = pull(dz.astype(z.dtype))
     return dx, dy, d_transform
 
 
-target_statistics = rule(_target_fwd, _target_bwd, linear=_target_linear)
+@functools.cache
+def target_statistics(wanted: Wanted) -> Rule:
+    """The rule `(x, y, transform) -> Statistics`, one object for each `wanted`."""
+    parts = (_target_fwd, _target_bwd, _target_linear)
+    fwd, bwd, tangents = (partial(part, wanted) for part in parts)
+    return rule(fwd, bwd, linear=tangents)
+
+
+def block_rows(wanted: Wanted, z: jax.Array, labels: Any, start: Any, weights: Any) -> Rows:
+    """Of logits `z [..., C]`, a block of the classes that begins at number `start`."""
+    m, r = max_and_remainder(z)
+    rows = Rows(m, r)
+    if labels is not None:
+        rows = rows._replace(z_label=pick(z, local(labels, start, z.shape[-1])))
+    if wanted.entropy:
+        rows = rows._replace(gaps=_gap_sum(z, m))
+    if wanted.spread:
+        classes, mass, costs = _spread_sums(z, m, weights)
+        rows = rows._replace(classes=classes, mass=mass, costs=costs)
+    return rows
+
+
+def combined(
+    rows: Rows,
+    highest: Callable[[Any], Any],
+    total: Callable[[Any], Any],
+    more: Callable[[Any], Any] = lambda _: (),
+) -> Any:
+    """Blocks of classes as one: `highest` takes the maximum over them (an axis of them kept, with
+    size 1), `total` sums.
+
+    A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m);
+    of those that reach it one maximum is counted. A block of nothing but −inf gives nothing, unless
+    all are such; its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
+    `more(m)` is summed along.
+    """
+    m = highest(rows.m)
+    reached = rows.m == m
+    empty = (rows.m == -jnp.inf) & ~reached
+    rise = jnp.where(empty | reached, 0, m - rows.m)
+    scale = jnp.where(empty, 0, jnp.exp(-rise))
+    # Nothing of an empty block enters a product, whose derivative would be NaN.
+    r = jnp.where(empty, 0, rows.r)
+    moved = rows._replace(m=None, r=jnp.where(reached, r, (1 + r) * scale))
+    if rows.gaps is not None:
+        gaps = jnp.where(empty, 0, rows.gaps)
+        moved = moved._replace(gaps=scale * (gaps + rise * (1 + r)))
+    if rows.costs is not None:
+        moved = moved._replace(costs=rows.costs + rise * rows.mass)
+    tops, moved, extra = total((reached.astype(r.dtype), moved, more(m)))
+    rows = moved._replace(m=m.reshape(tops.shape), r=moved.r + (tops - 1))
+    return (rows, extra) if extra else rows
+
+
+def over_shards(axis_name: AxisName, rows: Rows, more: Callable[[Any], Any] = lambda _: ()) -> Any:
+    """The blocks of all devices along a manual mesh axis as one: one maximum and one sum."""
+    return combined(rows, partial(maximum_over, axis_name), partial(sum_over, axis_name), more)
+
+
+def local(labels: jax.Array, start: Any, size: int) -> jax.Array:
+    """Labels as numbers within a block of classes; −1 for those of other blocks."""
+    shifted = labels - start
+    return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
+
+
+def with_label(rows: Rows, labels: jax.Array) -> Rows:
+    """z_t is NaN where the label is no class."""
+    return rows._replace(z_label=jnp.where(labels >= 0, rows.z_label, jnp.nan))
+
+
+def outputs(rows: Rows) -> Statistics:
+    """The statistics of whole rows; the loss of a label, where there is one."""
+    m, r, z_label, gaps, classes, mass, costs = rows
+    log1p_r = jnp.log1p(r)
+    return Statistics(
+        None if z_label is None else (m - z_label) + log1p_r,
+        log_sum_exp(m, r),
+        None if gaps is None else log1p_r + gaps / (1 + r),
+        None if classes is None else (costs + mass * log1p_r) / classes,
+    )
 
 
 def live(cotangents: Statistics) -> Statistics:
@@ -177,8 +287,8 @@ def used_rows(g: Statistics) -> jax.Array | None:
     return functools.reduce(jnp.logical_or, asked) if asked else None
 
 
-def label_cotangents(
-    z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics
+def label_cotangents(  # noqa: PLR0917
+    z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics, used: Any
 ) -> tuple[jax.Array, Any]:
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
 
@@ -188,37 +298,41 @@ def label_cotangents(
     logits that are not an argument, and so twice their memory).
     """
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
-    dz, d_weights = _cotangents(z, targets, weights, rows, g)
+    dz, d_weights = _cotangents(z, targets, weights, rows, g, used)
     if g.loss is None:
         return dz, d_weights
-    own_weight = None if weights is None else weights[jnp.maximum(labels, 0)][..., None]
+    own_weight = None
+    if weights is not None:
+        own_weight = pick(jnp.broadcast_to(_as_row(weights, z.ndim), z.shape), labels)[..., None]
     targets = [(g.loss, lambda e, r: (e - 1) - r[..., None])]
-    own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g)
+    own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g, used)
     at_label = one_hot(labels, z.shape[-1])
     return jnp.where(at_label, own.astype(z.dtype), dz), d_weights
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
-def _cotangents(z, targets, weights, rows, g):
-    m, r, _, mean_gap, classes, mass, used = rows
+# with the mean gap μ = Σ_k ŷ_k (m − z_k)
+def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
+    m, r = rows.m, rows.r
     scale = 1 / (1 + r)
     e = shifted_exp(z, m)
     terms = []
     d_weights = None
     if g.spread is not None:
         inside, gap, u = _inside(z, m, weights)
-        share = g.spread / classes
-        targets = [*targets, (share, partial(excess, mass, u))]
+        share = g.spread / rows.classes
+        targets = [*targets, (share, partial(excess, rows.mass, u))]
         if weights is not None:
             cost = jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
             cost = _where_used(used, share[..., None] * cost)
-            d_weights = jnp.sum(cost.reshape(-1, z.shape[-1]), axis=0).astype(weights.dtype)
+            d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(weights.dtype)
     for share, beyond in targets:
         terms.append((share * scale)[..., None] * beyond(e, r))
     if g.lse is not None:
         terms.append((g.lse * scale)[..., None] * e)
     if g.entropy is not None:
         _, gap, _ = _inside(z, m, None)
+        mean_gap = rows.gaps * scale
         terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
     if not terms:
         return jnp.zeros_like(z), d_weights
@@ -229,24 +343,7 @@ def _where_used(used, d):
     return d if used is None else jnp.where(used[..., None], d, 0)
 
 
-def _outputs(z, m, r, loss, weights):
-    log1p_r = jnp.log1p(r)
-    classes, mass, spread = spread_sums(z, m, weights)
-    return Statistics(
-        loss,
-        log_sum_exp(m, r),
-        log1p_r + gap_sum(z, m) / (1 + r),
-        (spread + mass * log1p_r) / classes,
-    )
-
-
-def _rows(z, m, r, z_label, weights, g, used):  # noqa: PLR0917
-    mean_gap = None if g.entropy is None else gap_sum(z, m) / (1 + r)
-    classes, mass = (None, None) if g.spread is None else spread_sums(z, m, weights)[:2]
-    return Rows(m, r, z_label, mean_gap, classes, mass, used)
-
-
-def gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
+def _gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
     """Σ_k e_k (m − z_k) of each row; a logit of −inf gives 0."""
 
     def terms(z, m):
@@ -255,7 +352,7 @@ def gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
     return row_sums(terms, z, m)[0]
 
 
-def spread_sums(z: jax.Array, m: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, ...]:
+def _spread_sums(z: jax.Array, m: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, ...]:
     """Over each row's classes that are not at −inf: their number, Σ u_k, and Σ u_k (m − z_k)."""
     if weights is None:
 
@@ -276,5 +373,9 @@ def _inside(z, m, weights):
     inside = z != -jnp.inf
     gap = m[..., None] - z
     u = jnp.ones((), gap.dtype) if weights is None else weights.astype(gap.dtype)
-    u = jnp.expand_dims(u, tuple(range(z.ndim - u.ndim)))
+    u = _as_row(u, z.ndim)
     return inside, jnp.where(inside, gap, 0), jnp.where(inside, u, 0)
+
+
+def _as_row(u, ndim):
+    return jnp.expand_dims(u, tuple(range(ndim - u.ndim)))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear head by chunks of tokens: any per-token loss, its gradient with the logits at hand."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,15 +12,16 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from ._products import add_product, dot, opened, product, times, without_scale
-from ._sharding import manual_axes, summed_as, varying
+from ._sharding import Layout, laid_out, laid_out_like, manual_axes, summed_as, varying
 
 
 class Plan(NamedTuple):
     """What is fixed while tracing."""
 
     loss_fn: Callable[..., jax.Array]  # (logits [c, V], *args [c, ...], *consts) -> [c]
-    size: int
+    size: int  # tokens in a chunk, of each shard of the tokens
     precision: Any
+    layout: Layout
 
 
 class Operands(NamedTuple):
@@ -48,7 +50,7 @@ def _weighted_sum_fwd(plan, operands, weights):
 def _weighted_sum_bwd(plan, residuals, g):
     gradients, values, operands, weights = residuals
     g = _instantiated(g)
-    return _cast(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(g * values, weights)
+    return _as_operands(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -69,7 +71,7 @@ def _losses_fwd(plan, operands):
 def _losses_bwd(plan, residuals, g):
     operands, live = residuals
     gradients = _gradients_over_chunks(plan, operands, _instantiated(g), live)[1]
-    return (_cast(gradients, operands),)
+    return (_as_operands(gradients, operands),)
 
 
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
@@ -82,31 +84,59 @@ def _over_chunks(plan, operands, *, differentiated=False):
     forward mode over reverse mode needs it.
     """
 
+    kernel, bias = _gathered(plan, operands)
+
     def body(_, xs):
         hidden, args = xs
-        logits = product(hidden, operands.kernel, operands.bias, plan.precision)
+        logits = product(hidden, kernel, bias, plan.precision)
         loss_fn = lambda logits: plan.loss_fn(logits, *args, *operands.consts)  # noqa: E731
         return None, jax.vjp(loss_fn, logits)[0] if differentiated else loss_fn(logits)
 
-    xs = _chunked((operands.hidden, operands.args), plan.size)
-    return _unchunked(lax.scan(body, None, xs)[1], operands.hidden.shape[0])
+    losses = lax.scan(body, None, chunked(plan, (operands.hidden, operands.args)))[1]
+    return _unchunked(plan, losses, operands.hidden.shape[0])
+
+
+def example(plan: Plan, operands: Operands) -> list[Any]:
+    """Shapes of what `loss_fn` gets of a chunk, with the mesh axes that shard it."""
+
+    def first(operands):
+        kernel, bias = _gathered(plan, operands)
+        hidden, args = jax.tree.map(
+            lambda x: x[0], chunked(plan, (operands.hidden, operands.args))
+        )
+        return [product(hidden, kernel, bias, None), *args]
+
+    return jax.eval_shape(first, operands)
+
+
+def _gathered(plan, operands):
+    """Kernel and bias with nothing but their classes sharded: once, before the loop."""
+    layout = plan.layout
+    kernel = laid_out(operands.kernel, layout.spec(None, layout.classes))
+    bias = operands.bias
+    return kernel, None if bias is None else laid_out(bias, layout.spec(layout.classes))
 
 
 def _gradients_over_chunks(plan, operands, g, live):
     """The losses and, for the cotangents `g [N]`, the gradients of the live operands, uncast.
 
     A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
-    d_kernel and d_bias accumulate in float32.
+    d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over devices
+    in float32 after the loop, each device its part of d_kernel, which is gathered once it has the
+    kernel's dtype.
     """
     live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
-    kernel, bias, dtype = operands.kernel, operands.bias, g.dtype
+    (kernel, bias), dtype, layout = _gathered(plan, operands), g.dtype, plan.layout
+    tokens, classes = layout.token_axes, layout.classes
+    of_kernel = layout.spec(None, classes, unreduced=tokens)
+    of_bias = layout.spec(classes, unreduced=tokens)
     axes = manual_axes(g, *jax.tree.leaves(operands))
     head_live = live.hidden or live.kernel or live.bias
 
     g, scale = without_scale(g, kernel.dtype)
 
-    def zeros_if(flag, array):
-        return varying(jnp.zeros(array.shape, dtype), axes) if flag else None
+    def zeros_if(flag, array, spec=None):
+        return laid_out(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
 
     def body(sums, xs):
         hidden, args, g = xs
@@ -129,12 +159,13 @@ def _gradients_over_chunks(plan, operands, g, live):
         if head_live:
             d_logits = d[0]
             if live.bias:
-                d_bias = d_bias + jnp.sum(d_logits, axis=0)
+                d_bias = d_bias + lax.reduce_sum(d_logits, (0,), out_sharding=of_bias)
             d_logits = d_logits.astype(kernel.dtype)
             if live.hidden:
-                d_hidden = dot(d_logits, kernel, (1, 1), plan.precision)
+                spec = layout.spec(tokens, None, unreduced=classes)
+                d_hidden = dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec)
             if live.kernel:
-                d_kernel = add_product(d_kernel, hidden, d_logits, plan.precision)
+                d_kernel = add_product(d_kernel, hidden, d_logits, plan.precision, of_kernel)
         first = 1 + len(args)
         d_args = tuple(d.get(1 + i) for i in range(len(args)))
         d_consts = tuple(
@@ -144,32 +175,51 @@ def _gradients_over_chunks(plan, operands, g, live):
         return (d_kernel, d_bias, d_consts), (values, d_hidden, d_args)
 
     sums = (
-        zeros_if(live.kernel, kernel),
-        None if bias is None else zeros_if(live.bias, bias),
+        zeros_if(live.kernel, kernel, of_kernel),
+        None if bias is None else zeros_if(live.bias, bias, of_bias),
         tuple(map(zeros_if, live.consts, operands.consts)),
     )
-    xs = _chunked((operands.hidden, operands.args, g), plan.size, zero_last=True)
-    sums, per_token = lax.scan(body, sums, xs)
+    xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
+    sums, (values, d_hidden, d_args) = lax.scan(body, sums, xs)
     n = operands.hidden.shape[0]
-    values, d_hidden, d_args = jax.tree.map(lambda y: _unchunked(y, n), per_token)
+    if d_hidden is not None:
+        d_hidden = laid_out(d_hidden, layout.spec(None, tokens, None))
+    values, d_hidden, d_args = jax.tree.map(
+        partial(_unchunked, plan, n=n), (values, d_hidden, d_args)
+    )
     d_kernel, d_bias, d_consts = sums
-    return values, times(scale, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts))
+    if d_kernel is not None:
+        d_kernel = laid_out(d_kernel, layout.scattered(operands.kernel))
+    if d_bias is not None:
+        d_bias = laid_out(d_bias, layout.spec(classes))
+    gradients = Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
+    return values, times(scale, gradients)
 
 
-def _chunked(tree, size, *, zero_last=False):
-    """[N, …] as [chunks, size, …]: token i·chunks + j is the i-th of chunk j.
+def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
+    """[N, …] as [chunks, c, …]: of each shard, token i·chunks + j is the i-th of chunk j.
 
-    Strided, so that a sharded token axis stays where it is. Padding repeats the last token, so
-    that nothing can be made of it that a real token would not give; the cotangents, last in the
-    tree where there are any, are padded with 0.
+    Strided, so that a token axis that is sharded unseen stays where it is too. Padding repeats the
+    last token, so that nothing can be made of it that a real token would not give; the cotangents,
+    last in the tree where there are any, are padded with 0.
     """
     leaves, treedef = jax.tree.flatten(tree)
+    layout, size = plan.layout, plan.size
+    shards = math.prod(layout.token_shards)
 
     def split(x, mode):
-        chunks = -(-x.shape[0] // size)
-        pad = ((0, chunks * size - x.shape[0]), *(((0, 0),) * (x.ndim - 1)))
-        x = jnp.pad(x, pad, mode=mode) if pad[0][1] else x
-        return jnp.swapaxes(x.reshape(size, chunks, *x.shape[1:]), 0, 1)
+        n, rest = x.shape[0] // shards, x.shape[1:]
+        chunks = -(-n // size)
+        none = [None] * len(rest)
+        x = jnp.reshape(
+            x, (shards, n, *rest), out_sharding=layout.spec(layout.token_axes, None, *none)
+        )
+        pad = ((0, 0), (0, chunks * size - n), *(((0, 0),) * len(rest)))
+        x = jnp.pad(x, pad, mode=mode) if pad[1][1] else x
+        spec = layout.spec(layout.token_axes, None, None, *none)
+        x = jnp.moveaxis(jnp.reshape(x, (shards, size, chunks, *rest), out_sharding=spec), 2, 0)
+        spec = layout.spec(None, layout.token_axes, *none)
+        return jnp.reshape(x, (chunks, shards * size, *rest), out_sharding=spec)
 
     modes = ["edge"] * len(leaves)
     if zero_last:
@@ -177,8 +227,17 @@ def _chunked(tree, size, *, zero_last=False):
     return treedef.unflatten(map(split, leaves, modes))
 
 
-def _unchunked(y, n):
-    return jnp.swapaxes(y, 0, 1).reshape(-1, *y.shape[2:])[:n]
+def _unchunked(plan, y, n):
+    layout = plan.layout
+    shards = math.prod(layout.token_shards)
+    rest = y.shape[2:]
+    none = [None] * len(rest)
+    spec = layout.spec(None, layout.token_axes, None, *none)
+    y = jnp.reshape(y, (y.shape[0], shards, plan.size, *rest), out_sharding=spec)
+    y = jnp.moveaxis(y, 0, 2)
+    spec = layout.spec(layout.token_axes, None, *none)
+    y = jnp.reshape(y, (shards, -1, *rest), out_sharding=spec)[:, : n // shards]
+    return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *none))
 
 
 def _instantiated(g: Any) -> jax.Array:
@@ -186,13 +245,13 @@ def _instantiated(g: Any) -> jax.Array:
     return jnp.zeros(g.shape, jnp.dtype(g.dtype)) if symbolic else g  # pyright: ignore
 
 
-def _cast(gradients, operands):
-    """Each gradient in the dtype of its operand."""
+def _as_operands(gradients, operands):
+    """Each gradient as its operand is: summed over devices, in its dtype and layout."""
     leaves, treedef = jax.tree.flatten(operands)
     ds = jax.tree.leaves(gradients, is_leaf=lambda d: d is None)
     # A missing bias is no leaf of the operands.
     ds = ds if operands.bias is not None else [*ds[:2], *ds[3:]]
     return treedef.unflatten(
-        None if d is None else summed_as(d, x).astype(x.dtype)
+        None if d is None else laid_out_like(summed_as(d, x).astype(x.dtype), x)
         for x, d in zip(leaves, ds, strict=True)
     )

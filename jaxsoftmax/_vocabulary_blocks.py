@@ -8,29 +8,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numerics import accumulation_dtype, log_sum_exp, max_and_remainder, merge, pick
+from ._numerics import accumulation_dtype
 from ._products import dot, opened, product, times, without_scale
-from ._sharding import manual_axes, restored, sliceable, summed_as, varying
+from ._sharding import (
+    Layout,
+    laid_out,
+    laid_out_like,
+    manual_axes,
+    restored,
+    shard_start,
+    sliceable,
+    summed_as,
+    varying,
+)
 from ._statistics import (
     Rows,
-    Statistics,
-    gap_sum,
+    Wanted,
+    block_rows,
+    combined,
     label_cotangents,
     live,
+    local,
+    outputs,
+    over_shards,
     poisoned,
-    spread_sums,
     transformed,
     used_rows,
+    with_label,
 )
 
 
 class Plan(NamedTuple):
     """What is fixed while tracing."""
 
-    block: int
+    block: int  # classes in a block, of each shard of the classes
     precision: Any
-    with_entropy: bool = False
-    with_spread: bool = False
+    wanted: Wanted
+    layout: Layout
 
 
 class Operands(NamedTuple):
@@ -44,133 +58,169 @@ class Operands(NamedTuple):
     labels: Any  # [N], from `to_index`
 
 
-class _Sums(NamedTuple):
-    """What is merged over blocks, beside (m, r): each relative to the maximum so far."""
-
-    gaps: Any  # Σ e (m − z)
-    classes: Any  # those not at −inf
-    mass: Any  # Σ u
-    costs: Any  # Σ u (m − z)
-
-
+# Where an explicit mesh shards the classes, they are two axes within, [shards, V / shards]: each
+# shard goes over its own blocks, and all are put together once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_statistics(plan, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
-    return _forward(plan, operands)[0]
+    return outputs(_forward(plan, operands))
 
 
 def _forward(plan, operands):
-    n = operands.hidden.shape[0]
-    dtype = accumulation_dtype(operands.hidden.dtype)
+    wanted, layout = plan.wanted, plan.layout
+    operands = _by_shard(plan, operands)
+    labels = _of_rows(plan, operands.labels)
     axes = manual_axes(*jax.tree.leaves(operands))
-    zeros = varying(jnp.zeros(n, dtype), axes)
+    shape = (operands.hidden.shape[0], *operands.kernel.shape[1:-1])
+    zeros = varying(jnp.zeros(shape, accumulation_dtype(operands.hidden.dtype)), axes)
+    zeros = laid_out(zeros, layout.spec(layout.token_axes, *_of_shards(plan)))
 
-    def step(carry, start, size):
-        m, r, sums, z_label = carry
+    def step(rows, start, size):
         z = transformed(_block_logits(plan, operands, start, size), operands.transform)
-        local = _local(operands.labels, start, size)
-        m_block, r_block = max_and_remainder(z)
-        m_new, r_new, scale, scale_block = merge(m, r, m_block, r_block)
-        own = _Sums(zeros, zeros, zeros, zeros)
-        if plan.with_entropy:
-            own = own._replace(gaps=gap_sum(z, m_block))
-        if plan.with_spread:
-            classes, mass, costs = spread_sums(z, m_block, _part(operands.weights, start, size))
-            own = own._replace(classes=classes, mass=mass, costs=costs)
-        sums = jax.tree.map(
-            jnp.add,
-            _moved(sums, r, m_new - m, scale),
-            _moved(own, r_block, m_new - m_block, scale_block),
-        )
-        z_label = jnp.where(local >= 0, pick(z, local), z_label)
-        return m_new, r_new, sums, z_label
+        weights = _part(operands.weights, start, size)
+        own = block_rows(wanted, z, labels, _first_class(plan, operands, start), weights)
+        both = jax.tree.map(lambda *pair: jnp.stack(pair), rows, own)
+        return combined(both, partial(jnp.max, axis=0, keepdims=True), _sums(0))
 
-    start = (
-        zeros - jnp.inf,
-        zeros + jnp.nan,
-        _Sums(zeros, zeros, zeros, zeros),
-        zeros + jnp.nan,
-    )
-    m, r, sums, z_label = _over_blocks(plan, step, start, operands.kernel.shape[1])
-    mean_gap = sums.gaps / (1 + r)
-    log1p_r = jnp.log1p(r)
-    out = Statistics(
-        (m - z_label) + log1p_r,
-        log_sum_exp(m, r),
-        log1p_r + mean_gap,
-        (sums.costs + sums.mass * log1p_r) / sums.classes,
-    )
-    return out, Rows(m, r, z_label, mean_gap, sums.classes, sums.mass)
+    none = Rows(zeros - jnp.inf, zeros + jnp.nan, zeros)
+    if wanted.entropy:
+        none = none._replace(gaps=zeros)
+    if wanted.spread:
+        none = none._replace(classes=zeros, mass=zeros, costs=zeros)
+    rows = _over_blocks(plan, step, none, operands.kernel.shape[-1])
+    if layout.class_shards > 1:
+        rows = combined(rows, partial(jnp.max, axis=1, keepdims=True), _sums(1))
+    if wanted.axis_name is not None:
+        rows = over_shards(wanted.axis_name, rows)
+    return with_label(rows, operands.labels)
 
 
-def _moved(sums, r, rise, scale):
-    """A block's sums, from its maximum to one that is higher by `rise`.
-
-    Of a block of nothing but −inf, nothing enters a product, whose derivative would be NaN.
-    """
-    empty = scale == 0
-    gaps, up, r = (jnp.where(empty, 0, a) for a in (sums.gaps, rise, r))
-    costs = sums.costs + jnp.where(sums.mass == 0, 0, rise) * sums.mass
-    return sums._replace(gaps=scale * (gaps + up * (1 + r)), costs=costs)
+def _sums(axis):
+    return lambda tree: jax.tree.map(lambda s: jnp.sum(s, axis=axis), tree)
 
 
 def _linear_statistics_fwd(plan, operands):
     operands, live_operands = opened(operands)
-    out, rows = _forward(plan, operands)
-    return out, (operands, rows, live_operands)
+    rows = _forward(plan, operands)
+    return outputs(rows), (operands, rows._replace(costs=None), live_operands)
 
 
 def _linear_statistics_bwd(plan, residuals, cotangents):
-    operands, rows, flags = residuals
-    asked = jax.tree.unflatten(jax.tree.structure(operands), flags.flags)
+    given, rows, flags = residuals
+    asked = jax.tree.unflatten(jax.tree.structure(given), flags.flags)
+    layout = plan.layout
+    tokens, classes = layout.token_axes, layout.classes
+    operands = _by_shard(plan, given)
     hidden, kernel, bias, transform, weights, labels = operands
     g, scale = without_scale(poisoned(live(cotangents), labels), kernel.dtype)
-    rows = rows._replace(used=used_rows(g))
+    used = used_rows(g)
+    rows, g, used, labels = _of_rows(plan, (rows, g, used, labels))
     dtype = rows.m.dtype
+    of_hidden = layout.spec(tokens, None, unreduced=classes)
+    of_kernel = layout.spec(None, *_of_shards(plan), None, unreduced=tokens)
+    of_bias = layout.spec(*_of_shards(plan), None, unreduced=tokens)
+    as_slices = sliceable if layout.spec() is None else lambda x: x  # no bits of a sum to come
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
         raw = _block_logits(plan, operands, start, size)
         z, pull = jax.vjp(transformed, raw, transform)
-        local = _local(labels, start, size)
-        dz, d = label_cotangents(z, local, _part(weights, start, size), rows, g)
+        index = local(labels, _first_class(plan, operands, start), size)
+        dz, d = label_cotangents(z, index, _part(weights, start, size), rows, g, used)
         if d is not None:
-            d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=0)
+            d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=-1)
         d_raw, d = pull(dz)
         d_transform = jax.tree.map(jnp.add, d_transform, d)
         if asked.bias:
-            d = times(scale, jnp.sum(d_raw, axis=0)).astype(bias.dtype)
-            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=0)
+            d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
+            d = times(scale, d).astype(bias.dtype)
+            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=-1)
         d_raw = d_raw.astype(kernel.dtype)
         if asked.kernel:
-            d = sliceable(
-                times(scale, dot(hidden, d_raw, (0, 0), plan.precision)).astype(kernel.dtype)
-            )
-            d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=1)
+            d = dot(hidden, d_raw, ((0,), (0,)), plan.precision, of_kernel)
+            d = as_slices(times(scale, d).astype(kernel.dtype))
+            d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=-1)
         if asked.hidden:
             block = _columns(kernel, start, size)
-            d_hidden = d_hidden + dot(d_raw, block, (1, 1), plan.precision)
+            of_classes = range(1, block.ndim)
+            d = dot(d_raw, block, (of_classes, of_classes), plan.precision, of_hidden)
+            d_hidden = d_hidden + d
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
     start = (
-        jnp.zeros(hidden.shape, dtype) if asked.hidden else None,
-        sliceable(jnp.zeros_like(kernel)) if asked.kernel else None,
-        jnp.zeros_like(bias) if asked.bias else None,
+        laid_out(jnp.zeros(hidden.shape, dtype), of_hidden) if asked.hidden else None,
+        laid_out(as_slices(jnp.zeros_like(kernel)), of_kernel) if asked.kernel else None,
+        laid_out(jnp.zeros_like(bias), of_bias) if asked.bias else None,
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else jnp.zeros_like(weights),
     )
     axes = manual_axes(*jax.tree.leaves((operands, g)))
     start = jax.tree.map(lambda x: varying(x, axes), start)
-    sums = _over_blocks(plan, step, start, kernel.shape[1])
+    sums = _over_blocks(plan, step, start, kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
     d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
-    d_hidden = None if d_hidden is None else d_hidden.astype(hidden.dtype)
-    d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
+    if d_kernel is not None:
+        d_kernel = restored(d_kernel, kernel.dtype)
+        d_kernel = _joined(plan, d_kernel, layout.spec(None, classes, unreduced=tokens))
+    if d_bias is not None:
+        d_bias = _joined(plan, d_bias, layout.spec(classes, unreduced=tokens))
+    if d_weights is not None:
+        d_weights = _joined(plan, d_weights, layout.spec(classes))
     ds = Operands(d_hidden, d_kernel, d_bias, d_transform, d_weights, None)
-    return (jax.tree.map(lambda x, d: None if d is None else summed_as(d, x), operands, ds),)
+    return (jax.tree.map(lambda x, d: None if d is None else _cast(d, x), given, ds),)
+
+
+def _cast(d, x):
+    """A cotangent as its operand is: summed over devices, in its layout and dtype."""
+    return summed_as(laid_out_like(d, x), x).astype(x.dtype)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)
+
+
+def _by_shard(plan, operands):
+    """Operands with the classes as [shards, V / shards], and nothing else of the kernel sharded."""
+    layout = plan.layout
+
+    def split(x, *before):
+        x = laid_out(x, layout.spec(*before, layout.classes))
+        if layout.class_shards == 1:
+            return x
+        shape = (*x.shape[:-1], layout.class_shards, x.shape[-1] // layout.class_shards)
+        return jnp.reshape(x, shape, out_sharding=layout.spec(*before, layout.classes, None))
+
+    return operands._replace(
+        kernel=split(operands.kernel, None),
+        bias=None if operands.bias is None else split(operands.bias),
+        weights=None if operands.weights is None else split(operands.weights),
+    )
+
+
+def _of_shards(plan):
+    """The mesh axes of the axis of shards, where there is one."""
+    return () if plan.layout.class_shards == 1 else (plan.layout.classes,)
+
+
+def _of_rows(plan, tree):
+    """Numbers a row `[N]`, for every shard."""
+    return tree if plan.layout.class_shards == 1 else jax.tree.map(lambda s: s[:, None], tree)
+
+
+def _joined(plan, d, spec):
+    """The classes as one axis again."""
+    if plan.layout.class_shards == 1:
+        return d
+    return jnp.reshape(d, (*d.shape[:-2], d.shape[-2] * d.shape[-1]), out_sharding=spec)
+
+
+def _first_class(plan, operands, start):
+    """The number of the class that a block begins with; that of each shard, `[1, shards]`."""
+    shards, size = plan.layout.class_shards, operands.kernel.shape[-1]
+    first = shard_start(plan.wanted.axis_name, shards * size) + start
+    if shards == 1:
+        return first
+    of_shards = size * jnp.arange(shards, dtype=jnp.int32)[None]
+    return first + laid_out(of_shards, plan.layout.spec(None, plan.layout.classes))
 
 
 def _over_blocks(plan, step, carry, classes):
@@ -192,15 +242,9 @@ def _block_logits(plan, operands, start, size):
 
 
 def _part(vector, start, size):
-    return None if vector is None else lax.dynamic_slice_in_dim(vector, start, size)
+    return None if vector is None else lax.dynamic_slice_in_dim(vector, start, size, axis=-1)
 
 
 def _columns(kernel, start, size):
-    block = lax.dynamic_slice_in_dim(sliceable(kernel), start, size, axis=1)
+    block = lax.dynamic_slice_in_dim(sliceable(kernel), start, size, axis=-1)
     return restored(block, kernel.dtype)
-
-
-def _local(labels, start, size):
-    """Labels as numbers within a block; −1 for those of other blocks."""
-    local = labels - start
-    return jnp.where((labels >= 0) & (local >= 0) & (local < size), local, -1)

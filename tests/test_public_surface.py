@@ -28,8 +28,8 @@ SOURCES = sorted(
 )
 # A module imports only from those before it.
 LAYERS = [
-    "_checks",
     "_sharding",
+    "_checks",
     "_numerics",
     "_rules",
     "_softmax",

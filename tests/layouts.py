@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a head may be spread over a mesh: one list for all tests of sharding."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "vocab")
+
+
+class Layout(NamedTuple):
+    """The mesh axes that shard each axis of `hidden [batch, sequence, H]` and of the kernel."""
+
+    tokens: tuple[Any, Any] = (None, None)
+    kernel: tuple[Any, Any] = (None, None)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Those of both token axes together."""
+        return names(self.tokens[0]) + names(self.tokens[1])
+
+    @property
+    def classes(self) -> Any:
+        """The mesh axis of the logits' classes."""
+        return None if self.kernel[1] in self.token_axes else self.kernel[1]
+
+    def specs(self) -> dict[str, P]:
+        """By argument of `arguments`."""
+        tokens, (width, classes) = self.tokens, self.kernel
+        return {
+            "hidden": P(*tokens, None),
+            "kernel": P(width, classes),
+            "bias": P(classes),
+            "labels": P(*tokens),
+            "weights": P(*tokens),
+            "logits": P(*tokens, self.classes),
+        }
+
+
+def names(axes: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+LAYOUTS = {
+    "replicated": Layout(),
+    "data": Layout(tokens=("data", None)),
+    "data over two axes": Layout(tokens=(("data", "fsdp"), None)),
+    "data and sequence": Layout(tokens=("data", "fsdp")),
+    "sequence": Layout(tokens=(None, "data")),
+    "vocabulary": Layout(kernel=(None, "vocab")),
+    "vocabulary over two axes": Layout(tokens=("data", None), kernel=(None, ("fsdp", "vocab"))),
+    "data and vocabulary": Layout(tokens=("data", None), kernel=(None, "vocab")),
+    "fsdp": Layout(tokens=("fsdp", None), kernel=("fsdp", None)),
+    "fsdp, tokens replicated": Layout(kernel=("fsdp", None)),
+    "fsdp along the vocabulary": Layout(tokens=("data", None), kernel=(None, "data")),
+    "fsdp and vocabulary": Layout(tokens=("fsdp", None), kernel=("fsdp", "vocab")),
+    "hybrid": Layout(tokens=(("data", "fsdp"), None), kernel=("fsdp", "vocab")),
+}
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    """Eight devices, two along each axis."""
+    return jax.make_mesh((2, 2, 2), AXES, axis_types=(kind,) * 3)
+
+
+def put(mesh: jax.sharding.Mesh, layout: Layout, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arrays as the layout has them."""
+    specs = layout.specs()
+    return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in arrays.items()}
