@@ -95,9 +95,7 @@ def softmax_cross_entropy_with_integer_labels(
         (logits, where), axes = _one_axis(axes, logits, where)
         wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
         summed = token_statistics(wanted).now()
-        return _integer_labels(
-            summed, wanted, logits, labels, where, options, axes, ignore_index
-        )
+        return _integer_labels(summed, wanted, logits, labels, where, options, axes, ignore_index)
 
 
 @partial(jax.jit, static_argnames=("summed", "wanted", "axes", "ignore_index"))

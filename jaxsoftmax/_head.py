@@ -95,9 +95,7 @@ def as_head(
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
     rows, kernel = merged_tokens(layout, hidden.astype(dtype)), kernel.astype(dtype)
-    return Head(
-        shape, rows, kernel, bias, weights, reduction, denominator, layout, axis_name
-    )
+    return Head(shape, rows, kernel, bias, weights, reduction, denominator, layout, axis_name)
 
 
 def as_per_token(function, name, value, head):

@@ -341,11 +341,8 @@ def _linear_loss(loss_fn, head, args, chunk_size, precision):
     weights = head.weights
     if weights is None:
         weights = laid_out(jnp.ones(head.hidden.shape[:1], dtype), layout.spec(layout.token_axes))
-    if head.kernel.dtype == dtype:
-        # Divided first, d_kernel is finished by the loop and handed out where it lies.
-        return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
-    # In half precision d_logits must not be made small before it is rounded.
-    return head.divided(_token_chunks.weighted_sum(plan, operands, weights))
+    # Divided first, d_kernel is finished by the loop and handed out where it lies.
+    return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
 
 
 def _tokens_in_a_chunk(classes):

@@ -111,4 +111,3 @@ def target_losses(statistics: Statistics, options: Options) -> jax.Array:
     if options.z_loss is not None:
         loss = loss + options.z_loss.astype(dtype) * statistics.lse**2
     return loss
-

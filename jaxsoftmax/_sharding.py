@@ -36,9 +36,14 @@ def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def aligned(tree: Any) -> Any:
-    """Arrays that all vary over the same axes, as a custom rule's cotangents will."""
+    """Arrays that all vary over the same axes, as a custom rule's cotangents will.
+
+    Integers have none: they stay as they are, so that sums over an axis still know that they do not
+    vary over it.
+    """
     axes = manual_axes(*jax.tree.leaves(tree))
-    return jax.tree.map(lambda x: varying(x, axes), tree)
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    return jax.tree.map(lambda x: varying(x, axes) if is_real(x) else x, tree)
 
 
 def summed_as(d: jax.Array, x: jax.Array) -> jax.Array:
@@ -58,6 +63,7 @@ class Layout(NamedTuple):
     classes: tuple[str, ...] = ()
     token_shards: tuple[int, ...] = ()
     class_shards: int = 1
+    sharded: bool = False  # whether anything is, the kernel's hidden axis as well
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -66,14 +72,16 @@ class Layout(NamedTuple):
 
     def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> PartitionSpec | None:
         """Mesh axes for each array axis; None where nothing is sharded."""
-        if not (self.token_axes or self.classes):
+        if not self.sharded:
             return None
         return PartitionSpec(*(axis or None for axis in axes), unreduced=frozenset(unreduced))
 
     def scattered(self, kernel: jax.Array) -> PartitionSpec | None:
-        """Where the sum over all tokens of d_kernel is made: like `kernel`, and its hidden axis
-        over the tokens' mesh axes as well, where its size allows."""
-        if self.spec() is None:
+        """Where the sum over all tokens of d_kernel is made.
+
+        As `kernel` is, and its hidden axis over the tokens' mesh axes as well, if its size allows.
+        """
+        if not self.sharded:
             return None
         sharding = jax.typeof(kernel).sharding
         hidden, classes = map(_mesh_axes, sharding.spec)
@@ -94,7 +102,8 @@ def layout_of(hidden: jax.Array, kernel: jax.Array) -> Layout:
     def shards(axes):
         return math.prod(sizes[a] for a in axes)
 
-    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes))
+    sharded = any((*jax.typeof(hidden).sharding.spec, *jax.typeof(kernel).sharding.spec))
+    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes), sharded)
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -124,11 +133,13 @@ def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
     count = len(layout.tokens)
     tokens, rest = x.shape[:count], x.shape[count:]
     n = math.prod(tokens)
-    if layout.spec() is None:
+    if not layout.sharded:
         return x.reshape(n, *rest)
     of_rest = [None] * len(rest)
     x = reshard(x, PartitionSpec(*(a or None for a in layout.tokens), *of_rest))
-    split = [(shards, size // shards) for shards, size in zip(layout.token_shards, tokens)]
+    split = [
+        (shards, size // shards) for shards, size in zip(layout.token_shards, tokens, strict=True)
+    ]
     sharding = [entry for axes in layout.tokens for entry in (axes or None, None)]
     x = jnp.reshape(x, (*sum(split, ()), *rest), out_sharding=PartitionSpec(*sharding, *of_rest))
     x = jnp.transpose(x, _shards_first(count, len(rest)))
@@ -137,14 +148,14 @@ def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
 
 def unmerged_tokens(layout: Layout, x: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
     """Undoes `merged_tokens` for `x [N]`."""
-    if layout.spec() is None:
+    if not layout.sharded:
         return x.reshape(tokens)
     count = len(layout.tokens)
     shards = layout.token_shards
-    sizes = [size // s for size, s in zip(tokens, shards)]
+    sizes = [size // s for size, s in zip(tokens, shards, strict=True)]
     sharding = PartitionSpec(*(a or None for a in layout.tokens), *[None] * count)
     x = jnp.reshape(x, (*shards, *sizes), out_sharding=sharding)
-    order = [i for pair in zip(range(count), range(count, 2 * count)) for i in pair]
+    order = [i for axis in range(count) for i in (axis, count + axis)]
     x = jnp.transpose(x, order)
     return jnp.reshape(x, tokens, out_sharding=PartitionSpec(*(a or None for a in layout.tokens)))
 
@@ -176,10 +187,9 @@ def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
 def taken(vector: jax.Array, index: jax.Array) -> jax.Array:
     """`vector[index]`, laid out as the index is."""
     spec = jax.typeof(index).sharding.spec
-    if not any(spec):
+    if not any((*spec, *jax.typeof(vector).sharding.spec)):
         return vector[index]
-    vector = reshard(vector, PartitionSpec(None))
-    return vector.at[index].get(out_sharding=spec)
+    return reshard(vector, PartitionSpec(None)).at[index].get(out_sharding=spec)
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:

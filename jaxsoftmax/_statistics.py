@@ -215,10 +215,9 @@ def combined(
     total: Callable[[Any], Any],
     more: Callable[[Any], Any] = lambda _: (),
 ) -> Any:
-    """Blocks of classes as one: `highest` takes the maximum over them (an axis of them kept, with
-    size 1), `total` sums.
+    """Blocks of classes as one, by the maximum over them and the sums.
 
-    A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m);
+    Of an axis of blocks, `highest` keeps it with size 1 and `total` takes it away. A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m);
     of those that reach it one maximum is counted. A block of nothing but −inf gives nothing, unless
     all are such; its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
     `more(m)` is summed along.
@@ -325,7 +324,9 @@ def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
         if weights is not None:
             cost = jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
             cost = _where_used(used, share[..., None] * cost)
-            d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(weights.dtype)
+            d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(
+                weights.dtype
+            )
     for share, beyond in targets:
         terms.append((share * scale)[..., None] * beyond(e, r))
     if g.lse is not None:

@@ -50,7 +50,9 @@ def _weighted_sum_fwd(plan, operands, weights):
 def _weighted_sum_bwd(plan, residuals, g):
     gradients, values, operands, weights = residuals
     g = _instantiated(g)
-    return _as_operands(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(g * values, weights)
+    return _as_operands(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(
+        g * values, weights
+    )
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -83,7 +85,6 @@ def _over_chunks(plan, operands, *, differentiated=False):
     Differentiated, they come from the loss's own vjp: a `custom_vjp` has no jvp, its rule has, and
     forward mode over reverse mode needs it.
     """
-
     kernel, bias = _gathered(plan, operands)
 
     def body(_, xs):
@@ -101,9 +102,7 @@ def example(plan: Plan, operands: Operands) -> list[Any]:
 
     def first(operands):
         kernel, bias = _gathered(plan, operands)
-        hidden, args = jax.tree.map(
-            lambda x: x[0], chunked(plan, (operands.hidden, operands.args))
-        )
+        hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
         return [product(hidden, kernel, bias, None), *args]
 
     return jax.eval_shape(first, operands)
@@ -121,9 +120,9 @@ def _gradients_over_chunks(plan, operands, g, live):
     """The losses and, for the cotangents `g [N]`, the gradients of the live operands, uncast.
 
     A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
-    d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over devices
-    in float32 after the loop, each device its part of d_kernel, which is gathered once it has the
-    kernel's dtype.
+    d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over
+    devices in float32 after the loop, each device its part of d_kernel, which is gathered once it
+    has the kernel's dtype.
     """
     live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
     (kernel, bias), dtype, layout = _gathered(plan, operands), g.dtype, plan.layout
@@ -207,24 +206,24 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     layout, size = plan.layout, plan.size
     shards = math.prod(layout.token_shards)
 
-    def split(x, mode):
+    def split(x, of_last):
         n, rest = x.shape[0] // shards, x.shape[1:]
         chunks = -(-n // size)
         none = [None] * len(rest)
         x = jnp.reshape(
             x, (shards, n, *rest), out_sharding=layout.spec(layout.token_axes, None, *none)
         )
-        pad = ((0, 0), (0, chunks * size - n), *(((0, 0),) * len(rest)))
-        x = jnp.pad(x, pad, mode=mode) if pad[1][1] else x
+        if missing := chunks * size - n:
+            last = x[:, -1:] if of_last else jnp.zeros_like(x[:, -1:])
+            x = jnp.concatenate([x, jnp.repeat(last, missing, axis=1)], axis=1)
         spec = layout.spec(layout.token_axes, None, None, *none)
         x = jnp.moveaxis(jnp.reshape(x, (shards, size, chunks, *rest), out_sharding=spec), 2, 0)
         spec = layout.spec(None, layout.token_axes, *none)
         return jnp.reshape(x, (chunks, shards * size, *rest), out_sharding=spec)
 
-    modes = ["edge"] * len(leaves)
-    if zero_last:
-        modes[-1] = "constant"
-    return treedef.unflatten(map(split, leaves, modes))
+    of_last = [True] * len(leaves)
+    of_last[-1] = not zero_last
+    return treedef.unflatten(map(split, leaves, of_last))
 
 
 def _unchunked(plan, y, n):

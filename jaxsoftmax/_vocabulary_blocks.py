@@ -119,7 +119,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     of_hidden = layout.spec(tokens, None, unreduced=classes)
     of_kernel = layout.spec(None, *_of_shards(plan), None, unreduced=tokens)
     of_bias = layout.spec(*_of_shards(plan), None, unreduced=tokens)
-    as_slices = sliceable if layout.spec() is None else lambda x: x  # no bits of a sum to come
+    as_slices = sliceable if not layout.sharded else lambda x: x  # no bits of a sum to come
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
@@ -159,13 +159,10 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     sums = _over_blocks(plan, step, start, kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
     d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
-    if d_kernel is not None:
-        d_kernel = restored(d_kernel, kernel.dtype)
-        d_kernel = _joined(plan, d_kernel, layout.spec(None, classes, unreduced=tokens))
-    if d_bias is not None:
-        d_bias = _joined(plan, d_bias, layout.spec(classes, unreduced=tokens))
-    if d_weights is not None:
-        d_weights = _joined(plan, d_weights, layout.spec(classes))
+    d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
+    d_kernel = _joined(plan, d_kernel, layout.spec(None, classes, unreduced=tokens))
+    d_bias = _joined(plan, d_bias, layout.spec(classes, unreduced=tokens))
+    d_weights = _joined(plan, d_weights, layout.spec(classes))
     ds = Operands(d_hidden, d_kernel, d_bias, d_transform, d_weights, None)
     return (jax.tree.map(lambda x, d: None if d is None else _cast(d, x), given, ds),)
 
@@ -208,7 +205,7 @@ def _of_rows(plan, tree):
 
 def _joined(plan, d, spec):
     """The classes as one axis again."""
-    if plan.layout.class_shards == 1:
+    if d is None or plan.layout.class_shards == 1:
         return d
     return jnp.reshape(d, (*d.shape[:-2], d.shape[-2] * d.shape[-1]), out_sharding=spec)
 

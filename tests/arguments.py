@@ -49,9 +49,9 @@ INTEGER = "softmax_cross_entropy_with_integer_labels"
 HEAD = "linear_softmax_cross_entropy"
 
 _transform = {"soft_cap": 30.0, "temperature": np.float32(2)}
-_losses = {"label_smoothing": 0.1, "z_loss": 1e-4, **_transform}
+_losses = {"axis_name": None, "label_smoothing": 0.1, "z_loss": 1e-4, **_transform}
 _classes = {"ignore_index": -100, "class_weights": BIAS + 1}
-_head = {"bias": BIAS, "chunk_size": 5, "precision": "highest"}
+_head = {"axis_name": None, "bias": BIAS, "chunk_size": 5, "precision": "highest"}
 _reduced = {"weights": WEIGHTS, "reduction": "mean", "denominator": 8}
 
 # Every other argument, rightly: changes to the above, each a call.
@@ -73,7 +73,7 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {"axis": (1, 0), "labels": 5, "where": MASK},
         {"labels": LABELS.astype(np.uint8), "class_weights": np.arange(16)},
     ],
-    "label_log_probs": [{"axis": -1, "with_entropy": True, **_transform}],
+    "label_log_probs": [{"axis": -1, "with_entropy": True, "axis_name": None, **_transform}],
     "linear_loss": [
         {**_head, **_reduced},
         {"token_args": (), "reduction": None},
@@ -397,6 +397,22 @@ def _gradients() -> Iterator[Wrong]:
     yield Wrong("gradients", "in_forward", ValueError, expected, {"reduction": None})
 
 
+def _axis_name() -> Iterator[Wrong]:
+    said = "axis_name must be the name of a mesh axis, a tuple of such, or None; got"
+    for value, came in (
+        (3, "int 3"),
+        (["v"], "list ['v']"),
+        ((), "tuple ()"),
+        (X, "ndarray float32[8,16]"),
+    ):
+        yield Wrong("axis_name", value, TypeError, f"{said} {came}")
+    said = (
+        "axis_name must name axes that an enclosing shard_map makes manual, here (), each once; got"
+    )
+    for value in ("vocab", ("data", "vocab")):
+        yield Wrong("axis_name", value, ValueError, f"{said} {value!r}")
+
+
 _of_tokens = list(_token_labels("the tokens of hidden"))
 _of_classes = [*_ignore_index(), *_class_weights()]
 _of_head = [*_linear(), *_of_tokens]
@@ -406,11 +422,16 @@ WRONG: dict[str, list[Wrong]] = {
     "log_softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_classes_of("x")],
     "logsumexp": [*_real("a"), *_axis(_ANY), *_mask("a"), *_weighted()],
     "softmax_jacobian": [*_jacobian()],
-    "softmax_cross_entropy": [*_dense(), *_loss_mask(), *_options()],
-    INTEGER: [*_integer_logits(), *_loss_mask(), *_options(), *_of_classes],
-    "label_log_probs": [*_integer_logits(), *_transforms(), *_flag("with_entropy")],
-    "linear_loss": [*_linear(), *_reduction(), *_loss_fn(), *_token_args()],
-    HEAD: [*_of_head, *_reduction(), *_options(), *_of_classes, *_gradients()],
-    "linear_log_probs": [*_of_head, *_transforms(), *_flag("with_entropy")],
+    "softmax_cross_entropy": [*_dense(), *_loss_mask(), *_options(), *_axis_name()],
+    INTEGER: [*_integer_logits(), *_loss_mask(), *_options(), *_of_classes, *_axis_name()],
+    "label_log_probs": [
+        *_integer_logits(),
+        *_transforms(),
+        *_flag("with_entropy"),
+        *_axis_name(),
+    ],
+    "linear_loss": [*_linear(), *_reduction(), *_loss_fn(), *_token_args(), *_axis_name()],
+    HEAD: [*_of_head, *_reduction(), *_options(), *_of_classes, *_gradients(), *_axis_name()],
+    "linear_log_probs": [*_of_head, *_transforms(), *_flag("with_entropy"), *_axis_name()],
     "check_labels": [*_check_labels()],
 }

@@ -19,7 +19,8 @@ class Collective(NamedTuple):
     """One collective operation of a program, on each device."""
 
     kind: str
-    shapes: tuple[str, ...]  # of its results, such as "f32[8,16]"
+    dims: tuple[tuple[int, ...], ...]  # of each of its results
+    dtype: str
     bytes: int
     in_loop: bool
 
@@ -64,11 +65,7 @@ def collectives(text: str) -> list[Collective]:
             parts = _SHAPE.findall(shapes)
             if operation[3] and len(parts) > 1:  # a start returns (operands, results)
                 parts = parts[len(parts) // 2 :]
-            size = sum(
-                BITS[dtype] // 8 * math.prod(int(n) for n in dims.split(",") if n)
-                for dtype, dims in parts
-                if dtype in BITS
-            )
-            shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in parts)
-            found.append(Collective(kind, shapes, size, inside))
+            dims = tuple(tuple(int(n) for n in part[1].split(",") if n) for part in parts)
+            bits = sum(BITS[part[0]] * math.prod(d) for part, d in zip(parts, dims, strict=True))
+            found.append(Collective(kind, dims, parts[0][0], bits // 8, inside))
     return found

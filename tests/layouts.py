@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a head may be spread over a mesh: one list for all tests of sharding."""
 
+import importlib.util
+import os
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,3 +75,12 @@ def put(mesh: jax.sharding.Mesh, layout: Layout, arrays: dict[str, np.ndarray]) 
     """The arrays as the layout has them."""
     specs = layout.specs()
     return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in arrays.items()}
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Devices of a TPU topology such as "v5e:2x4", to compile for; skips without its compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs jax[tpu]")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # by several test processes
+    return topologies.get_topology_desc(topology, platform="tpu").devices

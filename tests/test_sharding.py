@@ -28,7 +28,7 @@ ARRAYS = {
 ARRAYS["labels"][0, :2] = IGNORED, CLASSES - 1
 ARRAYS["bias"][3] = -np.inf  # a class left out
 # Each result sums at most BATCH · SEQUENCE · CLASSES numbers of its own size in another order.
-TOLERANCE = 64 * np.finfo(np.float32).eps
+TOLERANCE = 64 * float(np.finfo(np.float32).eps)
 
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 head = jaxsoftmax.linear_softmax_cross_entropy
@@ -83,7 +83,9 @@ def log_probs(a, reduced, axis_name):
     out = jaxsoftmax.linear_log_probs(
         a["hidden"], a["kernel"], labels, with_entropy=True, soft_cap=5.0, axis_name=axis_name
     )
-    return reduced(sum(jnp.sum(field * a["weights"]) for field in out))
+    assert out.entropies is not None
+    fields = jnp.stack([out.log_probs, out.log_normalizers, out.entropies])
+    return reduced(jnp.sum(fields * a["weights"][None]))
 
 
 def logits_level(a, reduced, axis_name):
@@ -93,7 +95,9 @@ def logits_level(a, reduced, axis_name):
     dense = jaxsoftmax.softmax_cross_entropy(z, jnp.exp(-z), where=z > -6, **options)
     labels = jnp.maximum(a["labels"], 0)
     out = jaxsoftmax.label_log_probs(z, labels, with_entropy=True, axis_name=axis_name)
-    return reduced(sum(jnp.sum(x * w) for x in (losses, dense, *out)))
+    assert out.entropies is not None
+    fields = [losses, dense, out.log_probs, out.log_normalizers, out.entropies]
+    return reduced(jnp.sum(jnp.stack(fields) * w[None]))
 
 
 def softmax_family(a, reduced, axis_name):
@@ -101,7 +105,7 @@ def softmax_family(a, reduced, axis_name):
     if axis_name is not None:  # these take whole rows
         z = lax.all_gather(z, axis_name, axis=2, tiled=True)
     terms = jaxsoftmax.softmax(z) ** 2 + 0.1 * jaxsoftmax.log_softmax(z)
-    total = jnp.sum((jnp.sum(terms, axis=-1) + jaxsoftmax.logsumexp(z, axis=-1)) * w)
+    total = jnp.sum((jnp.sum(terms, axis=-1) + jnp.asarray(jaxsoftmax.logsumexp(z, axis=-1))) * w)
     return reduced(total if axis_name is None else total / lax.axis_size(axis_name))
 
 

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled heads send between devices: the least there is, for CPUs and for TPUs.
+
+The kernel is gathered at most once a pass, d_kernel is summed once, and a loop over chunks holds
+nothing but sums of one number a token.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import Collective, collectives
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from layouts import AXES, LAYOUTS, Layout, mesh_of, tpu_devices
+
+import jaxsoftmax
+
+# Each kind of axis has a prime of its own, so that an array's size says what it is.
+TOKEN, WIDTH, CLASS = 13, 7, 11
+ROLES = ("logits", "hidden", "kernel", "numbers")
+SMALL = (8, 4 * TOKEN, 8 * WIDTH, 64 * CLASS)  # batch, sequence, H, V
+LARGE = (8, 512 * TOKEN, 128 * WIDTH, 4096 * CLASS)
+PASSES = {"in_forward": 1, "recompute": 2}
+both_ways = pytest.mark.parametrize("gradients", PASSES)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+
+
+def specs(layout):
+    every = layout.specs()
+    return tuple(every[name] for name in ("hidden", "kernel", "labels"))
+
+
+def loss(gradients, **options):
+    def mean(hidden, kernel, labels):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, gradients=gradients, **options
+        )
+
+    return jax.value_and_grad(mean, argnums=(0, 1))
+
+
+def found_in(mesh, layout, function, sizes):
+    """Of `hidden [batch, sequence, H]`, `kernel` and labels, compiled for the mesh's devices."""
+    batch, sequence, width, classes = sizes
+    platform = mesh.devices.flat[0].platform
+    dtype = jnp.bfloat16 if platform == "tpu" else jnp.float32
+    shapes = ((batch, sequence, width), (width, classes), (batch, sequence))
+    with jax.set_mesh(mesh):
+        arguments = [
+            jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+            for shape, kind, spec in zip(
+                shapes, (dtype, dtype, jnp.int32), specs(layout), strict=True
+            )
+        ]
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+        text = lowered.compile().as_text()
+    assert text is not None
+    return collectives(text)
+
+
+def role(dims: tuple[int, ...]) -> str:
+    """What an array is; TPU may pad the width of the kernel."""
+    size = math.prod(dims)
+    if size % (TOKEN * CLASS) == 0:
+        return "logits"
+    if size % (TOKEN * WIDTH) == 0:
+        return "hidden"
+    return "kernel" if size % CLASS == 0 and len(dims) > 1 else "numbers"
+
+
+def check(found: list[Collective], layout: Layout, *, chunk: int, passes: int) -> None:
+    """No more than the layout needs; the message lists all of them."""
+    listed = "\n".join(map(str, found))
+    counts = {(kind, role): 0 for kind in ("gather", "sum") for role in ROLES}
+    for one in found:
+        if one.in_loop:
+            assert layout.classes, f"in the loop: {one}\nof\n{listed}"
+            # Several numbers a token may come in one piece, [numbers, chunk].
+            sizes = [dims[-1] for dims in one.dims]
+            assert max(sizes) <= chunk, (
+                f"more than a number a token in the loop: {one}\nof\n{listed}"
+            )
+        if one.kind == "collective-permute" and one.bytes <= 16:
+            continue  # how TPUs wait for each other
+        assert one.kind in {"all-gather", "all-reduce", "reduce-scatter"}, listed
+        for dims in one.dims:
+            counts["gather" if one.kind == "all-gather" else "sum", role(dims)] += 1
+    for what in ("hidden", "logits", "numbers"):
+        assert counts["gather", what] == 0, f"{what} gathered:\n{listed}"
+    # The kernel, once a pass; and d_kernel, from where its parts were summed to where it belongs.
+    width, classes = layout.kernel
+    gathered = passes if width or classes != layout.classes else 0
+    scattered = passes == 1 and not set(layout.token_axes) <= {width, classes}
+    assert counts["gather", "kernel"] <= gathered + scattered, f"kernel gathered:\n{listed}"
+    assert counts["sum", "kernel"] == bool(layout.token_axes), f"sums of d_kernel:\n{listed}"
+    assert counts["sum", "hidden"] == bool(layout.classes), f"sums of d_hidden:\n{listed}"
+    assert counts["sum", "logits"] == 0, f"logits summed:\n{listed}"
+
+
+def shard_map_loss(gradients, layout, **options):
+    """The same mean, by hand: the kernel's width gathered, the classes over a manual axis."""
+    width, classes = layout.kernel
+
+    def local(hidden, kernel, labels):
+        if width is not None:
+            kernel = lax.all_gather(kernel, width, axis=0, tiled=True)
+        total = jaxsoftmax.linear_softmax_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            reduction="sum",
+            gradients=gradients,
+            axis_name=classes,
+            **options,
+        )
+        return lax.psum(total, layout.token_axes) if layout.token_axes else total
+
+    mean = jax.shard_map(local, in_specs=specs(layout), out_specs=P())
+    return jax.value_and_grad(lambda h, k, y: mean(h, k, y) / y.size, argnums=(0, 1))
+
+
+@both_ways
+@every_layout
+def test_an_explicit_mesh_of_cpus(layout, gradients):
+    mesh = mesh_of(AxisType.Explicit)
+    program = loss(gradients, chunk_size=TOKEN)
+    found = found_in(mesh, layout, program, SMALL)
+    check(found, layout, chunk=TOKEN, passes=PASSES[gradients])
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["data", "vocabulary", "fsdp", "fsdp and vocabulary"])
+def test_shard_map_on_cpus(name, gradients):
+    layout = LAYOUTS[name]
+    program = shard_map_loss(gradients, layout, chunk_size=TOKEN)
+    mesh = mesh_of(AxisType.Auto)
+    found = found_in(mesh, layout, program, SMALL)
+    check(found, layout, chunk=TOKEN, passes=PASSES[gradients])
+
+
+@functools.cache
+def tpu_mesh(topology, kind=AxisType.Explicit):
+    devices = tpu_devices(topology)
+    shape = (2, 2, len(devices) // 4)
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(kind,) * 3)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("data", "v5e:2x4"),
+        ("vocabulary", "v5e:2x4"),
+        ("fsdp", "v5e:2x4"),
+        ("fsdp and vocabulary", "v5e:2x4"),
+        ("hybrid", "v5e:4x4"),
+    ],
+)
+def test_an_explicit_mesh_of_tpus(name, topology, gradients):
+    layout = LAYOUTS[name]
+    program = loss(gradients, chunk_size=32 * TOKEN)
+    mesh = tpu_mesh(topology)
+    found = found_in(mesh, layout, program, LARGE)
+    check(found, layout, chunk=32 * TOKEN, passes=PASSES[gradients])
+
+
+def test_data_and_vocabulary_on_an_automatic_mesh_of_tpus():
+    """Nothing can be read off its types; XLA itself does as well, but sums d_hidden by chunks."""
+    layout, chunk = LAYOUTS["data and vocabulary"], 32 * TOKEN
+    program = loss("in_forward", chunk_size=chunk)
+    mesh = tpu_mesh("v5e:2x4", AxisType.Auto)
+    found = found_in(mesh, layout, program, LARGE)
+    d_hidden = chunk * LARGE[2]
+    assert all(math.prod(dims) <= d_hidden for one in found if one.in_loop for dims in one.dims)
+    d_kernel = [one for one in found for dims in one.dims if role(dims) == "kernel"]
+    assert [one.kind for one in d_kernel] == ["all-reduce"]
+    assert not d_kernel[0].in_loop
