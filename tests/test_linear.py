@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear head against the plain one in float64, whatever the chunks; and what it computes."""
 
+import re
 from typing import Any
 
 import jax
@@ -91,6 +92,37 @@ def test_losses_and_gradients_whatever_the_chunks(shape, reduction, gradients):
             if shape[2] == 1:
                 assert not np.any(d)
             assert_close(d, expected_d, size, tolerance)
+
+
+@pytest.mark.parametrize(("backend", "mebibytes"), [("cpu", 56), ("gpu", 448), ("tpu", 448)])
+@pytest.mark.parametrize("classes", [100, 10_000, 50_257, 1_000_000])
+def test_the_default_chunk_is_the_documented_one(monkeypatch, classes, backend, mebibytes):
+    """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
+    for tokens, chunk in ((most, most), (most + 1, -(-(most + 1) // 2))):
+        seen = set()
+
+        def loss(logits, seen=seen):
+            seen.add(logits.shape)
+            return logits[:, 0]
+
+        hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 2), (2, classes)))
+        jax.eval_shape(lambda h, k, loss=loss: jaxsoftmax.linear_loss(loss, h, k), hidden, kernel)
+        assert seen == {(chunk, classes)}
+
+
+def test_the_default_block_is_the_documented_one():
+    hidden, kernel, _, _, labels = problem(5, 3, 5000)
+
+    def program(chunk_size):
+        def f(hidden, kernel):
+            return jaxsoftmax.linear_log_probs(hidden, kernel, labels, chunk_size=chunk_size)
+
+        return jax.jit(f).lower(hidden, kernel).as_text()
+
+    assert program(None) == program(2048)
+    assert program(None) != program(2049)
 
 
 @pytest.mark.parametrize("gradients", ["auto", "recompute"])
@@ -237,6 +269,19 @@ def test_nothing_unneeded_is_computed(gradients, products):
     assert count(jax.grad(head)) == products - 1
     assert count(jax.grad(head, 1)) == products - 1
     assert count(jax.grad(head, (0, 1))) == products
+
+
+def test_d_kernel_of_a_float32_mean_is_finished_by_the_loop():
+    """The divisor goes into the weights of the tokens: no pass over d_kernel follows."""
+    hidden, kernel, _, _, labels = problem(64, 40, 2049)
+
+    def head(kernel):
+        return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, chunk_size=16)
+
+    program = jax.jit(jax.grad(head)).lower(kernel).compile().as_text()
+    assert program
+    assert re.search(r"f32\[40,2049\]\S* add\(", program)  # what such a pass would look like
+    assert not re.search(r"f32\[40,2049\]\S* multiply\(", program)
 
 
 @pytest.mark.wide

@@ -173,6 +173,30 @@ def test_values_and_gradients_of_every_option(options, path):
         assert_close(got, want[name])
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_option_over_two_batch_axes(axis):
+    hidden, kernel, bias, labels, class_weights, _ = problem()
+    options = SETS[-1] | {"class_weights": class_weights}
+    n, labels = 12, spoil(labels, options)[:12]
+    raw = (hidden @ kernel + bias)[:n]
+    g = np.random.default_rng(3).standard_normal(n).astype(np.float32)
+    losses, _, want = truth(raw, labels, options, g)
+
+    def total(logits, free):
+        out = jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            logits, labels.reshape(3, 4), axis, ignore_index=options["ignore_index"], **free
+        )
+        return jnp.sum(out * g.reshape(3, 4)), out
+
+    logits = jnp.moveaxis(raw.reshape(3, 4, V), -1, axis)
+    both = jax.value_and_grad(total, (0, 1), has_aux=True)
+    (_, out), (d, d_free) = both(logits, differentiable(options))
+    assert_close(out.reshape(n), losses)
+    assert_close(jnp.moveaxis(d, axis, -1).reshape(n, V), want["logits"])
+    for name, got in d_free.items():
+        assert_close(got, want[name])
+
+
 @pytest.mark.parametrize("options", SETS[:5], ids=identify)
 def test_dense_targets_take_the_same_options(options):
     hidden, kernel, bias, labels, _, _ = problem()

@@ -120,6 +120,14 @@ def test_the_value_alone_keeps_nothing():
     assert memory.output_size_in_bytes == 64 * 4
 
 
+@pytest.mark.parametrize("name", [*RULES, "softmax_cross_entropy", "softmax_jacobian"])
+def test_an_eager_call_is_one_program(name):
+    """Operation by operation it would be slower, and hold what lies between them."""
+    dense = {"softmax_cross_entropy": lambda x: jaxsoftmax.softmax_cross_entropy(x, x)}
+    f = (RULES | dense).get(name) or getattr(jaxsoftmax, name)
+    assert [e.primitive.name for e in jax.make_jaxpr(f)(logits(jnp.float32)).eqns] == ["jit"]
+
+
 def test_every_public_function_is_covered():
     covered = {*RULES, *MASKED, *WITHOUT_A_RULE}
     heads = {name for name in jaxsoftmax.__all__ if name.startswith("linear")}  # test_memory.py

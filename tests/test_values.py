@@ -188,6 +188,35 @@ def test_losses_over_any_axis(axis, where):
     assert_within(np.asarray(got).reshape(-1), np.where(some, true, 0), bound, "dense")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axis", [None, 0, (2, 0)], ids=str)
+def test_log_probs_over_any_axis_the_last_by_default(device, axis, dtype):
+    z = generator("log-probs", axis).standard_normal((3, 4, 5)).astype(jnp.dtype(dtype))
+    axes = [2] if axis is None else list(np.atleast_1d(axis))
+    kept = [a for a in range(3) if a not in axes]
+    batch = tuple(z.shape[a] for a in kept)
+    rows = z.transpose([*kept, *axes]).reshape(int(np.prod(batch)), -1)
+    labels = np.arange(np.prod(batch), dtype=np.int32).reshape(batch) % rows.shape[-1]
+    got = js.label_log_probs(z, labels, **({} if axis is None else {"axis": axis}))
+    t = oracle.truth(rows, np.float32)
+    true, bound = oracle.nll(t, labels.reshape(-1))
+    for field, want, error in ((got.log_probs, -true, bound), (got.log_normalizers, *t.lse)):
+        assert field.shape == batch
+        assert_within(np.asarray(field).reshape(-1), want, error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_program_is_no_longer_for_more_classes(device, dtype):
+    """Few rows of many classes: what goes class by class is for few classes."""
+
+    def lines(classes):
+        z, y = jax.ShapeDtypeStruct((4, classes), dtype), jax.ShapeDtypeStruct((4,), np.int32)
+        loss = jax.value_and_grad(lambda z, y: jnp.sum(js.label_log_probs(z, y).log_probs))
+        return jax.jit(loss).lower(z, y).as_text().count("\n")
+
+    assert lines(2000) == lines(300)
+
+
 def test_dense_labels_over_all_axes_and_broadcast_labels():
     z = generator("all axes").standard_normal((3, 4)).astype(np.float32)
     y = generator("all labels").random((1, 4)).astype(np.float32)
@@ -251,8 +280,8 @@ def test_weighted_logsumexp(kind, scale):
 
 
 def test_weights_near_one_keep_the_remainder():
-    """log(1 + 1e-12) is 1e-12, not 0."""
-    a, b = np.zeros(2, np.float32), np.array([1, 1e-12], np.float32)
+    """log(1 + 1e-12) is 1e-12, not 0; a weight of 0 in front of them changes nothing."""
+    a, b = np.array([5, 0, 0], np.float32), np.array([0, 1, 1e-12], np.float32)
     true, *_ = oracle.weighted_logsumexp(a, b)
     assert relative_error(js.logsumexp(a, b=b), true) <= 4 * ULP
     true, *_ = oracle.weighted_logsumexp(a, -b)
