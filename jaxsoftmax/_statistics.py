@@ -217,9 +217,10 @@ def combined(
 ) -> Any:
     """Blocks of classes as one, by the maximum over them and the sums.
 
-    Of an axis of blocks, `highest` keeps it with size 1 and `total` takes it away. A block that reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m);
-    of those that reach it one maximum is counted. A block of nothing but −inf gives nothing, unless
-    all are such; its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
+    Of an axis of blocks, `highest` keeps it with size 1 and `total` takes it away. A block that
+    reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m); of those that
+    reach it one maximum is counted. A block of nothing but −inf gives nothing, unless all are such;
+    its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
     `more(m)` is summed along.
     """
     m = highest(rows.m)
