@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program sends between devices, read from its HLO text."""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "u16": 16}
+BITS |= {"s16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] ?\{(.*?)\})")
+
+
+class Collective(NamedTuple):
+    """One collective operation of a program, on each device."""
+
+    kind: str
+    dims: tuple[tuple[int, ...], ...]  # of each of its results
+    bytes: int  # of its results
+    group: int  # devices that take part
+    in_loop: bool
+    times: int  # the loop's iterations
+
+    @property
+    def wire_bytes(self) -> float:
+        """What a device sends in all, by the ring algorithm, which sends the least there is."""
+        share = (self.group - 1) / self.group
+        once = {
+            "all-gather": self.bytes * share,
+            "all-reduce": 2 * self.bytes * share,
+            "reduce-scatter": self.bytes * (self.group - 1),
+            "all-to-all": self.bytes * share,
+            "collective-permute": self.bytes,
+        }
+        return self.times * once[self.kind]
+
+
+def collectives(text: str) -> list[Collective]:
+    """Those of a compiled program, `compiled.as_text()`.
+
+    TPU keeps a reduce-scatter as a computation "all-reduce-scatter" around an all-reduce: it counts
+    as a reduce-scatter.
+    """
+    lines: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if opened := _COMPUTATION.match(line):
+            name = opened[2]
+            entry = name if opened[1] else entry
+            lines[name] = []
+        elif name:
+            lines[name].append(line)
+    iterations: dict[str, int] = {}  # 0 outside of loops
+
+    def visit(computation: str, times: int) -> None:
+        if iterations.get(computation, -1) >= times:
+            return
+        iterations[computation] = times
+        for line in lines[computation]:
+            called = {
+                role: [n for n in re.findall(r"[\w.\-]+", names) if n in lines]
+                for role, names in _CALLED.findall(line)
+            }
+            for role, computations in called.items():
+                for one in computations:
+                    is_body = role == "body"
+                    inside = max(times, 1) * _trips(lines[called["condition"][0]]) if is_body else 0
+                    visit(one, inside or times)
+
+    visit(entry, 0)
+    found = []
+    for computation, times in iterations.items():
+        for line in lines[computation]:
+            if operation := _OPERATION.search(line):
+                found.append(_read(operation, line, computation, times))
+    return found
+
+
+def _trips(condition: list[str]) -> int:
+    """The iterations of a counted loop: the number its counter is compared with; 1 if unknown."""
+    numbers = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    return max(numbers, default=1)
+
+
+def _read(operation: re.Match[str], line: str, computation: str, times: int) -> Collective:
+    kind, parts = operation[2], _SHAPE.findall(operation[1])
+    if operation[3] and len(parts) > 1:  # a start returns (operands, results)
+        parts = parts[len(parts) // 2 :]
+    dims = tuple(tuple(int(n) for n in part[1].split(",") if n) for part in parts)
+    bits = sum(BITS[part[0]] * math.prod(d) for part, d in zip(parts, dims, strict=True))
+    group = _group(line)
+    size = bits // 8
+    if computation.startswith("all-reduce-scatter"):
+        kind, size = "reduce-scatter", size // group
+    return Collective(kind, dims, size, group, times > 0, max(times, 1))
+
+
+def _group(line: str) -> int:
+    """How many devices take part, in any of the ways that HLO writes it."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 1
+    if groups[2] is not None:
+        return len(groups[2].split(","))
+    if groups[3] is not None:
+        return int(groups[3])
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", groups[4])}
+    return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", groups[5]))
