@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way the program ends early on purpose."""
+"""How the program ends early on purpose."""
 
 
 class ProgramError(Exception):
@@ -13,3 +13,9 @@ class ProgramError(Exception):
         """Takes the line to show, without the program's name."""
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def in_words(error: OSError) -> str:
+    """A folder that cannot be written, a full disk, …: what to show of it."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
