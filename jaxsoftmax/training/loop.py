@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
@@ -179,20 +180,11 @@ def _train(
     # Kept with the parameters: without the scaling they predict nothing.
     scaling = {"mean": dataset.mean, "scale": dataset.scale}
 
-    def latest() -> tuple[list[dict[str, float]], State]:
-        if not checkpoints:
-            return [], initial
-        epoch = checkpoints.latest()
-        history = checkpoint.trim_metrics(folder, epoch)
-        if not epoch:
-            return history, initial
-        return history, checkpoints.restore(epoch, {"state": initial, "scaling": scaling})["state"]
-
-    history, state = processes.together(latest)
+    kept = {"state": initial, "scaling": scaling}
+    history, state = processes.together(partial(_latest, folder, checkpoints, kept))
     history = processes.exchanged(history)[0]
-    state = layout.split(
-        multihost_utils.broadcast_one_to_all(state), mesh, specs(optimizer, initial)
-    )
+    state = multihost_utils.broadcast_one_to_all(state)
+    state = layout.split(state, mesh, specs(optimizer, initial))
     resumed_from = len(history)
     rows = PartitionSpec(layout.DATA)
     train_x, train_y, test_x, test_y = layout.split(
@@ -228,22 +220,13 @@ def _train(
                 f"{options.learning_rate:g}",
                 exit_code=1,
             )
-        trained = layout.whole(state, initial)
-        if checkpoints:
-            with _interrupts_deferred():
-                checkpoint.append_metrics(folder, metrics)
-                checkpoints.save(epoch, {"state": trained, "scaling": scaling})
         history.append(metrics)
+        kept["state"] = layout.whole(state, initial)
+        processes.together(partial(_write_epoch, folder, checkpoints, metrics, kept))
         on_epoch(epoch, options.epochs, metrics)
     test = evaluated(state.params, test_x, test_y, rows=len(dataset.test_y))
     predictions = layout.whole(test.predictions, dataset.test_y)
-    if checkpoints:
-        with _interrupts_deferred():
-            checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
-            checkpoint.write_atomically(
-                folder / checkpoint.CONFUSION_PLOT,
-                plots.confusion_png(dataset.test_y, predictions, dataset.classes),
-            )
+    processes.together(partial(_draw, folder, checkpoints, history, dataset, predictions))
     return Result(
         options=options,
         dataset=dataset,
@@ -252,6 +235,47 @@ def _train(
         history=history,
         seconds=time.perf_counter() - start,
     )
+
+
+def _latest(
+    folder: Path, checkpoints: checkpoint.Checkpoints | None, kept: dict[str, Any]
+) -> tuple[list[dict[str, float]], State]:
+    """The metrics and the state of the last checkpoint, or what a new run starts from."""
+    if checkpoints is None:
+        return [], kept["state"]
+    epoch = checkpoints.latest()
+    history = checkpoint.trim_metrics(folder, epoch)
+    return history, (checkpoints.restore(epoch, kept) if epoch else kept)["state"]
+
+
+def _write_epoch(
+    folder: Path,
+    checkpoints: checkpoint.Checkpoints | None,
+    metrics: dict[str, float],
+    kept: dict[str, Any],
+) -> None:
+    if checkpoints is None:
+        return
+    with _interrupts_deferred():
+        checkpoint.append_metrics(folder, metrics)
+        checkpoints.save(int(metrics["epoch"]), kept)
+
+
+def _draw(
+    folder: Path,
+    checkpoints: checkpoint.Checkpoints | None,
+    history: list[dict[str, float]],
+    dataset: data.Dataset,
+    predictions: np.ndarray,
+) -> None:
+    if checkpoints is None:
+        return
+    with _interrupts_deferred():
+        checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
+        checkpoint.write_atomically(
+            folder / checkpoint.CONFUSION_PLOT,
+            plots.confusion_png(dataset.test_y, predictions, dataset.classes),
+        )
 
 
 def _config(options: Options, dataset: data.Dataset) -> dict[str, Any]:

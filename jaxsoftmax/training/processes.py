@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 from jaxsoftmax.training.errors import ProgramError, in_words
 
 # A process that is not heard of for so long is taken for dead, and the others end.
-_HEARTBEAT_SECONDS = 30
-_LOST = "another process of the run stopped, or cannot be reached; start all of them again with "
+_PATIENCE_SECONDS = 30
+_LOST = "a process of the run stopped, or cannot be reached; start all of them again with --resume"
 _SHOW_LAST_LINE = "import sys; sys.stderr.write([*sys.stdin][-1].lstrip('\\n'))"
 _T = TypeVar("_T")
 
@@ -53,17 +53,31 @@ def joined(coordinator: str, processes: int, process_id: int) -> Iterator[None]:
                 coordinator,
                 processes,
                 process_id,
-                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+                heartbeat_timeout_seconds=_PATIENCE_SECONDS,
+                shutdown_timeout_seconds=_PATIENCE_SECONDS,
             ).result()
         except RuntimeError as error:
             raise ProgramError(f"{place} ({error})") from error
-        prepare(_LOST + "--resume")
+        prepare(_LOST)
         try:
+            _check_devices()
             yield
+        except ProgramError:  # all processes raise it, so they part as after a success
+            jax.distributed.shutdown()
+            raise
         # What a broken collective raises: gloo's errors come as either.
         except (jax.errors.JaxRuntimeError, ValueError) as error:
-            raise ProgramError(f"{_LOST}--resume ({error})", exit_code=1) from error
+            raise ProgramError(f"{_LOST} ({error})", exit_code=1) from error
         jax.distributed.shutdown()
+
+
+def _check_devices() -> None:
+    here, everywhere = jax.local_device_count(), jax.device_count()
+    if everywhere != here * jax.process_count():
+        raise ProgramError(
+            f"every process must have the same number of devices; process {jax.process_index()} "
+            f"has {here} of the {everywhere}"
+        )
 
 
 @contextmanager
