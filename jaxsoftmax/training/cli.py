@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxsoftmax
-from jaxsoftmax.training.errors import ProgramError, in_words
+from jaxsoftmax.training.errors import ProgramError, as_line, in_words
 
 if TYPE_CHECKING:
     from jaxsoftmax.training.loop import Result
@@ -325,6 +325,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    # One line whatever a file name or another library's message contains.
-    print("jaxsoftmax: " + " ".join(message.split()), file=sys.stderr)
+    if message:
+        print(as_line(message), file=sys.stderr)
     return code

@@ -3,7 +3,7 @@
 
 
 class ProgramError(Exception):
-    """Something the user can put right: shown as one line on stderr.
+    """Something the user can put right: shown as one line on stderr, or not if it is empty.
 
     Attributes:
         exit_code: 2 for bad input (nothing was written), 1 for a failure while training.
@@ -19,3 +19,8 @@ def in_words(error: OSError) -> str:
     """A folder that cannot be written, a full disk, …: what to show of it."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
+
+
+def as_line(message: str) -> str:
+    """One line, whatever a file name or another library's message contains; nothing of nothing."""
+    return "jaxsoftmax: " + " ".join(message.split()) if message else ""

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsoftmax.training.errors import ProgramError, in_words
+from jaxsoftmax.training.errors import ProgramError, as_line, in_words
 
 # A process that is not heard of for so long is taken for dead, and the others end.
 _PATIENCE_SECONDS = 30
@@ -62,11 +62,14 @@ def joined(coordinator: str, processes: int, process_id: int) -> Iterator[None]:
         try:
             _check_devices()
             yield
-        except ProgramError:  # all processes raise it, so they part as after a success
+        except ProgramError as error:  # all processes raise it, so they part as after a success
+            prepare(str(error))
             jax.distributed.shutdown()
             raise
-        # What a broken collective raises: gloo's errors come as either.
         except (jax.errors.JaxRuntimeError, ValueError) as error:
+            # A collective that broke off; gloo's errors come as either.
+            if isinstance(error, ValueError) and "Gloo" not in str(error):
+                raise
             raise ProgramError(f"{_LOST} ({error})", exit_code=1) from error
         jax.distributed.shutdown()
 
@@ -82,10 +85,10 @@ def _check_devices() -> None:
 
 @contextmanager
 def _last_words() -> Iterator[Callable[[str], None]]:
-    """Gives a function that prepares the line to show should this process end without another.
+    """Gives a function that prepares the line to show if this process ends early.
 
-    JAX aborts a process that has lost another one, which no handler in the process survives. So
-    a child holds the line, and shows it when it finds the pipe closed.
+    JAX aborts a process that has lost another one, at any moment, and no handler in the process
+    survives that. So a child holds the line, and shows it once when it finds its pipe closed.
     """
     with subprocess.Popen(
         [sys.executable, "-ISc", _SHOW_LAST_LINE],
@@ -94,15 +97,20 @@ def _last_words() -> Iterator[Callable[[str], None]]:
         start_new_session=True,  # Ctrl-C is not for it
     ) as child:
 
-        def prepare(line: str) -> None:
+        def prepare(message: str) -> None:
             assert child.stdin is not None
-            child.stdin.write(f"jaxsoftmax: {line}\n" if line else "\n")
+            child.stdin.write(as_line(message) + "\n")
             child.stdin.flush()
 
         try:
             yield prepare
-        finally:
+        except ProgramError as error:
+            prepare(str(error))
+            raise ProgramError("", error.exit_code) from error  # it is said
+        except BaseException:  # whose words are not for here
             prepare("")
+            raise
+        prepare("")
 
 
 def leads() -> bool:
