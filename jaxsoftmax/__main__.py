@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+import jax
+
 import jaxsoftmax
 
 _EXTRA = ("matplotlib", "optax", "orbax.checkpoint", "rich", "sklearn", "typer")
@@ -44,7 +46,12 @@ def main() -> int:
     try:
         from jaxsoftmax.training.cli import run  # noqa: PLC0415 - needs the extra
 
-        return run(arguments)
+        code = run(arguments)
+        if code and jax.distributed.is_initialized():
+            # JAX's own exit would wait for the other processes of the run, and they for this one.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     except KeyboardInterrupt:
         print("jaxsoftmax: interrupted", file=sys.stderr)
         return 130

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jaxsoftmax train`: mostly as a user runs it, in a process of its own."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,48 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from programs import SMALL, command, environment, metrics, parameters, program, refused, trained
 
-from jaxsoftmax.training import cli, data, step
-
-SMALL = ("--hidden", "16", "--batch-size", "50")
-
-
-def environment() -> dict[str, str]:
-    # One device and JAX's defaults, as a user has them, whatever conftest asks of this process.
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "jaxsoftmax", *map(str, arguments)]
-
-
-def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def trained(*arguments: object) -> str:
-    run = program("train", *arguments)
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr
-    return run.stdout
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def parameters(folder: Path, epoch: int) -> list[np.ndarray]:
-    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
-        assert manager.latest_step() == epoch
-        restored = manager.restore(epoch, args=ocp.args.StandardRestore())
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+from jaxsoftmax.training import data, step
 
 
 def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
@@ -194,15 +153,6 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     assert "--learning-rate" in run.stderr
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that `train` ends in; in this process, since nothing is trained."""
-    assert cli.run(["train", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert not captured.out
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 ROWS = np.arange(103)
 X = np.ones((103, 3))
 Y = ROWS % 4
@@ -317,7 +267,8 @@ def test_help_and_version() -> None:
     text = program("train", "--help").stdout
     for option in (
         *("--data", "--output", "--resume", "--epochs", "--batch-size", "--learning-rate"),
-        *("--optimizer", "--hidden", "--seed"),
+        *("--optimizer", "--hidden", "--seed", "--mesh", "--coordinator", "--processes"),
+        "--process-id",
     ):
         assert option in text
     assert program("--version").stdout.startswith("jaxsoftmax 0.")
@@ -366,8 +317,8 @@ def test_padding_does_not_change_the_gradient() -> None:
     params = [(jnp.arange(6.0).reshape(2, 3) / 7, jnp.zeros(3))]
     x, y = jnp.asarray([[1.0, 2.0], [0.5, -1.0]]), jnp.asarray([0, 2])
     padded_x, padded_y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]])
-    plain = jax.grad(step.mean_loss)(params, x, y, jnp.ones(2))
-    padded = jax.grad(step.mean_loss)(params, padded_x, padded_y, jnp.asarray([1.0, 1.0, 0.0]))
+    plain = jax.grad(step.mean_loss)(params, x, y, jnp.ones(2), 3)
+    padded = jax.grad(step.mean_loss)(params, padded_x, padded_y, jnp.asarray([1.0, 1.0, 0.0]), 3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, padded)
 
 

@@ -91,14 +91,17 @@ class Checkpoints:
     """The last few epochs' states, by number of epochs trained."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens, or creates, the checkpoints of an output folder."""
+        """Opens, or creates, the checkpoints of an output folder; for process 0 alone."""
         self._folder = folder / CHECKPOINTS
+        self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder.resolve(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=_KEPT,
                 cleanup_tmp_directories=True,  # what a killed run left half-written
                 enable_async_checkpointing=False,  # when `save` returns it is on disk
+                create=False,  # orbax does not create a folder that not all processes see
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             ),
         )
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxsoftmax
-from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.errors import ProgramError, as_line, in_words
 
 if TYPE_CHECKING:
     from jaxsoftmax.training.loop import Result
@@ -78,7 +79,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         typer.Option(
             "--resume",
             help="Continue the run in the output folder from its last checkpoint. Options left "
-            "out are the run's own; only --epochs may differ.",
+            "out are the run's own; only --epochs, --mesh and the processes may differ.",
         ),
     ] = False,
     epochs: Annotated[
@@ -108,6 +109,34 @@ def train(  # noqa: PLR0917 - typer makes each one an option
             help="Initial weights and shuffling. The held-out split does not depend on it.",
         ),
     ] = 0,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="Use all devices, such as [bold]data=4,vocab=2[/] for eight: the axis data "
+            "splits every batch, vocab the classes of the last layer. The numbers stay the same "
+            "to rounding. Left out: data over all devices of several processes, else one device.",
+            show_default=False,
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Train in several processes, each started with the same options but its own "
+            "--process-id: the address of process 0, with a port that is free there. Only "
+            "process 0 writes to the output folder.",
+            show_default=False,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many processes there are.", show_default=False),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(metavar="I", help="Which one this is, from 0.", show_default=False),
+    ] = None,
 ) -> None:
     """Train a classifier and show how well it does on held-out examples.
 
@@ -126,8 +155,12 @@ def train(  # noqa: PLR0917 - typer makes each one an option
     if not 0 <= seed < 2**32:
         raise ProgramError(f"--seed must be from 0 to {2**32 - 1}; got {seed}")
 
+    sizes = None if mesh is None else _axes(mesh)
+    others = _processes(coordinator, processes, process_id)
+
     # Imported late: `--help` and a mistyped option should not wait for JAX and optax.
     from jaxsoftmax.training import loop  # noqa: PLC0415
+    from jaxsoftmax.training.processes import joined  # noqa: PLC0415
 
     options = loop.Options(
         data=data,
@@ -148,25 +181,68 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    quiet = bool(process_id)  # process 0 speaks for all
+    hidden_bar = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden_bar) as progress:
         task = progress.add_task("", total=epochs, status="compiling")
 
         def on_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
             status = "compiling" if metrics is None else _status(metrics)
             progress.update(task, completed=done, total=wanted, status=status)
-            if metrics is not None and not console.is_terminal:
+            if metrics is not None and not quiet and not console.is_terminal:
                 print(f"epoch {done}/{wanted}  {status}", flush=True)  # a log has no bar
 
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # see __main__
-            result = loop.train(options, given, output, resume, on_epoch)
+            with joined(*others) if others else nullcontext():
+                result = loop.train(
+                    options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
+                )
         except KeyboardInterrupt:
             # Only a run that exists can be resumed; a fresh folder may not be there yet.
             hint = f"; to continue: jaxsoftmax train --resume --output {shlex.quote(str(output))}"
             raise ProgramError(
                 f"interrupted{hint if output.exists() else ' before anything was written'}", 130
             ) from None
-    _show(console, output, result)
+    if not quiet:
+        _show(console, output, result)
+
+
+def _axes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes; that they fit the devices is seen to later."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    sizes = {name: int(size) for name, _, size in pairs if size.isdecimal()}
+    if len(sizes) < len(pairs) or not sizes.keys() <= {"data", "vocab"} or min(sizes.values()) < 1:
+        raise ProgramError(
+            "--mesh must be sizes of the axes data and vocab, such as data=4,vocab=2, or of one "
+            f"of them; got {text!r}"
+        )
+    return sizes
+
+
+def _processes(
+    coordinator: str | None, processes: int | None, process_id: int | None
+) -> tuple[str, int, int] | None:
+    """The three options that go together; None if none is given."""
+    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    if coordinator is None or processes is None or process_id is None:
+        missing = [option for option, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return None
+        raise ProgramError(f"{', '.join(given)} go together; {' and '.join(missing)} is missing")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ProgramError(
+            f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234; got {coordinator!r}"
+        )
+    if processes < 1:
+        raise ProgramError(f"--processes must be at least 1; got {processes}")
+    if not 0 <= process_id < processes:
+        raise ProgramError(
+            f"--process-id must be from 0 to {processes - 1} for --processes {processes}; got "
+            f"{process_id}"
+        )
+    return coordinator, processes, process_id
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -243,13 +319,12 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except _UsageError as error:
         return _fail(f"{error.format_message()} (see jaxsoftmax train --help)", 2)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 2)
+    except OSError as error:
+        return _fail(in_words(error), 2)
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int) -> int:
-    # One line whatever a file name or another library's message contains.
-    print("jaxsoftmax: " + " ".join(message.split()), file=sys.stderr)
+    if message:
+        print(as_line(message), file=sys.stderr)
     return code

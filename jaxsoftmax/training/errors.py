@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way the program ends early on purpose."""
+"""How the program ends early on purpose."""
 
 
 class ProgramError(Exception):
-    """Something the user can put right: shown as one line on stderr.
+    """Something the user can put right: shown as one line on stderr, or not if it is empty.
 
     Attributes:
         exit_code: 2 for bad input (nothing was written), 1 for a failure while training.
@@ -13,3 +13,14 @@ class ProgramError(Exception):
         """Takes the line to show, without the program's name."""
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def in_words(error: OSError) -> str:
+    """A folder that cannot be written, a full disk, …: what to show of it."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def as_line(message: str) -> str:
+    """One line, whatever a file name or another library's message contains; nothing of nothing."""
+    return "jaxsoftmax: " + " ".join(message.split()) if message else ""

@@ -5,18 +5,21 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 import jaxsoftmax
-from jaxsoftmax.training import checkpoint, data, model, plots
+from jaxsoftmax.training import checkpoint, data, layout, model, plots, processes
 from jaxsoftmax.training.errors import ProgramError
-from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, train_epoch
+from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, specs, train_epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,14 @@ def train(
     options: Options,
     given: Collection[str],
     folder: Path,
+    *,
     resume: bool,
+    mesh: Mapping[str, int] | None,
     on_epoch: Callable[[int, int, dict[str, float] | None], None],
 ) -> Result:
     """Trains and writes everything into `folder`.
+
+    Several processes all call it; process 0 alone reads and writes `folder`.
 
     Args:
         options: what to train on and how.
@@ -59,6 +66,7 @@ def train(
         folder: the output folder. Created only once the input is known to be good.
         resume: continue the run in `folder`; one that was killed before it wrote anything
             starts from its beginning.
+        mesh: the sizes of the mesh's axes, see `layout.make_mesh`.
         on_epoch: called with the epochs done, the epochs wanted, and the newest metrics: once
             before training and once after each epoch.
 
@@ -69,24 +77,70 @@ def train(
         ProgramError: with the line to show.
         KeyboardInterrupt: on Ctrl-C, never in the middle of writing.
     """
-    recorded = None
-    if checkpoint.holds_run(folder):
-        if not resume:
-            raise ProgramError(
-                f"{folder}: already holds a run; add --resume to continue it, or choose another "
-                "folder with --output"
-            )
-        recorded = checkpoint.read_config(folder)
+    _check_alike({**dataclasses.asdict(options), "resume": resume, "mesh": mesh})
+    recorded = processes.from_leader(lambda: _recorded(folder, resume))
+    if recorded is not None:
         options = _resumed_options(options, given, folder, recorded)
-    dataset = data.load(options.data)
+    dataset = processes.together(lambda: data.load(options.data))
     # From here on the data is known by its full path: a run resumes from any directory.
     options = dataclasses.replace(options, data=dataset.source)
+    _check_data(dataset, folder, recorded)
+    devices = layout.make_mesh(mesh)
+    checkpoints = processes.together(
+        lambda: _opened(options, dataset, folder, recorded) if processes.leads() else None
+    )
+    try:
+        return _train(options, dataset, folder, checkpoints, mesh=devices, on_epoch=on_epoch)
+    finally:
+        if checkpoints:
+            checkpoints.close()
+
+
+def _check_alike(command: dict[str, Any]) -> None:
+    """Processes that were started with different options would not train the same model."""
+    first, *others = processes.exchanged(command)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ProgramError(
+                    f"--{name.replace('_', '-')}: {value} in process 0, {other[name]} in process "
+                    f"{number}; start all processes with the same options"
+                )
+
+
+def _recorded(folder: Path, resume: bool) -> dict[str, Any] | None:
+    """The configuration of the run to resume; None where there is none."""
+    if not checkpoint.holds_run(folder):
+        return None
+    if not resume:
+        raise ProgramError(
+            f"{folder}: already holds a run; add --resume to continue it, or choose another "
+            "folder with --output"
+        )
+    return checkpoint.read_config(folder)
+
+
+def _check_data(dataset: data.Dataset, folder: Path, recorded: dict[str, Any] | None) -> None:
+    """The same examples in every process, and those that the run was started on."""
+    first, *others = processes.exchanged(dataset.sha256)
+    for number, other in enumerate(others, 1):
+        if other != first:
+            raise ProgramError(
+                f"--data {dataset.source}: its arrays have sha256 {first[:12]} in process 0, "
+                f"{other[:12]} in process {number}"
+            )
     if recorded is not None and recorded["data_sha256"] != dataset.sha256:
         raise ProgramError(
             f"--data {dataset.source}: its arrays (sha256 {dataset.sha256[:12]}) are not those "
             f"that the run in {folder} was started on (sha256 "
             f"{str(recorded['data_sha256'])[:12]}, {recorded['options']['data']})"
         )
+
+
+def _opened(
+    options: Options, dataset: data.Dataset, folder: Path, recorded: dict[str, Any] | None
+) -> checkpoint.Checkpoints:
+    """The folder's checkpoints, with the run's configuration written beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(options, dataset)
     checkpoints = checkpoint.Checkpoints(folder)
@@ -98,46 +152,60 @@ def train(
             )
         if config != recorded:
             checkpoint.write_config(folder, config)
-        return _train(options, dataset, folder, checkpoints, on_epoch)
-    finally:
+    except BaseException:
         checkpoints.close()
+        raise
+    return checkpoints
 
 
 def _train(
     options: Options,
     dataset: data.Dataset,
     folder: Path,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpoint.Checkpoints | None,
+    *,
+    mesh: Mesh,
     on_epoch: Callable[[int, int, dict[str, float] | None], None],
 ) -> Result:
+    """`checkpoints` are process 0's; the others have None and write nothing."""
     start = time.perf_counter()
     key = jax.random.key(options.seed)
     optimizer = OPTIMIZERS[options.optimizer](options.learning_rate)
     batch_size = min(options.batch_size, len(dataset.train_x))
     sizes = (dataset.train_x.shape[1], *options.hidden, dataset.classes)
     # Every random number is a function of (seed, epoch), 0 being the initialisation: a resumed
-    # run needs no random state to go on as if it had never stopped.
+    # run needs no random state to go on as if it had never stopped, whatever the processes.
     params = model.init(jax.random.fold_in(key, 0), sizes)
-    state = State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType] - a pytree
+    initial = State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType] - a pytree
     # Kept with the parameters: without the scaling they predict nothing.
-    scaling = {"mean": jax.numpy.asarray(dataset.mean), "scale": jax.numpy.asarray(dataset.scale)}
-    resumed_from = checkpoints.latest()
-    history = checkpoint.trim_metrics(folder, resumed_from)
-    if resumed_from:
-        like = {"state": state, "scaling": scaling}
-        state = checkpoints.restore(resumed_from, like)["state"]
-    train_x, train_y, test_x, test_y = jax.device_put(
-        (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
+    scaling = {"mean": dataset.mean, "scale": dataset.scale}
+
+    kept = {"state": initial, "scaling": scaling}
+    history, state = processes.together(partial(_latest, folder, checkpoints, kept))
+    history = processes.exchanged(history)[0]
+    state = multihost_utils.broadcast_one_to_all(state)
+    state = layout.split(state, mesh, specs(optimizer, initial))
+    resumed_from = len(history)
+    rows = PartitionSpec(layout.DATA)
+    train_x, train_y, test_x, test_y = layout.split(
+        (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y), mesh, rows
     )
+    evaluated = partial(evaluate, classes=dataset.classes, mesh=mesh)
     on_epoch(resumed_from, options.epochs, history[-1] if history else None)
     for epoch in range(resumed_from + 1, options.epochs + 1):
-        epoch_key = jax.random.fold_in(key, epoch)
         state = train_epoch(
-            state, epoch_key, train_x, train_y, optimizer=optimizer, batch_size=batch_size
+            state,
+            jax.random.fold_in(key, epoch),
+            train_x,
+            train_y,
+            optimizer=optimizer,
+            batch_size=batch_size,
+            rows=len(dataset.train_y),
+            classes=dataset.classes,
+            mesh=mesh,
         )
-        train, test = (
-            evaluate(state.params, x, y) for x, y in ((train_x, train_y), (test_x, test_y))
-        )
+        train = evaluated(state.params, train_x, train_y, rows=len(dataset.train_y))
+        test = evaluated(state.params, test_x, test_y, rows=len(dataset.test_y))
         metrics = {
             "epoch": epoch,
             "train_loss": float(train.loss),
@@ -152,26 +220,62 @@ def _train(
                 f"{options.learning_rate:g}",
                 exit_code=1,
             )
-        with _interrupts_deferred():
-            checkpoint.append_metrics(folder, metrics)
-            checkpoints.save(epoch, {"state": state, "scaling": scaling})
         history.append(metrics)
+        kept["state"] = layout.whole(state, initial)
+        processes.together(partial(_write_epoch, folder, checkpoints, metrics, kept))
         on_epoch(epoch, options.epochs, metrics)
-    predictions = np.asarray(evaluate(state.params, test_x, test_y).predictions)
+    test = evaluated(state.params, test_x, test_y, rows=len(dataset.test_y))
+    predictions = layout.whole(test.predictions, dataset.test_y)
+    processes.together(partial(_draw, folder, checkpoints, history, dataset, predictions))
+    return Result(
+        options=options,
+        dataset=dataset,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        resumed_from=resumed_from,
+        history=history,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _latest(
+    folder: Path, checkpoints: checkpoint.Checkpoints | None, kept: dict[str, Any]
+) -> tuple[list[dict[str, float]], State]:
+    """The metrics and the state of the last checkpoint, or what a new run starts from."""
+    if checkpoints is None:
+        return [], kept["state"]
+    epoch = checkpoints.latest()
+    history = checkpoint.trim_metrics(folder, epoch)
+    return history, (checkpoints.restore(epoch, kept) if epoch else kept)["state"]
+
+
+def _write_epoch(
+    folder: Path,
+    checkpoints: checkpoint.Checkpoints | None,
+    metrics: dict[str, float],
+    kept: dict[str, Any],
+) -> None:
+    if checkpoints is None:
+        return
+    with _interrupts_deferred():
+        checkpoint.append_metrics(folder, metrics)
+        checkpoints.save(int(metrics["epoch"]), kept)
+
+
+def _draw(
+    folder: Path,
+    checkpoints: checkpoint.Checkpoints | None,
+    history: list[dict[str, float]],
+    dataset: data.Dataset,
+    predictions: np.ndarray,
+) -> None:
+    if checkpoints is None:
+        return
     with _interrupts_deferred():
         checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
         checkpoint.write_atomically(
             folder / checkpoint.CONFUSION_PLOT,
             plots.confusion_png(dataset.test_y, predictions, dataset.classes),
         )
-    return Result(
-        options=options,
-        dataset=dataset,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        resumed_from=resumed_from,
-        history=history,
-        seconds=time.perf_counter() - start,
-    )
 
 
 def _config(options: Options, dataset: data.Dataset) -> dict[str, Any]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, PRNGKeyArray
+
+from jaxsoftmax.training.layout import VOCAB
 
 Layer = tuple[Array, Array]
 Params = list[Layer]
@@ -30,9 +33,24 @@ def init(key: PRNGKeyArray, sizes: Sequence[int]) -> Params:
     ]
 
 
-def apply(params: Params, x: Float[Array, "rows features"]) -> Float[Array, "rows classes"]:
-    """The logits: ReLU between layers, nothing after the last."""
+def specs(params: Params) -> list[tuple[PartitionSpec, PartitionSpec]]:
+    """How the parameters are split over a mesh: the last layer's classes over the axis `vocab`."""
+    copied = (PartitionSpec(), PartitionSpec())
+    return [*[copied] * (len(params) - 1), (PartitionSpec(None, VOCAB), PartitionSpec(VOCAB))]
+
+
+def apply(
+    params: Params, x: Float[Array, "rows features"], classes: int
+) -> Float[Array, "rows padded_classes"]:
+    """The logits: ReLU between layers, nothing after the last.
+
+    A last layer that was padded to more than `classes` has the logit −inf there, with which a
+    class has probability 0 and gradient 0.
+    """
     *hidden, (weights, bias) = params
     for w, b in hidden:
         x = jax.nn.relu(x @ w + b[None, :])
-    return x @ weights + bias[None, :]
+    logits = x @ weights + bias[None, :]
+    if logits.shape[1] == classes:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[1])[None, :] < classes, logits, -jnp.inf)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PRNGKeyArray
 
 import jaxsoftmax
-from jaxsoftmax.training import model
+from jaxsoftmax.training import layout, model
 
 OPTIMIZERS = {
     "adamw": optax.adamw,
@@ -26,6 +27,19 @@ class State(NamedTuple):
 
     params: model.Params
     opt_state: optax.OptState
+
+
+def specs(optimizer: optax.GradientTransformation, state: State) -> State:
+    """How a state is split over a mesh: what belongs to a parameter as the parameter."""
+    params = model.specs(state.params)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, spec: spec,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+    return State(params, opt_state)  # pyright: ignore[reportArgumentType] - a pytree
 
 
 class Evaluation(NamedTuple):
@@ -54,46 +68,75 @@ def mean_loss(
     x: Float[Array, "batch features"],
     y: Int[Array, " batch"],
     weights: Float[Array, " batch"],
+    classes: int,
 ) -> Float[Array, ""]:
     """The cross-entropy averaged over the rows of weight 1."""
-    losses = jaxsoftmax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y)
+    logits = model.apply(params, x, classes)
+    losses = jaxsoftmax.softmax_cross_entropy_with_integer_labels(logits, y)
     return jnp.sum(weights * losses) / jnp.sum(weights)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "batch_size"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("optimizer", "batch_size", "rows", "classes", "mesh"),
+    donate_argnames="state",
+)
 def train_epoch(
     state: State,
     key: PRNGKeyArray,
-    x: Float[Array, "rows features"],
-    y: Int[Array, " rows"],
+    x: Float[Array, "padded_rows features"],
+    y: Int[Array, " padded_rows"],
     *,
     optimizer: optax.GradientTransformation,
     batch_size: int,
+    rows: int,
+    classes: int,
+    mesh: Mesh,
 ) -> State:
-    """One optimizer step a minibatch, over every row once; compiled as a single program."""
+    """One optimizer step a minibatch, over every row once; compiled as a single program.
+
+    The minibatches are the same on any mesh: a device takes its share of each, from wherever
+    those rows lie.
+    """
+    share = NamedSharding(mesh, PartitionSpec(layout.DATA))
+    padding = -batch_size % mesh.shape[layout.DATA]
 
     def step(state: State, batch: tuple[Array, Array]) -> tuple[State, None]:
         rows, weights = batch
-        gradients = jax.grad(mean_loss)(state.params, x[rows], y[rows], weights)
+        batch_x, batch_y = jax.lax.with_sharding_constraint((x[rows], y[rows]), share)
+        gradients = jax.grad(mean_loss)(state.params, batch_x, batch_y, weights, classes)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, opt_state), None  # pyright: ignore[reportArgumentType] - a pytree
 
-    return jax.lax.scan(step, state, minibatches(key, len(x), batch_size))[0]
+    batches = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, 0), (0, padding))), minibatches(key, rows, batch_size)
+    )
+    return jax.lax.scan(step, state, batches)[0]
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("rows", "classes", "mesh"))
 def evaluate(
-    params: model.Params, x: Float[Array, "rows features"], y: Int[Array, " rows"]
+    params: model.Params,
+    x: Float[Array, "padded_rows features"],
+    y: Int[Array, " padded_rows"],
+    *,
+    rows: int,
+    classes: int,
+    mesh: Mesh,
 ) -> Evaluation:
     """The model on every row, some thousands at a time so that memory stays bounded."""
 
     def one(example: tuple[Array, Array]) -> tuple[Array, Array]:
         features, label = example
-        logits = model.apply(params, features[None, :])[0]
+        logits = model.apply(params, features[None, :], classes)[0]
         loss = jaxsoftmax.softmax_cross_entropy_with_integer_labels(logits, label)
         return loss, jnp.argmax(logits)
 
-    losses, predictions = jax.lax.map(one, (x, y), batch_size=4096)
-    accuracy = jnp.mean((predictions == y).astype(jnp.float32))
+    # Each device goes over its own rows.
+    shares = mesh.shape[layout.DATA]
+    by_share = jax.tree.map(lambda a: a.reshape(shares, -1, *a.shape[1:]), (x, y))
+    results = jax.vmap(lambda share: jax.lax.map(one, share, batch_size=4096))(by_share)
+    losses, predictions = (a.reshape(-1)[:rows] for a in results)
+    accuracy = jnp.mean((predictions == y[:rows]).astype(jnp.float32))
     return Evaluation(jnp.mean(losses), accuracy, predictions)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device holds what: a mesh with the axes `data` and `vocab`, and arrays split over it.
+
+The axis `data` splits the examples and every batch, `vocab` the classes of the last layer. What
+does not divide evenly is padded with zeros, which the program never counts.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsoftmax.training.errors import ProgramError
+
+DATA, VOCAB = "data", "vocab"
+
+
+def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
+    """A mesh over all devices of all processes.
+
+    Args:
+        sizes: by axis; an axis that is left out has size 1. None stands for `data` over all
+            devices of several processes, and for the first device of a single one.
+
+    Raises:
+        ProgramError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if sizes or jax.distributed.is_initialized() else jax.devices()[:1]
+    sizes = sizes or {DATA: len(devices)}
+    if math.prod(sizes.values()) != len(devices):
+        wanted = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ProgramError(
+            f"--mesh {wanted}: the sizes must multiply to the number of devices, {len(devices)} "
+            f"({devices[0].platform}); got {math.prod(sizes.values())}"
+        )
+    shape = sizes.get(DATA, 1), sizes.get(VOCAB, 1)
+    return jax.make_mesh(shape, (DATA, VOCAB), (AxisType.Auto,) * 2, devices=devices)
+
+
+def split(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Global arrays of which a process holds what falls on its own devices.
+
+    Args:
+        tree: the same whole arrays in every process.
+        mesh: what `make_mesh` gave.
+        specs: a `PartitionSpec` for each array, or one for all.
+
+    Returns:
+        The arrays, each axis that is split padded with zeros to divide evenly.
+    """
+
+    def one(x: Any, spec: PartitionSpec) -> jax.Array:
+        x = np.asarray(x)
+        names = (*spec, *[None] * (x.ndim - len(spec)))
+        padding = [
+            (0, -size % mesh.shape[name] if name else 0)
+            for size, name in zip(x.shape, names, strict=True)
+        ]
+        x = np.pad(x, padding) if any(map(any, padding)) else x
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
+
+    if isinstance(specs, PartitionSpec):
+        return jax.tree.map(lambda x: one(x, specs), tree)
+    return jax.tree.map(one, tree, specs)
+
+
+def whole(tree: Any, like: Any) -> Any:
+    """The arrays that `split` was given, in every process; `like` has their shapes."""
+    gathered = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(lambda x, y: x[(..., *map(slice, np.shape(y)))], gathered, like)

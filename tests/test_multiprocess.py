@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program over several devices, and over several processes on this machine."""
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from programs import SMALL, command, environment, metrics, parameters, refused, trained
+
+from jaxsoftmax.training import data, layout, model, step
+
+LOST = "jaxsoftmax: a process of the run stopped, or cannot be reached; start all of them again"
+# JAX gives a process up after 30 seconds of silence; the rest is for a slow machine.
+BOUNDED = 90
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(
+    commands: Sequence[Sequence[object]], port: int, devices: int = 1
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """One process of a run for each of these command lines."""
+    with contextlib.ExitStack() as stack:
+        running = []
+        for number, arguments in enumerate(commands):
+            place = ("--coordinator", f"localhost:{port}", "--processes", len(commands))
+            process = subprocess.Popen(
+                command("train", *place, "--process-id", number, *arguments),
+                env=environment(devices),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            running.append(process)
+        yield running
+
+
+def trained_together(*arguments: object, devices: int = 1) -> list[str]:
+    """What two processes print."""
+    with started([arguments] * 2, free_port(), devices) as both:
+        outputs = [process.communicate(timeout=BOUNDED) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert [errors for _, errors in outputs] == ["", ""]
+    # gloo, which carries JAX's messages between CPUs, says when it is connected.
+    return [re.sub(r"\[Gloo\].*\n", "", output) for output, _ in outputs]
+
+
+def assert_same_numbers(folder: Path, whole: Path, epochs: int, steps: int) -> None:
+    """To the rounding of sums in another order: an ulp of the largest number a step."""
+    rounding = steps * float(np.finfo(np.float32).eps)
+    lines, expected = metrics(folder), metrics(whole)
+    assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+    for line, other in zip(lines, expected[:epochs], strict=True):
+        for name, value in line.items():
+            # A row whose two best classes are as good as equal may fall either way.
+            slack = 1.5 / 359 if name.endswith("accuracy") else rounding * other[name]
+            assert value == pytest.approx(other[name], rel=0, abs=slack), (name, line, other)
+    ours, theirs = parameters(folder, epochs), parameters(whole, epochs)
+    assert len(ours) > 4
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rounding * np.abs(b).max())
+
+
+def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path: Path) -> None:
+    # Neither the 1438 rows, nor the batches of 50, nor the 10 classes divide evenly by four.
+    steps = 29  # an epoch
+    one, two, mesh = (tmp_path / name for name in ("one", "two", "mesh"))
+    trained("--output", one, "--epochs", 3, *SMALL)
+    leader, other = trained_together("--output", two, "--epochs", 2, *SMALL, devices=2)
+    assert "epoch 2/2" in leader
+    assert f"written   {two}" in leader
+    assert not other
+    assert_same_numbers(two, one, 2, 2 * steps)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    # Other devices go on where these stopped.
+    trained("--resume", "--output", two, "--epochs", 3, "--mesh", "vocab=4", devices=4)
+    assert_same_numbers(two, one, 3, 3 * steps)
+    trained("--output", mesh, "--epochs", 3, *SMALL, "--mesh", "data=4,vocab=2", devices=8)
+    assert_same_numbers(mesh, one, 3, 3 * steps)
+
+
+def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    options = ("--hidden", "none", "--batch-size", "1000", "--optimizer", "sgd")
+    last = 0
+    for victim, stop in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT)):
+        arguments = ("--resume", "--output", folder, "--epochs", 50000, *options)
+        with started([arguments] * 2, free_port()) as both:
+            deadline = time.monotonic() + BOUNDED
+            while newest(folder) < last + 2:
+                assert all(process.poll() is None for process in both), "ended by itself"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            both[victim].send_signal(stop)
+            errors = [process.communicate(timeout=BOUNDED)[1] for process in both]
+        assert both[victim].returncode == (130 if stop == signal.SIGINT else -stop), errors
+        assert both[1 - victim].returncode not in {0, None}
+        # JAX may have reported what it saw before that.
+        survivors_last = errors[1 - victim].splitlines()[-1]
+        assert survivors_last.startswith(LOST), errors
+        assert "--resume" in survivors_last
+        last = newest(folder)
+        assert len(metrics(folder)) in {last, last + 1}
+    # Both processes resumed twice; one ends what they began.
+    epochs = last + 1
+    trained("--resume", "--output", folder, "--epochs", epochs)
+    trained("--output", whole, "--epochs", epochs, *options)
+    assert_same_numbers(folder, whole, epochs, 2 * epochs)
+
+
+def newest(folder: Path) -> int:
+    """The number of epochs of the last checkpoint."""
+    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def test_what_one_process_finds_wrong_all_say(tmp_path: Path) -> None:
+    folder, port = tmp_path / "run", free_port()
+    common = ("--output", folder, *SMALL)
+    with started([common, (*common, "--seed", 5)], port) as both:
+        lines = {process.communicate(timeout=BOUNDED)[1] for process in both}
+    assert [process.returncode for process in both] == [2, 2], lines
+    assert lines == {
+        "jaxsoftmax: --seed: 0 in process 0, 5 in process 1; start all processes with the same "
+        "options\n"
+    }
+    folder.write_text("no folder")
+    with started([common] * 2, port) as both:
+        lines = {process.communicate(timeout=BOUNDED)[1] for process in both}
+    assert [process.returncode for process in both] == [2, 2], lines
+    assert lines == {f"jaxsoftmax: process 0: {folder}: File exists\n"}
+
+
+def test_processes_that_do_not_meet(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with started([("--output", tmp_path / "run")] * 2, port) as (leader, other):
+            other.kill()
+            errors = leader.communicate(timeout=BOUNDED)[1]
+    assert leader.returncode != 0
+    # JAX speaks first; depending on its version it raises an error or crashes.
+    line = errors.splitlines()[-1]
+    assert line.startswith("jaxsoftmax: process 0 did not meet the other 1 at --coordinator local")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_holds_its_share() -> None:
+    """Of the examples and of the last layer, in memory as well as in the compiled program."""
+    digits = data.load(data.DIGITS)
+    mesh = layout.make_mesh({"data": 4, "vocab": 2})
+    params = model.init(jax.random.key(0), (64, 8, digits.classes))
+    optimizer = step.OPTIMIZERS["sgd"](1e-3)
+    initial = step.State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType]
+    state = layout.split(initial, mesh, step.specs(optimizer, initial))
+    x, y = layout.split((digits.train_x, digits.train_y), mesh, PartitionSpec(layout.DATA))
+    assert [shard.data.shape for shard in x.addressable_shards] == [(360, 64)] * 8
+    for leaf in jax.tree.leaves(state.params[-1]):
+        assert {shard.data.shape[-1] for shard in leaf.addressable_shards} == {5}
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (8, 10)]
+    assert [leaf.sharding.spec for leaf in moments] == [PartitionSpec(None, "vocab")]
+    compiled = step.train_epoch.lower(
+        state,
+        jax.random.key(1),
+        x,
+        y,
+        optimizer=optimizer,
+        batch_size=50,
+        rows=len(digits.train_y),
+        classes=digits.classes,
+        mesh=mesh,
+    ).compile()
+    program = compiled.as_text() or ""
+    assert "f32[360,64]" in program
+    assert "f32[1440,64]" not in program
+    assert "f32[8,10]" not in program
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"vocab": 4}, {"data": 2, "vocab": 3}])
+def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
+    random = np.random.default_rng(0)
+    whole = [random.normal(size=(7, 10)).astype(np.float32), np.float32(3.0), np.arange(5)]
+    specs = [PartitionSpec("data", "vocab"), PartitionSpec(), PartitionSpec("data")]
+    devices = np.prod(list(sizes.values()))
+    mesh = jax.make_mesh(
+        (sizes.get("data", 1), sizes.get("vocab", 1)),
+        ("data", "vocab"),
+        (jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+    split = layout.split(whole, mesh, specs)
+    assert len(split[0].addressable_shards) == devices
+    for a, b in zip(layout.whole(split, whole), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *[
+            (("--mesh", mesh), ("--mesh", "data=4,vocab=2", repr(mesh)))
+            for mesh in ("", "data", "4", "data=0", "data=-4", "rows=8", "data=2,data=4", "data=4,")
+        ],
+        (("--mesh", "data=3"), ("--mesh data=3", "devices, 8 (cpu)", "got 3")),
+        (("--mesh", "data=4,vocab=4"), ("--mesh data=4,vocab=4", "8", "got 16")),
+        (("--coordinator", "localhost:1234"), ("--processes and --process-id is missing",)),
+        (("--processes", "2", "--process-id", "0"), ("--coordinator is missing",)),
+        *[
+            (
+                ("--coordinator", place, "--processes", "2", "--process-id", "0"),
+                ("--coordinator", "HOST:PORT", repr(place)),
+            )
+            for place in ("localhost", ":1234", "localhost:", "localhost:port", "localhost:65536")
+        ],
+        (
+            ("--coordinator", "localhost:1234", "--processes", "0", "--process-id", "0"),
+            ("--processes", "at least 1", "got 0"),
+        ),
+        *[
+            (
+                ("--coordinator", "localhost:1234", "--processes", "2", "--process-id", number),
+                ("--process-id", "from 0 to 1", f"got {number}"),
+            )
+            for number in ("2", "-1")
+        ],
+    ],
+)
+def test_bad_options(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    line = refused(capsys, "--output", str(tmp_path / "run"), *arguments)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
