@@ -83,7 +83,9 @@ def collectives(text: str) -> list[Collective]:
 
 def _trips(condition: list[str]) -> int:
     """The iterations of a counted loop: the number its counter is compared with; 1 if unknown."""
-    numbers = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    numbers = [
+        int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)
+    ]
     return max(numbers, default=1)
 
 

@@ -225,7 +225,7 @@ def tables(section: dict[str, Any]) -> Iterator[Table]:
     yield summary
 
 
-def megabytes(count: int | None) -> str:
+def megabytes(count: float | None) -> str:
     """Write bytes as MB; – where nobody can tell."""
     return "–" if count is None else f"{count / 1e6:.0f}"
 

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
-from bench import contenders, environment, head, markdown, results, terminal, timing
+from bench import contenders, environment, head, markdown, results, sharding, terminal, timing
 from bench.cases import Dtype
 
 HERE = "here"
@@ -46,6 +46,15 @@ def command(
             show_default="all",
         ),
     ] = None,
+    meshes: Annotated[
+        list[sharding.Devices] | None,
+        typer.Option(
+            "--mesh",
+            parser=sharding.parse,
+            metavar="TOPOLOGY/data=N,vocab=M",
+            help="Instead: our heads, by layout, over a TPU topology (or 'here'); repeatable.",
+        ),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(help="The results file; its other sections are kept.", show_default="none"),
@@ -60,6 +69,9 @@ def command(
         raise typer.BadParameter(
             f"expected {', '.join((HERE, *TPUS))}; got {unknown[0]!r}", param_hint="--target"
         )
+    if meshes:
+        _over_meshes(cases or [], meshes, json)
+        return
     path = results.destination(json, complete=not (cases or targets))
     section = measure(cases or CASES, targets or (HERE, *TPUS))
     section["command"] = results.command_line("memory", {"shape": cases, "target": targets})
@@ -67,6 +79,24 @@ def command(
     console.print(table(section), "")
     if path:
         results.save(path, "memory", section)
+        terminal.notes.print(f"written: {path}")
+
+
+def _over_meshes(
+    cases: Sequence[head.Head], meshes: Sequence[sharding.Devices], json: Path | None
+) -> None:
+    if len(cases) != 1:
+        raise typer.BadParameter(f"--mesh needs one head; got {len(cases)}", param_hint="--shape")
+    path = results.destination(json, complete=True)
+    section = {
+        "environment": environment.describe(),
+        "head": str(cases[0]),
+        "command": results.command_line("memory", {"shape": cases, "mesh": meshes}),
+        "meshes": [sharding.measure(cases[0], devices) for devices in meshes],
+    }
+    terminal.output().print(sharding.table(section), "")
+    if path:
+        results.save(path, sharding.KEY.format(cases[0]), section)
         terminal.notes.print(f"written: {path}")
 
 

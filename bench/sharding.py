@@ -32,6 +32,7 @@ class Devices(NamedTuple):
     vocab: int
 
     def __str__(self) -> str:
+        """As `parse` reads it."""
         return f"{self.topology}/data={self.data},vocab={self.vocab}"
 
 
@@ -67,7 +68,9 @@ def measure(case: head.Head, devices: Devices) -> dict[str, Any]:
     rows = []
     for name, layout in layouts().items():
         for gradients in ORDERS:
-            rows.append({"layout": name, "gradients": gradients, **_row(case, mesh, layout, gradients)})
+            rows.append(
+                {"layout": name, "gradients": gradients, **_row(case, mesh, layout, gradients)}
+            )
     return {"devices": str(devices), "rows": rows}
 
 
@@ -85,7 +88,9 @@ def _mesh(devices: Devices) -> Mesh:
     return Mesh(grid, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
 
 
-def _row(case: head.Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: Any) -> dict[str, Any]:
+def _row(
+    case: head.Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: Any
+) -> dict[str, Any]:
     tokens, width, classes = layout
 
     def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
@@ -93,9 +98,7 @@ def _row(case: head.Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: A
 
     with jax.set_mesh(mesh):
         arguments = [
-            jax.ShapeDtypeStruct(
-                shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
-            )
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
             for shape, dtype, spec in (
                 ((case.tokens, case.hidden), case.dtype, (tokens, None)),
                 ((case.hidden, case.classes), case.dtype, (width, classes)),
@@ -106,12 +109,12 @@ def _row(case: head.Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: A
         platform = mesh.devices.flat[0].platform
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     found = collectives(compiled.as_text() or "")
-    shards = [math.prod(mesh.shape[a] for a in _axes(entry)) for entry in layout]
+    shards = _Shards(*(math.prod(mesh.shape[a] for a in _axes(entry)) for entry in layout))
     return {
         "temp_bytes": timing.temporary_bytes(compiled),
-        "formula_bytes": _formula(case, *shards, gradients),
+        "formula_bytes": _formula(case, shards, gradients),
         "wire_bytes": sum(one.wire_bytes for one in found),
-        "least_wire_bytes": _least_wire(case, *shards, gradients),
+        "least_wire_bytes": _least_wire(case, shards, gradients),
         "loop_wire_bytes": sum(one.wire_bytes for one in found if one.in_loop),
     }
 
@@ -120,19 +123,30 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
-def _formula(case: head.Head, tokens: int, width: int, classes: int, gradients: str) -> float:
+class _Shards(NamedTuple):
+    """How many devices share the tokens, the kernel's hidden axis and its classes."""
+
+    tokens: int
+    width: int
+    classes: int
+
+
+def _formula(case: head.Head, shards: _Shards, gradients: str) -> float:
     """The docstrings' formulas on one device's sizes, and what sharding adds.
 
     That is the kernel gathered where its hidden axis is sharded; and, in recompute, where tokens
     are sharded, d_kernel before it is summed.
     """
+    tokens, width, classes = shards
     n, h, v = case.tokens / tokens, case.hidden, case.classes / classes
     size = jnp.dtype(case.dtype).itemsize
     gathered = size * h * v if width > 1 else 0
     if gradients == "recompute":
         block = 2048
-        own = (4 * n * block + 4 * n * h + 8 * h * block) if size == 4 else (
-            6 * n * block + 8 * n * h + 6 * h * block
+        own = (
+            (4 * n * block + 4 * n * h + 8 * h * block)
+            if size == 4
+            else (6 * n * block + 8 * n * h + 6 * h * block)
         )
         return own + gathered + (size * h * v if tokens > 1 else 0)
     most = min(max((56 << 20) // (4 * v), 256), 4096)
@@ -141,13 +155,14 @@ def _formula(case: head.Head, tokens: int, width: int, classes: int, gradients: 
     return own + gathered
 
 
-def _least_wire(case: head.Head, tokens: int, width: int, classes: int, gradients: str) -> float:
+def _least_wire(case: head.Head, shards: _Shards, gradients: str) -> float:
     """What a device must send at least, by rings.
 
     The kernel gathered once, d_kernel scattered while it is summed (in float32, or in recompute in
     the kernel's dtype) and gathered where every device wants all of it, d_hidden summed in float32
     over the vocabulary; and four numbers a token there.
     """
+    tokens, width, classes = shards
     n, h, v = case.tokens / tokens, case.hidden, case.classes / classes
     size = jnp.dtype(case.dtype).itemsize
     kernel, ring = h * v, lambda devices: (devices - 1) / devices
@@ -177,7 +192,9 @@ def table(section: dict[str, Any]) -> Table:
 
 def as_markdown(section: dict[str, Any]) -> str:
     """Lay a section out for docs/sharding.md."""
-    text = markdown.table(["mesh", "sharded by", "gradients", *COLUMNS], list(_cells(section)), words=3)
+    text = markdown.table(
+        ["mesh", "sharded by", "gradients", *COLUMNS], list(_cells(section)), words=3
+    )
     return "\n".join([text, "", markdown.origin(section)])
 
 
@@ -193,7 +210,7 @@ def _cells(section: dict[str, Any]) -> Sequence[list[str]]:
             head.megabytes(row["wire_bytes"]),
             head.megabytes(row["least_wire_bytes"]),
             f"{row['wire_bytes'] / row['least_wire_bytes']:.2f}",
-            head.megabytes(row["loop_wire_bytes"]),
+            f"{row['loop_wire_bytes'] / 1e6:.1f}",
         ]
         for part in section["meshes"]
         for row in part["rows"]

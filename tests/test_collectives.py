@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import Collective, collectives
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import AXES, LAYOUTS, Layout, mesh_of, tpu_devices
 
 import jaxsoftmax
+from bench.collectives import Collective, collectives
 
 # Each kind of axis has a prime of its own, so that an array's size says what it is.
 TOKEN, WIDTH, CLASS = 13, 7, 11
