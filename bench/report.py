@@ -1,49 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench report`: from the committed results to the tables of the README."""
+"""`python -m bench report`: from the committed results to the tables of README and docs."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from bench import accuracy, environment, head, memory, results, speed, terminal
+from bench import accuracy, environment, head, memory, results, sharding, speed, terminal
 
 README = environment.ROOT / "README.md"
+SHARDING = environment.ROOT / "docs" / "sharding.md"
 
-# A block of the README: the command behind it, its section of a results file, who lays it out.
+# A block of a document: the command behind it, its section of a results file, who lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
+BLOCKS: Blocks = {
     "accuracy": ("accuracy/float32/integer", accuracy.as_markdown),
     "speed": ("speed/integer", speed.as_markdown),
     "speed --op linear": (head.KEY, head.as_markdown),
     "memory": ("memory", memory.as_markdown),
+}
+MESH_BLOCKS: Blocks = {
+    f"memory --mesh --shape {shape}": (sharding.KEY.format(shape), sharding.as_markdown)
+    for shape in ("8192x1024x131072:bfloat16", "1048576x8192x1048576:bfloat16")
 }
 
 
 def command(
     *,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit with 1 if the README differs.")
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a document differs.")
     ] = False,
 ) -> None:
-    """Write the README's tables from the committed results, `bench/results/*.json`.
+    """Write the tables of README and docs from the committed results, `bench/results/*.json`.
 
     Only what stands between the markers of a block is replaced.
     """
-    try:
-        before = README.read_text(encoding="utf-8")
-        after = render(before, committed())
-    except (OSError, ValueError) as error:
-        terminal.notes.print(f"{error}", markup=False)
-        raise typer.Exit(1) from None
-    if before == after:
-        terminal.notes.print(f"up to date: {README}")
-    elif check:
-        terminal.notes.print(f"differs from bench/results: {README}; run python -m bench report")
-        raise typer.Exit(1)
-    else:
-        README.write_text(after, encoding="utf-8")
-        terminal.notes.print(f"written: {README}")
+    for path, blocks in ((README, BLOCKS), (SHARDING, MESH_BLOCKS)):
+        try:
+            before = path.read_text(encoding="utf-8")
+            after = render(before, committed(), blocks)
+        except (OSError, ValueError) as error:
+            terminal.notes.print(f"{error}", markup=False)
+            raise typer.Exit(1) from None
+        if before == after:
+            terminal.notes.print(f"up to date: {path}")
+        elif check:
+            terminal.notes.print(f"differs from bench/results: {path}; run python -m bench report")
+            raise typer.Exit(1)
+        else:
+            path.write_text(after, encoding="utf-8")
+            terminal.notes.print(f"written: {path}")
 
 
 def committed() -> list[dict[str, Any]]:
@@ -51,12 +58,13 @@ def committed() -> list[dict[str, Any]]:
     return [results.load(path) for path in sorted(results.RESULTS.glob("*.json"))]
 
 
-def render(readme: str, files: Sequence[dict[str, Any]]) -> str:
-    """Replace every block of the README.
+def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) -> str:
+    """Replace every block of a document.
 
     Args:
-        readme: its text.
+        text: of the document.
         files: the contents of results files, one a device.
+        blocks: the document's.
 
     Returns:
         The new text. Each block shows every device that has its section.
@@ -64,7 +72,7 @@ def render(readme: str, files: Sequence[dict[str, Any]]) -> str:
     Raises:
         ValueError: no file has a block's section, or the markers are not there once each.
     """
-    for name, (key, as_markdown) in BLOCKS.items():
+    for name, (key, as_markdown) in blocks.items():
         sections = [file[key] for file in files if key in file]
         if not sections:
             raise ValueError(f"no {key} in bench/results: run python -m bench {name}")
@@ -73,8 +81,8 @@ def render(readme: str, files: Sequence[dict[str, Any]]) -> str:
             if len(sections) > 1:
                 parts.append(f"**{section['environment']['device']}**")
             parts.append(as_markdown(section))
-        readme = replace(readme, name, "\n\n".join(parts))
-    return readme
+        text = replace(text, name, "\n\n".join(parts))
+    return text
 
 
 def replace(text: str, name: str, content: str) -> str:

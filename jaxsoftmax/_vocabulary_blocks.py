@@ -135,15 +135,16 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
             d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
             d = times(scale, d).astype(bias.dtype)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=-1)
-        d_raw = d_raw.astype(kernel.dtype)
+        d_raw = _joined(plan, d_raw.astype(kernel.dtype), layout.spec(tokens, classes))
         if asked.kernel:
-            d = dot(hidden, d_raw, ((0,), (0,)), plan.precision, of_kernel)
+            spec = layout.spec(None, classes, unreduced=tokens)
+            d = dot(hidden, d_raw, ((0,), (0,)), plan.precision, spec)
             d = as_slices(times(scale, d).astype(kernel.dtype))
+            d = _split(plan, d, of_kernel)
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=-1)
         if asked.hidden:
-            block = _columns(kernel, start, size)
-            of_classes = range(1, block.ndim)
-            d = dot(d_raw, block, (of_classes, of_classes), plan.precision, of_hidden)
+            block = _joined(plan, _columns(kernel, start, size), layout.spec(None, classes))
+            d = dot(d_raw, block, ((1,), (1,)), plan.precision, of_hidden)
             d_hidden = d_hidden + d
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
@@ -181,10 +182,7 @@ def _by_shard(plan, operands):
 
     def split(x, *before):
         x = laid_out(x, layout.spec(*before, layout.classes))
-        if layout.class_shards == 1:
-            return x
-        shape = (*x.shape[:-1], layout.class_shards, x.shape[-1] // layout.class_shards)
-        return jnp.reshape(x, shape, out_sharding=layout.spec(*before, layout.classes, None))
+        return _split(plan, x, layout.spec(*before, layout.classes, None))
 
     return operands._replace(
         kernel=split(operands.kernel, None),
@@ -203,8 +201,16 @@ def _of_rows(plan, tree):
     return tree if plan.layout.class_shards == 1 else jax.tree.map(lambda s: s[:, None], tree)
 
 
+def _split(plan, x, spec):
+    """The last axis, classes, as [shards, classes / shards]."""
+    shards = plan.layout.class_shards
+    if shards == 1:
+        return x
+    return jnp.reshape(x, (*x.shape[:-1], shards, x.shape[-1] // shards), out_sharding=spec)
+
+
 def _joined(plan, d, spec):
-    """The classes as one axis again."""
+    """Undoes `_split`: products are of matrices."""
     if d is None or plan.layout.class_shards == 1:
         return d
     return jnp.reshape(d, (*d.shape[:-2], d.shape[-2] * d.shape[-1]), out_sharding=spec)
@@ -233,9 +239,13 @@ def _over_blocks(plan, step, carry, classes):
 
 
 def _block_logits(plan, operands, start, size):
-    block = _columns(operands.kernel, start, size)
+    layout = plan.layout
+    of_classes = layout.spec(None, layout.classes)
+    block = _joined(plan, _columns(operands.kernel, start, size), of_classes)
+    logits = product(operands.hidden, block, None, plan.precision)
+    logits = _split(plan, logits, layout.spec(layout.token_axes, layout.classes, None))
     bias = _part(operands.bias, start, size)
-    return product(operands.hidden, block, bias, plan.precision)
+    return logits if bias is None else logits + bias.astype(logits.dtype)[None]
 
 
 def _part(vector, start, size):

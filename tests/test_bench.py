@@ -333,6 +333,8 @@ def test_the_readme_shows_the_committed_results():
         pytest.skip("no results are committed")
     readme = report.README.read_text(encoding="utf-8")
     assert readme == report.render(readme, files)
+    sharding = report.SHARDING.read_text(encoding="utf-8")
+    assert sharding == report.render(sharding, files, report.MESH_BLOCKS)
 
 
 @pytest.fixture(scope="module")

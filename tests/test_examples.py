@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,29 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["vocab_sharded", "shard_map_head"])
+def test_a_sharded_head_on_eight_devices(name):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *said, loss, difference = done.stdout.splitlines()
+    sharded, alone = map(float, re.findall(r"\d+\.\d+", loss))
+    assert sharded == pytest.approx(alone, abs=2e-6)
+    # Entries are of the size 1 / CLASSES or less, and sums of 512 numbers in another order.
+    assert float(difference.split()[-1]) < 512 * 6e-8 / 1024
+    if name == "vocab_sharded":
+        assert [line.split()[-1] for line in said] == [
+            "float32[512@data,64]",
+            "float32[64@data,1024@vocab]",
+        ]
 
 
 @pytest.mark.wide

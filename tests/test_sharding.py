@@ -176,3 +176,149 @@ def test_values_and_gradients_are_those_of_one_device(layout, way, name):
         )
         if way == "explicit":
             assert jax.typeof(gradients[array]) == jax.typeof(arrays[array]), array
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_an_automatic_mesh_told_its_layout(gradients):
+    """One line around the head: the layout is known, as on an explicit mesh."""
+    layout = LAYOUTS["fsdp and vocabulary"]
+    specs = layout.specs()
+    names_of = ("hidden", "kernel", "labels")
+
+    def mean(hidden, kernel, labels):
+        options = {"ignore_index": IGNORED, "gradients": gradients}
+        return head(hidden, kernel, labels, **options)
+
+    told = jax.sharding.explicit_axes(mean, in_sharding=tuple(specs[name] for name in names_of))
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        arrays = put(mesh, layout, ARRAYS)
+        step = jax.jit(jax.value_and_grad(told, argnums=(0, 1)))
+        got = step(*(arrays[name] for name in names_of))
+    true = jax.value_and_grad(mean, argnums=(0, 1))(*(ARRAYS[name] for name in names_of))
+    for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_half_precision_on_an_explicit_mesh(gradients, dtype):
+    """One rounding of the unsharded gradient, and of float16's small ones none to 0."""
+    layout = LAYOUTS["fsdp and vocabulary"]
+    names_of = ("hidden", "kernel")
+
+    def mean(hidden, kernel, labels):
+        labels = jnp.maximum(labels, 0)
+        return head(hidden, kernel, labels, denominator=1e5, gradients=gradients, chunk_size=5)
+
+    arrays = {k: v.astype(dtype) if k in names_of else v for k, v in ARRAYS.items()}
+    step = jax.jit(jax.grad(mean, argnums=(0, 1)))
+    true = step(*(arrays[name] for name in (*names_of, "labels")))
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        there = put(mesh, layout, arrays)
+        got = step(*(there[name] for name in (*names_of, "labels")))
+    for result, expected in zip(got, true, strict=True):
+        g, t = (np.asarray(x, np.float32) for x in (result, expected))
+        # d_logits and the result are rounded, and in recompute each device's part of d_kernel.
+        bound = 4 * float(jnp.finfo(dtype).eps) * np.abs(t).max()
+        np.testing.assert_allclose(g, t, rtol=0, atol=bound)
+        assert np.all((g != 0) | (np.abs(t) <= bound))
+
+
+def test_forward_mode_with_axis_name():
+    """The tangents of a row whose classes are spread over devices."""
+    layout = LAYOUTS["data and vocabulary"]
+    specs = layout.specs()
+    tangent = np.cos(np.arange(ARRAYS["logits"].size, dtype=np.float32))
+    tangent = tangent.reshape(ARRAYS["logits"].shape)
+    loss = jaxsoftmax.forward_mode.softmax_cross_entropy_with_integer_labels
+
+    def local(z, dz, labels):
+        return jax.jvp(lambda z: loss(z, jnp.maximum(labels, 0), axis_name="vocab"), (z,), (dz,))
+
+    in_specs = (specs["logits"], specs["logits"], specs["labels"])
+    sharded = jax.shard_map(
+        local, mesh=mesh_of(AxisType.Auto), in_specs=in_specs, out_specs=specs["labels"]
+    )
+    got = jax.jit(sharded)(ARRAYS["logits"], tangent, ARRAYS["labels"])
+    labels = np.maximum(ARRAYS["labels"], 0)
+    true = jax.jvp(lambda z: loss(z, labels), (ARRAYS["logits"],), (tangent,))
+    for g, t in zip(got, true, strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+
+
+def test_second_derivatives_with_axis_name():
+    layout = LAYOUTS["data and vocabulary"]
+    specs = layout.specs()
+
+    def total(z, labels, axis_name):
+        losses = integer_labels(z, jnp.maximum(labels, 0), axis_name=axis_name, z_loss=0.1)
+        return jnp.sum(losses**2)
+
+    def local(z, labels):
+        return lax.psum(total(z, labels, "vocab"), "data")
+
+    in_specs = (specs["logits"], specs["labels"])
+    sharded = jax.shard_map(local, mesh=mesh_of(AxisType.Auto), in_specs=in_specs, out_specs=P())
+
+    def second(f):
+        def slope(z):
+            return jnp.sum(jax.grad(f)(z, ARRAYS["labels"]) ** 2)
+
+        return jax.jit(jax.grad(slope))(ARRAYS["logits"])
+
+    got, true = second(sharded), second(lambda z, labels: total(z, labels, None))
+    np.testing.assert_allclose(got, true, rtol=0, atol=TOLERANCE * np.abs(true).max())
+
+
+@pytest.mark.parametrize("name", ["hidden", "logits"])
+def test_bad_labels_and_rows_with_axis_name(name):
+    """A label that is no class, of any device, and a row with NaN on one device: NaN, no other."""
+    layout = LAYOUTS["vocabulary"]
+    specs = layout.specs()
+    labels = np.maximum(ARRAYS["labels"], 0)
+    labels[1, 1], labels[2, 2] = CLASSES, -1
+    logits = ARRAYS["logits"].copy()
+    logits[3, 3, CLASSES - 1] = np.nan
+
+    def local(a, y):
+        if name == "logits":
+            return integer_labels(a["logits"], y, axis_name="vocab")
+        return head(a["hidden"], a["kernel"], y, reduction=None, axis_name="vocab")
+
+    mesh = mesh_of(AxisType.Auto)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, specs["labels"]), out_specs=P())
+    losses = np.asarray(jax.jit(sharded)(ARRAYS | {"logits": logits}, labels))
+    expected = np.zeros(labels.shape, bool)
+    expected[[1, 2], [1, 2]] = True
+    expected[3, 3] = name == "logits"
+    np.testing.assert_array_equal(np.isnan(losses), expected)
+
+
+def test_what_axis_name_needs_is_said():
+    specs = LAYOUTS["vocabulary"].specs()
+    mesh = mesh_of(AxisType.Auto)
+
+    def run(function, in_specs, *arrays):
+        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=P())(*arrays)
+
+    z, labels = ARRAYS["logits"], np.maximum(ARRAYS["labels"], 0)
+    whole = r"logits must vary over axis_name 'vocab', .*; got one that varies over \(\)"
+    with pytest.raises(ValueError, match=whole):
+        run(lambda z, y: integer_labels(z, y, axis_name="vocab"), (P(), P()), z, labels)
+    here = (
+        r"axis_name must name axes that an enclosing shard_map .*\('data', 'fsdp', 'vocab'\), each"
+    )
+    with pytest.raises(ValueError, match=here + r" once; got 'model'"):
+        run(lambda z, y: integer_labels(z, y, axis_name="model"), (P(), P()), z, labels)
+    unsummed = r"loss_fn must give the losses of whole rows, summed over axis_name 'vocab'; got"
+    with pytest.raises(ValueError, match=unsummed):
+        run(
+            lambda h, k: jaxsoftmax.linear_loss(
+                lambda z: jnp.sum(z, axis=-1), h, k, axis_name="vocab"
+            ),
+            (P(), specs["kernel"]),
+            ARRAYS["hidden"],
+            ARRAYS["kernel"],
+        )
