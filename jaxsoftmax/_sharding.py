@@ -24,7 +24,7 @@ def is_local(*arrays: jax.Array) -> bool:
     )
 
 
-def manual_axes(*arrays: jax.Array) -> frozenset[str]:
+def manual_axes(*arrays: Any) -> frozenset[str]:
     """The mesh axes of `shard_map` over which any of the arrays varies."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 

@@ -66,8 +66,8 @@ def test_one_array_of_the_logits_size_in_their_dtype(name, wrapper, dtype):
     labels = [a for a in rows if a.dtype == jnp.int32]
     statistics = [a for a in rows if a.dtype == jnp.float32]
     assert len(labels) <= 1
-    # m and r; with labels the logit there, and here the sum for the entropy.
-    assert len(statistics) == 2 + 2 * len(labels)
+    # m and r; with labels the logit there, with the entropy its sum.
+    assert len(statistics) == 2 + len(labels) + (name == "label_log_probs")
     assert len(rows) == len(labels) + len(statistics)
 
 

@@ -6,6 +6,7 @@ The other files go through these questions with every size, dtype and transform.
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax
 
@@ -228,6 +231,14 @@ def test_dense_labels():
     d = gradient(lambda x: dense(x, labels), X)
     np.testing.assert_allclose(d, y.sum() * p - y, rtol=0, atol=4 * ULPS)
     np.testing.assert_allclose(gradient(lambda y: dense(X, y), labels)[0], nll.sum(0), rtol=ULPS)
+
+
+@row("`axis_name`")
+def test_axis_name():
+    mesh = jax.make_mesh((2,), ("vocab",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    local = partial(integer, axis_name="vocab")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "vocab"), P()), out_specs=P())
+    np.testing.assert_allclose(jax.jit(sharded)(X, LABELS), truth(), rtol=ULPS)
 
 
 @row("tuple of axes")
