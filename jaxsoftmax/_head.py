@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from . import _checks
 from ._numerics import accumulation_dtype
-from ._sharding import AxisName, Layout, layout_of, merged_tokens, unmerged_tokens
+from ._sharding import AxisName, Layout, laid_out, layout_of, merged_tokens, unmerged_tokens
 
 Reduction = Literal["mean", "sum"] | None
 
@@ -94,7 +94,8 @@ def as_head(
     _checks.check_precision(function, precision)
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
-    rows, kernel = merged_tokens(layout, hidden.astype(dtype)), kernel.astype(dtype)
+    hidden = laid_out(hidden.astype(dtype), layout.spec(*layout.tokens, None))
+    rows, kernel = merged_tokens(layout, hidden), kernel.astype(dtype)
     return Head(shape, rows, kernel, bias, weights, reduction, denominator, layout, axis_name)
 
 

@@ -76,6 +76,13 @@ class Layout(NamedTuple):
             return None
         return PartitionSpec(*(axis or None for axis in axes), unreduced=frozenset(unreduced))
 
+    def rest(self, x: jax.Array, start: int) -> list[Any]:
+        """The mesh axes of the other axes of `x`, from `start` on, as far as tokens leave them."""
+        if not self.sharded:
+            return [None] * (x.ndim - start)
+        entries = map(_mesh_axes, jax.typeof(x).sharding.spec[start:])
+        return [tuple(a for a in axes if a not in self.token_axes) or None for axes in entries]
+
     def scattered(self, kernel: jax.Array) -> PartitionSpec | None:
         """Where the sum over all tokens of d_kernel is made.
 
@@ -135,7 +142,7 @@ def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
     n = math.prod(tokens)
     if not layout.sharded:
         return x.reshape(n, *rest)
-    of_rest = [None] * len(rest)
+    of_rest = layout.rest(x, count)
     x = reshard(x, PartitionSpec(*(a or None for a in layout.tokens), *of_rest))
     split = [
         (shards, size // shards) for shards, size in zip(layout.token_shards, tokens, strict=True)

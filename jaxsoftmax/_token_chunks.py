@@ -208,17 +208,15 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
 
     def split(x, of_last):
         n, rest = x.shape[0] // shards, x.shape[1:]
-        chunks = -(-n // size)
-        none = [None] * len(rest)
-        x = jnp.reshape(
-            x, (shards, n, *rest), out_sharding=layout.spec(layout.token_axes, None, *none)
-        )
+        chunks, of_rest = -(-n // size), layout.rest(x, 1)
+        spec = layout.spec(layout.token_axes, None, *of_rest)
+        x = jnp.reshape(x, (shards, n, *rest), out_sharding=spec)
         if missing := chunks * size - n:
             last = x[:, -1:] if of_last else jnp.zeros_like(x[:, -1:])
             x = jnp.concatenate([x, jnp.repeat(last, missing, axis=1)], axis=1)
-        spec = layout.spec(layout.token_axes, None, None, *none)
+        spec = layout.spec(layout.token_axes, None, None, *of_rest)
         x = jnp.moveaxis(jnp.reshape(x, (shards, size, chunks, *rest), out_sharding=spec), 2, 0)
-        spec = layout.spec(None, layout.token_axes, *none)
+        spec = layout.spec(None, layout.token_axes, *of_rest)
         return jnp.reshape(x, (chunks, shards * size, *rest), out_sharding=spec)
 
     of_last = [True] * len(leaves)
@@ -229,14 +227,13 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
 def _unchunked(plan, y, n):
     layout = plan.layout
     shards = math.prod(layout.token_shards)
-    rest = y.shape[2:]
-    none = [None] * len(rest)
-    spec = layout.spec(None, layout.token_axes, None, *none)
+    rest, of_rest = y.shape[2:], layout.rest(y, 2)
+    spec = layout.spec(None, layout.token_axes, None, *of_rest)
     y = jnp.reshape(y, (y.shape[0], shards, plan.size, *rest), out_sharding=spec)
     y = jnp.moveaxis(y, 0, 2)
-    spec = layout.spec(layout.token_axes, None, *none)
+    spec = layout.spec(layout.token_axes, None, *of_rest)
     y = jnp.reshape(y, (shards, -1, *rest), out_sharding=spec)[:, : n // shards]
-    return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *none))
+    return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
 
 
 def _instantiated(g: Any) -> jax.Array:

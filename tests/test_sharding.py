@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from layouts import LAYOUTS, mesh_of, names, put
 
 import jaxsoftmax
+from bench.collectives import collectives
 
 BATCH, SEQUENCE, WIDTH, CLASSES = 4, 6, 8, 24
 IGNORED = -100
@@ -322,3 +323,30 @@ def test_what_axis_name_needs_is_said():
             ARRAYS["hidden"],
             ARRAYS["kernel"],
         )
+
+
+def test_wide_token_arguments_stay_sharded():
+    """Dense targets as wide as the logits, and their gradient: nothing of them is gathered."""
+    layout = LAYOUTS["data and vocabulary"]
+    targets = np.exp(-np.abs(ARRAYS["logits"]))
+
+    def mean(hidden, kernel, targets):
+        return jaxsoftmax.linear_loss(
+            jaxsoftmax.softmax_cross_entropy, hidden, kernel, targets, chunk_size=5
+        )
+
+    step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2)))
+    true = step(ARRAYS["hidden"], ARRAYS["kernel"], targets)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        arrays = put(mesh, layout, ARRAYS | {"logits": targets})
+        arguments = [arrays[name] for name in ("hidden", "kernel", "logits")]
+        got = step(*arguments)
+        found = collectives(step.lower(*arguments).compile().as_text() or "")
+    for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+    assert [jax.typeof(g) for g in got[1]] == [jax.typeof(a) for a in arguments]
+    wide = [one for one in found for dims in one.dims if CLASSES // 2 in dims and one.in_loop]
+    gathers = [one for one in found if one.kind == "all-gather" and (WIDTH, 12) not in one.dims]
+    assert not wide
+    assert not gathers
