@@ -5,7 +5,7 @@ A message names the function, the argument, what was expected with its numbers,
 and what came.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._sharding import AxisName, manual_axes, manual_axes_here
+from ._sharding import AxisName, axis_names, manual_axes, manual_axes_here
 
 
 def _describe(value: object) -> str:
@@ -193,8 +193,10 @@ def as_ignore_index(function: str, value: object) -> int | None:
     raise TypeError(f"{function}: ignore_index must be an integer or None; got {_typed(value)}")
 
 
-def as_axis_name(function: str, value: object, name: str, array: jax.Array) -> AxisName | None:
-    """The manual mesh axes that shard the classes of `array`."""
+def as_axis_name(
+    function: str, value: object, parts: Mapping[str, Any], whole: Mapping[str, Any]
+) -> AxisName | None:
+    """The manual mesh axes that shard the classes of all `parts`, and of nothing in `whole`."""
     if value is None:
         return None
     names = (value,) if isinstance(value, str) else value
@@ -209,13 +211,34 @@ def as_axis_name(function: str, value: object, name: str, array: jax.Array) -> A
             f"{function}: axis_name must name axes that an enclosing shard_map makes manual, here "
             f"{here}, each once; got {value!r}"
         )
-    varies = tuple(sorted(manual_axes(array)))
-    if not set(names) <= set(varies):
-        raise ValueError(
-            f"{function}: {name} must vary over axis_name {value!r}, its classes sharded by the "
-            f"in_specs of a shard_map with check_vma=True; got one that varies over {varies}"
-        )
+    for name, array in (*parts.items(), *whole.items()):
+        varies = manual_axes() if array is None else manual_axes(array)
+        if name in parts and array is not None and not set(names) <= varies:
+            raise ValueError(
+                f"{function}: {name} must vary over axis_name {value!r}, as what in_specs shard "
+                f"does in a shard_map with check_vma=True; got {_varying(varies)}"
+            )
+        if name in whole and set(names) & varies:
+            raise ValueError(
+                f"{function}: {name} must be the same on all devices along axis_name {value!r}, "
+                f"which shards the classes; got {_varying(varies)}"
+            )
     return value  # pyright: ignore[reportReturnType] - a str or a tuple of them
+
+
+def _varying(axes: frozenset[str]) -> str:
+    return f"one that varies over {tuple(sorted(axes))}"
+
+
+def check_mesh(function: str, *arrays: jax.Array) -> None:
+    """No mesh that is partly automatic: JAX sums wrongly over an explicit axis of such a one."""
+    for mesh in (jax.typeof(array).sharding.mesh for array in arrays):
+        if mesh.explicit_axes and mesh.auto_axes:
+            raise ValueError(
+                f"{function}: the mesh must be explicit or automatic along all axes (see "
+                f"jax.sharding.explicit_axes without axes=); got {mesh.explicit_axes} explicit and "
+                f"{mesh.auto_axes} automatic"
+            )
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str | None]) -> None:
@@ -250,13 +273,16 @@ def check_callable(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be callable; got {_typed(value)}")
 
 
-def check_losses(
+def loss_axes(
     function: str,
     loss_fn: Any,
     arguments: Sequence[jax.ShapeDtypeStruct],
     axis_name: AxisName | None,
-) -> None:
-    """`loss_fn` gives one floating loss a token for `arguments`, logits first, of whole rows."""
+) -> frozenset[str]:
+    """The manual mesh axes that the losses of `loss_fn` vary over.
+
+    `loss_fn` must give one floating loss a token for `arguments`, logits first, of whole rows.
+    """
     losses = jax.eval_shape(loss_fn, *arguments)
     expected = arguments[0].shape[:1]
     if getattr(losses, "shape", None) != expected:
@@ -266,12 +292,13 @@ def check_losses(
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(f"{function}: loss_fn must return a floating dtype; got {losses.dtype}")
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
-    if names & manual_axes(losses):
+    axes = manual_axes(losses)
+    if axis_names(axis_name) & axes:
         raise ValueError(
             f"{function}: loss_fn must give the losses of whole rows, summed over axis_name "
             f"{axis_name!r}; got losses that vary over it"
         )
+    return axes
 
 
 def check_count(function: str, name: str, value: object) -> None:

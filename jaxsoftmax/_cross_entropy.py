@@ -79,8 +79,8 @@ def softmax_cross_entropy_with_integer_labels(
     """
     name = "softmax_cross_entropy_with_integer_labels"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
-    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
-    where = _class_mask(name, where, logits.shape, axes)
+    axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
+    where = _class_mask(name, where, logits.shape, axes, axis_name)
     ignore_index = _checks.as_ignore_index(name, ignore_index)
     options = as_options(
         name,
@@ -89,6 +89,7 @@ def softmax_cross_entropy_with_integer_labels(
         soft_cap=soft_cap,
         temperature=temperature,
         class_weights=class_weights,
+        axis_name=axis_name,
         classes=math.prod(logits.shape[a] for a in axes),
     )
     with jax.named_scope(f"jaxsoftmax.{name}"):
@@ -175,10 +176,11 @@ def softmax_cross_entropy(
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_inexact(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim)
-    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
+    parts = {"logits": logits, "labels": labels}
+    axis_name = _checks.as_axis_name(name, axis_name, parts, {})
     _checks.check_has_classes(name, "logits", logits.shape, axes)
     _checks.check_broadcasts(name, "labels", labels.shape, logits.shape, "the shape of logits")
-    where = _class_mask(name, where, logits.shape, axes)
+    where = _class_mask(name, where, logits.shape, axes, axis_name)
     options = as_options(
         name,
         label_smoothing=label_smoothing,
@@ -262,7 +264,7 @@ def label_log_probs(
     """
     name = "label_log_probs"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
-    axis_name = _checks.as_axis_name(name, axis_name, "logits", logits)
+    axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
     transform = as_transform(name, soft_cap, temperature)
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
     with jax.named_scope(f"jaxsoftmax.{name}"):
@@ -309,7 +311,7 @@ def _one_axis(axes: tuple[int, ...], *arrays: Any) -> tuple[Sequence[Any], tuple
     return [None if a is None else to_rows(a, axes) for a in arrays], (batch_ndim,)
 
 
-def _class_mask(function, where, shape, axes):
+def _class_mask(function, where, shape, axes, axis_name):
     """`where` in either of optax's two meanings, as a mask of the logits' shape."""
     if where is None:
         return None
@@ -322,7 +324,10 @@ def _class_mask(function, where, shape, axes):
             _batch_shape(shape, axes),
             f"one value per example, or have the {len(shape)} axes of logits",
         )
+        _checks.as_axis_name(function, axis_name, {}, {"where": where})
         where = jnp.expand_dims(where, axes)
+    else:
+        _checks.as_axis_name(function, axis_name, {"where": where}, {})
     _checks.check_broadcasts(function, "where", where.shape, shape, "the shape of logits")
     return jnp.broadcast_to(where, shape)
 

@@ -77,7 +77,9 @@ def as_head(
         bias = _checks.as_floating(function, "bias", bias)
         meaning = f"one number for each of the {classes} classes of kernel"
         _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
-    axis_name = _checks.as_axis_name(function, axis_name, "kernel", kernel)
+    parts, whole = {"kernel": kernel, "bias": bias}, {"hidden": hidden}
+    axis_name = _checks.as_axis_name(function, axis_name, parts, whole)
+    _checks.check_mesh(function, hidden, kernel)
     layout = layout_of(hidden, kernel)
     total = accumulation_dtype(dtype)
     if weights is not None:
@@ -109,5 +111,6 @@ def as_per_token(function, name, value, head):
 
 def as_token_labels(function, labels, head):
     labels = _checks.as_labels(function, "labels", labels)
+    _checks.as_axis_name(function, head.axis_name, {}, {"labels": labels})
     _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
     return merged_tokens(head.layout, labels)

@@ -19,7 +19,7 @@ from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
 from ._options import as_options, label_weights, token_losses
-from ._sharding import AxisName, laid_out, shard_count
+from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
 from ._statistics import Wanted, as_transform, token_statistics
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
@@ -218,8 +218,15 @@ def linear_softmax_cross_entropy(
         soft_cap=soft_cap,
         temperature=temperature,
         class_weights=class_weights,
+        axis_name=axis_name,
         classes=head.kernel.shape[1],
     )
+    # The derivative of what is the same on all devices is summed over them once, here.
+    axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
+    options = jax.tree.map(lambda x: varying(x, axes - axis_names(axis_name)), options)
+    if options.class_weights is not None:
+        of_classes = head.layout.spec(head.layout.classes)
+        options = options._replace(class_weights=laid_out(options.class_weights, of_classes))
     counts = label_weights(labels, ignore_index, options.class_weights, axis_name)
     head = head._replace(counts=counts)
     of_labels = [] if options.class_weights is None else [counts]
@@ -332,12 +339,21 @@ def _linear_loss(loss_fn, head, args, chunk_size, precision):
     plan = _token_chunks.Plan(loss_fn, -(-n // chunks), precision, layout)
     operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), ())
     example = _token_chunks.example(plan, operands)
-    _checks.check_losses("linear_loss", loss_fn, example, head.axis_name)
+    axes = _checks.loss_axes("linear_loss", loss_fn, example, head.axis_name)
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    args = tuple(varying(a, axes) if is_real(a) else a for a in args)
+    operands = operands._replace(args=args)
+    example = _token_chunks.example(plan, operands)
     # What the loss closes over becomes an argument: it may be traced, and differentiated.
     loss_fn, consts = jax.closure_convert(loss_fn, *example)
-    plan, operands = plan._replace(loss_fn=loss_fn), operands._replace(consts=tuple(consts))
+    consts = tuple(map(jnp.asarray, consts))
+    plan, operands = plan._replace(loss_fn=loss_fn), operands._replace(consts=consts)
     if head.reduction is None:
         return head.unreduced(_token_chunks.losses(plan, operands))
+    if any(is_real(c) and not axes <= manual_axes(c) for c in consts):
+        # In `shard_map`, of what is the same on all devices: its cotangents come summed over them,
+        # too late for another factor on each.
+        return head.reduced(_token_chunks.losses(plan, operands))
     weights = head.weights
     if weights is None:
         weights = laid_out(jnp.ones(head.hidden.shape[:1], dtype), layout.spec(layout.token_axes))

@@ -30,6 +30,7 @@ def as_options(
     soft_cap: ArrayLike | None,
     temperature: ArrayLike,
     class_weights: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
     classes: int = 0,
 ) -> Options:
     """Check what is the same for every loss."""
@@ -37,6 +38,7 @@ def as_options(
         class_weights = _checks.as_inexact(function, "class_weights", class_weights)
         meaning = "one weight a class"
         _checks.check_shape(function, "class_weights", class_weights.shape, (classes,), meaning)
+        _checks.as_axis_name(function, axis_name, {"class_weights": class_weights}, {})
     return Options(
         as_transform(function, soft_cap, temperature),
         _unless_zero(function, "label_smoothing", label_smoothing, 1.0),

@@ -76,7 +76,7 @@ def rule(
     # Within `shard_map` a rule's cotangents vary over whatever its arguments vary over together.
     forward = jax.custom_jvp(function)
     forward.defjvp(jvp)
-    return Rule(lambda *args: reverse(*aligned(args)), forward)
+    return Rule(lambda *args: reverse(*aligned(args)), lambda *args: forward(*aligned(args)))
 
 
 def values(tree: Any) -> Any:

@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 # One axis of a mesh, or several, the first one slowest.
 AxisName = str | tuple[str, ...]
+
+
+def axis_names(axis_name: AxisName | None) -> frozenset[str]:
+    """The mesh axes of a name, of several, or of None."""
+    return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name or ())
 
 
 def is_local(*arrays: jax.Array) -> bool:
@@ -63,18 +68,24 @@ class Layout(NamedTuple):
     classes: tuple[str, ...] = ()
     token_shards: tuple[int, ...] = ()
     class_shards: int = 1
-    sharded: bool = False  # whether anything is, the kernel's hidden axis as well
+    mesh: Any = None  # None where it has no explicit axes
+
+    @property
+    def sharded(self) -> bool:
+        """Whether anything may be, the kernel's hidden axis as well."""
+        return self.mesh is not None
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The mesh axes that shard the tokens, merged into one axis."""
         return sum(self.tokens, ())
 
-    def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> PartitionSpec | None:
-        """Mesh axes for each array axis; None where nothing is sharded."""
+    def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> NamedSharding | None:
+        """The sharding by the mesh axes of each array axis; None where nothing is sharded."""
         if not self.sharded:
             return None
-        return PartitionSpec(*(axis or None for axis in axes), unreduced=frozenset(unreduced))
+        entries = (axis or None for axis in axes)
+        return NamedSharding(self.mesh, PartitionSpec(*entries, unreduced=frozenset(unreduced)))
 
     def rest(self, x: jax.Array, start: int) -> list[Any]:
         """The mesh axes of the other axes of `x`, from `start` on, as far as tokens leave them."""
@@ -83,56 +94,60 @@ class Layout(NamedTuple):
         entries = map(_mesh_axes, jax.typeof(x).sharding.spec[start:])
         return [tuple(a for a in axes if a not in self.token_axes) or None for axes in entries]
 
-    def scattered(self, kernel: jax.Array) -> PartitionSpec | None:
+    def scattered(self, kernel: jax.Array) -> NamedSharding | None:
         """Where the sum over all tokens of d_kernel is made.
 
         As `kernel` is, and its hidden axis over the tokens' mesh axes as well, if its size allows.
         """
         if not self.sharded:
             return None
-        sharding = jax.typeof(kernel).sharding
-        hidden, classes = map(_mesh_axes, sharding.spec)
+        hidden, classes = map(_mesh_axes, jax.typeof(kernel).sharding.spec)
         all_hidden = hidden + tuple(a for a in self.token_axes if a not in hidden + classes)
-        shards = math.prod(sharding.mesh.shape[a] for a in all_hidden)
-        if kernel.shape[0] % shards:
+        if kernel.shape[0] % math.prod(self.mesh.shape[a] for a in all_hidden):
             all_hidden = hidden
-        return PartitionSpec(all_hidden or None, classes or None)
+        return self.spec(all_hidden, classes)
 
 
 def layout_of(hidden: jax.Array, kernel: jax.Array) -> Layout:
     """How `hidden [*tokens, H]` and `kernel [H, V]` are sharded."""
-    sizes = jax.typeof(hidden).sharding.mesh.shape | jax.typeof(kernel).sharding.mesh.shape
-    tokens = tuple(map(_mesh_axes, jax.typeof(hidden).sharding.spec[:-1]))
-    taken = sum(tokens, ())
-    classes = tuple(a for a in _mesh_axes(jax.typeof(kernel).sharding.spec[1]) if a not in taken)
+    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (hidden, kernel))
+    mesh = of_kernel.mesh if of_hidden.mesh.empty else of_hidden.mesh
+
+    def axes(entry):
+        return tuple(a for a in _mesh_axes(entry) if mesh.shape[a] > 1)
 
     def shards(axes):
-        return math.prod(sizes[a] for a in axes)
+        return math.prod(mesh.shape[a] for a in axes)
 
-    sharded = any((*jax.typeof(hidden).sharding.spec, *jax.typeof(kernel).sharding.spec))
-    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes), sharded)
+    tokens = tuple(map(axes, of_hidden.spec[:-1]))
+    classes = tuple(a for a in axes(of_kernel.spec[1]) if a not in sum(tokens, ()))
+    explicit = mesh if mesh.explicit_axes else None
+    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit)
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def laid_out(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+def laid_out(x: jax.Array, spec: NamedSharding | None) -> jax.Array:
     """`x` sharded so, summed over what it was unreduced over; as it is for None."""
     return x if spec is None else reshard(x, spec)
 
 
 def laid_out_like(d: jax.Array, x: jax.Array) -> jax.Array:
     """`d` sharded on an explicit mesh as `x` is, and summed over what it is unreduced over."""
-    spec = jax.typeof(x).sharding.spec
-    return reshard(d, spec) if jax.typeof(d).sharding.spec != spec else d
+    sharding = jax.typeof(x).sharding
+    return reshard(d, sharding) if jax.typeof(d).sharding.spec != sharding.spec else d
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     """`x` times a scalar, in its dtype, whatever it is still to be summed over."""
     scale = scale.astype(x.dtype)
-    unreduced = jax.typeof(x).sharding.spec.unreduced
-    return x * (reshard(scale, PartitionSpec(reduced=unreduced)) if unreduced else scale)
+    sharding = jax.typeof(x).sharding
+    if sharding.spec.unreduced:
+        spec = PartitionSpec(reduced=sharding.spec.unreduced)
+        scale = reshard(scale, NamedSharding(sharding.mesh, spec))
+    return x * scale
 
 
 def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
@@ -143,12 +158,13 @@ def merged_tokens(layout: Layout, x: jax.Array) -> jax.Array:
     if not layout.sharded:
         return x.reshape(n, *rest)
     of_rest = layout.rest(x, count)
-    x = reshard(x, PartitionSpec(*(a or None for a in layout.tokens), *of_rest))
+    x = laid_out(x, layout.spec(*layout.tokens, *of_rest))
     split = [
         (shards, size // shards) for shards, size in zip(layout.token_shards, tokens, strict=True)
     ]
-    sharding = [entry for axes in layout.tokens for entry in (axes or None, None)]
-    x = jnp.reshape(x, (*sum(split, ()), *rest), out_sharding=PartitionSpec(*sharding, *of_rest))
+    of_split = [entry for axes in layout.tokens for entry in (axes, None)]
+    spec = layout.spec(*of_split, *of_rest)
+    x = jnp.reshape(x, (*sum(split, ()), *rest), out_sharding=spec)
     x = jnp.transpose(x, _shards_first(count, len(rest)))
     return jnp.reshape(x, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
 
@@ -160,11 +176,11 @@ def unmerged_tokens(layout: Layout, x: jax.Array, tokens: tuple[int, ...]) -> ja
     count = len(layout.tokens)
     shards = layout.token_shards
     sizes = [size // s for size, s in zip(tokens, shards, strict=True)]
-    sharding = PartitionSpec(*(a or None for a in layout.tokens), *[None] * count)
-    x = jnp.reshape(x, (*shards, *sizes), out_sharding=sharding)
+    spec = layout.spec(*layout.tokens, *[None] * count)
+    x = jnp.reshape(x, (*shards, *sizes), out_sharding=spec)
     order = [i for axis in range(count) for i in (axis, count + axis)]
     x = jnp.transpose(x, order)
-    return jnp.reshape(x, tokens, out_sharding=PartitionSpec(*(a or None for a in layout.tokens)))
+    return jnp.reshape(x, tokens, out_sharding=layout.spec(*layout.tokens))
 
 
 def _shards_first(count, rest):
@@ -193,10 +209,12 @@ def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
 
 def taken(vector: jax.Array, index: jax.Array) -> jax.Array:
     """`vector[index]`, laid out as the index is."""
-    spec = jax.typeof(index).sharding.spec
-    if not any((*spec, *jax.typeof(vector).sharding.spec)):
+    sharding, of_vector = (jax.typeof(x).sharding for x in (index, vector))
+    if not any((*sharding.spec, *of_vector.spec)):
         return vector[index]
-    return reshard(vector, PartitionSpec(None)).at[index].get(out_sharding=spec)
+    mesh = of_vector.mesh if sharding.mesh.empty else sharding.mesh
+    vector = reshard(vector, NamedSharding(mesh, PartitionSpec(None)))
+    return vector.at[index].get(out_sharding=NamedSharding(mesh, sharding.spec))
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:

@@ -127,15 +127,19 @@ def _gradients_over_chunks(plan, operands, g, live):
     live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
     (kernel, bias), dtype, layout = _gathered(plan, operands), g.dtype, plan.layout
     tokens, classes = layout.token_axes, layout.classes
-    of_kernel = layout.spec(None, classes, unreduced=tokens)
-    of_bias = layout.spec(classes, unreduced=tokens)
+    of_kernel, of_bias = (layout.spec(*a, unreduced=tokens) for a in ((None, classes), (classes,)))
     axes = manual_axes(g, *jax.tree.leaves(operands))
     head_live = live.hidden or live.kernel or live.bias
 
     g, scale = without_scale(g, kernel.dtype)
 
-    def zeros_if(flag, array, spec=None):
+    def zeros_if(flag, array, spec):
         return laid_out(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
+
+    def zeros_like_if(flag, array):
+        # Its cotangents come summed over the axes that it does not vary over.
+        zeros = varying(jnp.zeros(array.shape, dtype), manual_axes(array))
+        return laid_out_like(zeros, array) if flag else None
 
     def body(sums, xs):
         hidden, args, g = xs
@@ -156,10 +160,9 @@ def _gradients_over_chunks(plan, operands, g, live):
         d_hidden = None
         d_kernel, d_bias, d_consts = sums
         if head_live:
-            d_logits = d[0]
             if live.bias:
-                d_bias = d_bias + lax.reduce_sum(d_logits, (0,), out_sharding=of_bias)
-            d_logits = d_logits.astype(kernel.dtype)
+                d_bias = d_bias + lax.reduce_sum(d[0], (0,), out_sharding=of_bias)
+            d_logits = d[0].astype(kernel.dtype)
             if live.hidden:
                 spec = layout.spec(tokens, None, unreduced=classes)
                 d_hidden = dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec)
@@ -168,7 +171,7 @@ def _gradients_over_chunks(plan, operands, g, live):
         first = 1 + len(args)
         d_args = tuple(d.get(1 + i) for i in range(len(args)))
         d_consts = tuple(
-            None if total is None else total + d[first + i].astype(total.dtype)
+            None if total is None else total + laid_out_like(d[first + i].astype(dtype), total)
             for i, total in enumerate(d_consts)
         )
         return (d_kernel, d_bias, d_consts), (values, d_hidden, d_args)
@@ -176,7 +179,7 @@ def _gradients_over_chunks(plan, operands, g, live):
     sums = (
         zeros_if(live.kernel, kernel, of_kernel),
         None if bias is None else zeros_if(live.bias, bias, of_bias),
-        tuple(map(zeros_if, live.consts, operands.consts)),
+        tuple(map(zeros_like_if, live.consts, operands.consts)),
     )
     xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
     sums, (values, d_hidden, d_args) = lax.scan(body, sums, xs)

@@ -116,6 +116,9 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     used = used_rows(g)
     rows, g, used, labels = _of_rows(plan, (rows, g, used, labels))
     dtype = rows.m.dtype
+    everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
+    # Its cotangents are added up here, not by every block's derivative.
+    transform = jax.tree.map(everywhere, transform)
     of_hidden = layout.spec(tokens, None, unreduced=classes)
     of_kernel = layout.spec(None, *_of_shards(plan), None, unreduced=tokens)
     of_bias = layout.spec(*_of_shards(plan), None, unreduced=tokens)
@@ -155,9 +158,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else jnp.zeros_like(weights),
     )
-    axes = manual_axes(*jax.tree.leaves((operands, g)))
-    start = jax.tree.map(lambda x: varying(x, axes), start)
-    sums = _over_blocks(plan, step, start, kernel.shape[-1])
+    sums = _over_blocks(plan, step, jax.tree.map(everywhere, start), kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
     d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
     d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)

@@ -24,6 +24,7 @@ from bench import (
     memory,
     report,
     results,
+    sharding,
     speed,
     terminal,
     timing,
@@ -354,12 +355,35 @@ def sections() -> dict[str, Any]:
     }
 
 
+def test_heads_over_a_mesh_of_this_machine():
+    case = head.Head(512, 64, 4096, Dtype.FLOAT32)
+    devices = sharding.parse("here/data=4,vocab=2")
+    assert str(devices) == "here/data=4,vocab=2"
+    rows = sharding.measure(case, devices)["rows"]
+    found = {(row["layout"], row["gradients"]): row for row in rows}
+    assert len(found) == 2 * len(sharding.layouts())
+    for (layout, _), row in found.items():
+        # Nothing but a maximum and a few sums a token in the loops, and only with a vocabulary.
+        assert row["loop_wire_bytes"] <= ("vocabulary" in layout) * 2 * 4 * 4 * case.tokens
+        assert row["wire_bytes"] > 0
+    # Data: d_kernel summed and, in forward, scattered to be gathered: once around a ring each.
+    kernel = 4 * case.hidden * case.classes
+    recomputed = found["data", "recompute"]["wire_bytes"]
+    assert recomputed == pytest.approx(2 * kernel * 7 / 8, rel=0.01)
+    for wrong in ("here", "here/data=4", "v5e:2x4/data=a,vocab=2", "here/vocab=2,data=4"):
+        with pytest.raises(typer.BadParameter, match="expected TOPOLOGY/data=N,vocab=M"):
+            sharding.parse(wrong)
+    with pytest.raises(typer.BadParameter, match="has 8 devices, its mesh 6"):
+        sharding.measure(case, sharding.Devices("here", 3, 2))
+
+
 def test_report_writes_the_readme_between_the_markers(
     sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     readme = tmp_path / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "MESH_BLOCKS", {})
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)

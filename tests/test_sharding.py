@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import LAYOUTS, mesh_of, names, put
 
@@ -297,6 +297,132 @@ def test_bad_labels_and_rows_with_axis_name(name):
     np.testing.assert_array_equal(np.isnan(losses), expected)
 
 
+SHARED = {
+    "temperature": lambda a, t, **given: head(*of_head(a), temperature=t, **given),
+    "soft cap, recomputed": lambda a, t, **given: head(
+        *of_head(a), soft_cap=t, gradients="recompute", **given
+    ),
+    "smoothing and class weights": lambda a, t, **given: head(
+        *of_head(a), label_smoothing=t / 10, class_weights=jnp.abs(a["bias"]) + t, **given
+    ),
+    "what a loss closes over": lambda a, t, **given: jaxsoftmax.linear_loss(
+        lambda z: jnp.sum((z * t) ** 2, axis=-1), a["hidden"], a["kernel"], reduction="sum"
+    ),
+    "an argument of tokens": lambda a, t, **given: jaxsoftmax.linear_loss(
+        lambda z, y: jnp.sum(z, axis=-1) * y,
+        a["hidden"],
+        a["kernel"],
+        jnp.broadcast_to(t, a["labels"].shape),
+        reduction="sum",
+    ),
+}
+
+
+def of_head(a):
+    return a["hidden"], a["kernel"], jnp.maximum(a["labels"], 0)
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("layout_name", ["data", "vocabulary", "data and vocabulary"])
+def test_what_all_devices_share_is_differentiated_once(layout_name, name):
+    """In `shard_map`, a number that does not vary over the devices that share the tokens."""
+    layout = LAYOUTS[layout_name]
+    if layout.classes and name in {"what a loss closes over", "an argument of tokens"}:
+        pytest.skip("a loss of its own, which takes whole rows")
+    specs, f = layout.specs(), SHARED[name]
+    arrays = ARRAYS | {"bias": np.abs(np.where(np.isinf(ARRAYS["bias"]), 1, ARRAYS["bias"]))}
+
+    def local(a, t):
+        total = f(a, t, reduction="sum", axis_name=layout.classes)
+        return lax.psum(total, layout.token_axes) if layout.token_axes else total
+
+    mesh = mesh_of(AxisType.Auto)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=P())
+    t = jnp.float32(1.3)
+    got = jax.jit(jax.value_and_grad(lambda t: sharded(arrays, t)))(t)
+    given = {"reduction": "sum"}
+    true = jax.jit(jax.value_and_grad(lambda t: f(arrays, t, **given)))(t)
+    np.testing.assert_allclose(got, true, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+@pytest.mark.parametrize("alone", ["labels", "bias", "weights", "class_weights", "nothing set"])
+def test_sharded_as_nothing_else_is(alone, gradients):
+    """On an explicit mesh: one argument sharded and no other, or no mesh set."""
+    mesh = mesh_of(AxisType.Explicit)
+    specs = dict.fromkeys(("hidden", "kernel", "labels", "bias", "weights", "class_weights"), P())
+    if alone == "nothing set":
+        specs |= LAYOUTS["fsdp and vocabulary"].specs()
+    else:
+        specs[alone] = P("data") if alone in {"labels", "weights"} else P("vocab")
+    bias = np.where(np.isinf(ARRAYS["bias"]), 1, ARRAYS["bias"])
+    arrays = ARRAYS | {"bias": bias, "class_weights": np.abs(bias) + 1}
+
+    def mean(a, labels):
+        given = {name: a[name] for name in ("bias", "weights", "class_weights")}
+        return head(
+            a["hidden"],
+            a["kernel"],
+            jnp.maximum(labels, 0),
+            label_smoothing=0.1,
+            gradients=gradients,
+            chunk_size=5,
+            **given,
+        )
+
+    step = jax.jit(jax.value_and_grad(mean))
+    there = {
+        n: jax.device_put(arrays[n], NamedSharding(mesh, s))
+        for n, s in specs.items()
+        if n in arrays
+    }
+    floating = {name: array for name, array in there.items() if name not in {"labels", "logits"}}
+    if alone == "nothing set":
+        got = step(floating, there["labels"])
+    else:
+        with jax.set_mesh(mesh):
+            got = step(floating, there["labels"])
+    true = step({name: arrays[name] for name in floating}, arrays["labels"])
+    for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 2)])
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+def test_a_mesh_axis_of_one_device(gradients, shape):
+    devices = jax.devices()[: shape[0] * shape[1]]
+    kinds = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh(shape, ("data", "vocab"), axis_types=kinds, devices=devices)
+    hidden, kernel = ARRAYS["hidden"].reshape(24, WIDTH), ARRAYS["kernel"]
+    labels = np.maximum(ARRAYS["labels"], 0).reshape(24)
+
+    def mean(hidden, kernel, labels):
+        return head(hidden, kernel, labels, gradients=gradients, chunk_size=5)
+
+    step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
+    true = step(hidden, kernel, labels)
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(hidden, P("data", None)),
+            jax.device_put(kernel, P("data", "vocab")),
+            jax.device_put(labels, P("data")),
+        ]
+        got = step(*arrays)
+    assert [jax.typeof(g) for g in got[1]] == [jax.typeof(a) for a in arrays[:2]]
+    for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+
+
+def test_a_mesh_that_is_partly_automatic_is_refused():
+    """JAX itself sums wrongly over an explicit axis there."""
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("data", "vocab"), axis_types=kinds)
+    labels = np.maximum(ARRAYS["labels"], 0)
+    said = r"^linear_softmax_cross_entropy: the mesh must be explicit or automatic along all axes"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+        head(jax.device_put(ARRAYS["hidden"], P("data")), ARRAYS["kernel"], labels)
+
+
 def test_what_axis_name_needs_is_said():
     specs = LAYOUTS["vocabulary"].specs()
     mesh = mesh_of(AxisType.Auto)
@@ -322,6 +448,15 @@ def test_what_axis_name_needs_is_said():
             (P(), specs["kernel"]),
             ARRAYS["hidden"],
             ARRAYS["kernel"],
+        )
+    part = r"hidden must be the same on all devices along axis_name 'vocab', which shards the"
+    with pytest.raises(ValueError, match=part):
+        run(
+            lambda h, k, y: head(h, k, y, axis_name="vocab"),
+            (P(None, "vocab"), specs["kernel"], P(None, "vocab")),
+            ARRAYS["hidden"],
+            ARRAYS["kernel"],
+            labels,
         )
 
 
