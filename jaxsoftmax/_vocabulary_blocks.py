@@ -156,7 +156,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         laid_out(as_slices(jnp.zeros_like(kernel)), of_kernel) if asked.kernel else None,
         laid_out(jnp.zeros_like(bias), of_bias) if asked.bias else None,
         jax.tree.map(jnp.zeros_like, transform),
-        None if weights is None else jnp.zeros_like(weights),
+        None if weights is None else laid_out_like(jnp.zeros_like(weights), weights),
     )
     sums = _over_blocks(plan, step, jax.tree.map(everywhere, start), kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
