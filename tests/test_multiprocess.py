@@ -110,10 +110,9 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
             errors = [process.communicate(timeout=BOUNDED)[1] for process in both]
         assert both[victim].returncode == (130 if stop == signal.SIGINT else -stop), errors
         assert both[1 - victim].returncode not in {0, None}
-        # JAX may have reported what it saw before that.
-        survivors_last = errors[1 - victim].splitlines()[-1]
-        assert survivors_last.startswith(LOST), errors
-        assert "--resume" in survivors_last
+        # JAX may report what it saw, before that or after.
+        (line,) = [line for line in errors[1 - victim].splitlines() if line.startswith(LOST)]
+        assert "--resume" in line
         last = newest(folder)
         assert len(metrics(folder)) in {last, last + 1}
     # Both processes resumed twice; one ends what they began.

@@ -75,7 +75,7 @@ def train(
 
     Raises:
         ProgramError: with the line to show.
-        KeyboardInterrupt: on Ctrl-C, never in the middle of writing.
+        KeyboardInterrupt: on Ctrl-C, at the end of the epoch; at once on a second one.
     """
     _check_alike({**dataclasses.asdict(options), "resume": resume, "mesh": mesh})
     recorded = processes.from_leader(lambda: _recorded(folder, resume))
@@ -90,7 +90,17 @@ def train(
         lambda: _opened(options, dataset, folder, recorded) if processes.leads() else None
     )
     try:
-        return _train(options, dataset, folder, checkpoints, mesh=devices, on_epoch=on_epoch)
+        with _interrupts_deferred() as stop_if_asked:
+
+            def after_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
+                on_epoch(done, wanted, metrics)
+                stop_if_asked()
+
+            result = _train(
+                options, dataset, folder, checkpoints, mesh=devices, on_epoch=after_epoch
+            )
+            stop_if_asked()
+            return result
     finally:
         if checkpoints:
             checkpoints.close()
@@ -256,9 +266,8 @@ def _write_epoch(
 ) -> None:
     if checkpoints is None:
         return
-    with _interrupts_deferred():
-        checkpoint.append_metrics(folder, metrics)
-        checkpoints.save(int(metrics["epoch"]), kept)
+    checkpoint.append_metrics(folder, metrics)
+    checkpoints.save(int(metrics["epoch"]), kept)
 
 
 def _draw(
@@ -270,12 +279,11 @@ def _draw(
 ) -> None:
     if checkpoints is None:
         return
-    with _interrupts_deferred():
-        checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
-        checkpoint.write_atomically(
-            folder / checkpoint.CONFUSION_PLOT,
-            plots.confusion_png(dataset.test_y, predictions, dataset.classes),
-        )
+    checkpoint.write_atomically(folder / checkpoint.LOSS_PLOT, plots.loss_png(history))
+    checkpoint.write_atomically(
+        folder / checkpoint.CONFUSION_PLOT,
+        plots.confusion_png(dataset.test_y, predictions, dataset.classes),
+    )
 
 
 def _config(options: Options, dataset: data.Dataset) -> dict[str, Any]:
@@ -322,13 +330,24 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Lets an epoch be written to its end before Ctrl-C takes effect."""
+def _interrupts_deferred() -> Iterator[Callable[[], None]]:
+    """Gives a function to call where Ctrl-C may take effect: it raises if that was pressed.
+
+    Python itself raises between any two instructions: while a checkpoint is written, or in a
+    callback that swallows the exception, so that the run would go on. A second Ctrl-C does that.
+    """
     received = []
-    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+
+    def defer(*_: object) -> None:
+        received.append(True)
+        signal.signal(signal.SIGINT, previous)
+
+    def stop_if_asked() -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, defer)
     try:
-        yield
+        yield stop_if_asked
     finally:
         signal.signal(signal.SIGINT, previous)
-    if received:
-        raise KeyboardInterrupt
