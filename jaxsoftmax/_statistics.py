@@ -94,12 +94,29 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     soft_cap, temperature = transform
     if soft_cap is not None:
         x = upcast(x)
-        cap = soft_cap.astype(x.dtype)
-        x = jnp.where(jnp.isinf(x), x, cap * jnp.tanh(jnp.where(jnp.isinf(x), 0, x) / cap))
+        x = _capped(x, soft_cap.astype(x.dtype))
     if temperature is not None:
         x = upcast(x)
         x = x / temperature.astype(x.dtype)
     return x
+
+
+@jax.custom_jvp
+def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isinf(x), x, cap * jnp.tanh(x / cap))
+
+
+# With t = z / cap: dz = (1 − t²) dx + (t − (1 − t²) x / cap) dcap. Of the result alone in x, so that
+# beside it neither x nor the hyperbolic tangent has to be kept.
+@_capped.defjvp
+def _capped_jvp(primals, tangents):
+    (x, cap), (dx, dcap) = primals, tangents
+    z = _capped(x, cap)
+    capped = jnp.isfinite(z)
+    t = jnp.where(capped, z, 0) / cap
+    slope = (1 - t) * (1 + t)
+    in_cap = t - slope * (jnp.where(capped, x, 0) / cap)
+    return z, jnp.where(capped, slope, 1) * dx + in_cap * dcap
 
 
 # Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `to_index`, a

@@ -16,6 +16,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled(tmp_path_factory):
+    """A folder for what programs compile, one for all workers; `programs.program` uses it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["JAXSOFTMAX_TESTS_COMPILED"] = str(folder / "compiled")
+
+
 @pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
 def device(request):
     """Both formulations: the one for any platform or sharding, and the one for a lone CPU."""

@@ -28,9 +28,14 @@ def command(*arguments: object) -> list[str]:
 
 
 def program(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """A run to its end; what one compiles, the next need not (a killed one might leave half)."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAXSOFTMAX_TESTS_COMPILED"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.run(
         command(*arguments),
-        env=environment(devices),
+        env=environment(devices) | cache,
         capture_output=True,
         text=True,
         timeout=120,
