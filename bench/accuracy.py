@@ -489,7 +489,7 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
                 axes.text(
                     at,
                     2 * LEAST,
-                    f"numbers are\n{spacing:g} apart",
+                    f"numbers\nare {spacing:g}\napart",
                     ha="center",
                     fontsize=8,
                     color=figures.FAINT,

@@ -35,9 +35,10 @@ HEADINGS = (
     "first gradient of exactly 0",
     "loss",
     "loss in float64",
+    "its lowest",
     "gradient norm",
     "gradient norm in float64",
-    "error of the gradient",
+    "largest error of the gradient",
     "smallest lead (nats)",
 )
 
@@ -229,11 +230,12 @@ def _rows(section: dict[str, Any]) -> list[list[str]]:
             run["name"],
             step(run["loss_zero"]),
             step(run["gradient_zero"]),
-            *(
-                f"{run[key][-1]:.2g}"
-                for key in ("loss", "exact_loss", "gradient_norm", "exact_gradient_norm")
-            ),
-            accuracy.percent(run["gradient_error"][-1]),
+            f"{run['loss'][-1]:.2g}",
+            f"{run['exact_loss'][-1]:.2g}",
+            f"{min(run['exact_loss']):.2g}",
+            f"{run['gradient_norm'][-1]:.2g}",
+            f"{run['exact_gradient_norm'][-1]:.2g}",
+            accuracy.percent(max(run["gradient_error"])),
             f"{run['smallest_lead'][-1]:.1f}",
         ]
         for run in section["runs"]
@@ -247,7 +249,8 @@ def _caption(section: dict[str, Any]) -> str:
         f"batch, float32, Adam with learning rate {section['learning_rate']:g}, the same initial "
         f"parameters. Every example is right from step {_all_right(section)} on at the latest. "
         f"Numbers are those after {section['steps'][-1]} steps; in float64 means: our loss of the "
-        "same logits in float64. The error is |g − exact| / |exact|, over all parameters."
+        "same logits in float64. The gradient's error is |g − exact| / |exact|, over all "
+        "parameters; its largest and the lowest loss are of the recorded steps."
     )
 
 

@@ -660,7 +660,7 @@ def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
     np.testing.assert_array_equal(optax.get_xdata(), [1, 30])
     assert np.max(optax.get_ydata()) == 1
     assert "below float16's" in by_lead.axes[5].texts[0].get_text()
-    assert "numbers are\n64 apart" in by_offset.axes[1].texts[0].get_text()
+    assert "numbers\nare 64\napart" in by_offset.axes[1].texts[0].get_text()
 
 
 def test_an_exact_zero_is_drawn_and_the_step_of_a_zero_loss_is_marked():
