@@ -488,7 +488,7 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
                 axes.axvspan(at - 0.4, at + 0.4, color="0.94", zorder=0)
                 axes.text(
                     at,
-                    2 * LEAST,
+                    1e-6,
                     f"numbers\nare {spacing:g}\napart",
                     ha="center",
                     fontsize=8,
