@@ -12,7 +12,9 @@ be printed again from a committed file.
     results.py      the JSON file, geometric means
     terminal.py     tables to stdout, progress and notes to stderr
     markdown.py     tables for the README
-    speed.py  accuracy.py  memory.py    the commands: measure(), then tables of what was measured
+    figures.py      what all figures have in common
+    speed.py  accuracy.py  memory.py  overtraining.py
+                    the commands: measure(), then tables and figures of what was measured
     head.py         the linear head: its cases, `speed --op linear`
-    report.py       the README's tables, from the committed files
+    report.py       tables and figures of README and docs, from the committed files
 """

@@ -3,7 +3,7 @@
 
 import typer
 
-from bench import accuracy, memory, report, speed
+from bench import accuracy, memory, overtraining, report, speed
 
 app = typer.Typer(
     name="python -m bench",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command("speed")(speed.command)
 app.command("memory")(memory.command)
 app.command("accuracy")(accuracy.command)
+app.command("overtraining")(overtraining.command)
 app.command("report")(report.command)
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """`python -m bench accuracy`: error of loss and gradient as the target's lead grows."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +11,30 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich import box
 from rich.table import Table
 
-from bench import contenders, environment, markdown, results, terminal
+from bench import contenders, environment, figures, markdown, results, terminal
 from bench.cases import Dtype, Labels
 
-LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
+KEY = "accuracy/{}"  # by labels
+LEADS = (
+    *(0.0, 2.0, 5.0, 8.0, 10.0, 12.0, 14.0, 15.0, 16.0, 17.0, 18.0, 20.0, 25.0),
+    *(30.0, 35.0, 40.0, 50.0, 60.0, 70.0, 75.0, 80.0, 82.0, 84.0, 86.0, 88.0, 90.0),
+)
+OFFSETS = (0.0, 10.0, 100.0, 1000.0, 10000.0)
 CLASSES = 1000
 ROWS = 8
 DIGITS = 80
+
+# Of what was measured, what the tables show, and the lead at which offsets are compared: small
+# enough that everybody has some digits right without one.
+README_LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
+TABLE_LEADS = (0.0, 10.0, 17.0, 30.0, 80.0)
+LEAD_OF_OFFSETS = 5.0
 
 QUANTITIES = {
     "loss": "loss",
@@ -30,7 +45,10 @@ QUANTITIES = {
 
 def command(
     *,
-    dtype: Annotated[Dtype, typer.Option(help="The dtype of the logits.")] = Dtype.FLOAT32,
+    dtypes: Annotated[
+        list[Dtype] | None,
+        typer.Option("--dtype", help="A dtype of the logits; repeatable.", show_default="all"),
+    ] = None,
     labels: Annotated[
         Labels, typer.Option(help="Targets as class numbers, or one-hot.")
     ] = Labels.INTEGER,
@@ -40,11 +58,19 @@ def command(
             "--lead",
             min=0.0,
             help="Nats from the target's logit down to the next; repeatable.",
-            show_default=", ".join(f"{lead:g}" for lead in LEADS),
+            show_default=f"{len(LEADS)} from {LEADS[0]:g} to {LEADS[-1]:g}",
+        ),
+    ] = None,
+    offsets: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--offset",
+            help="What is added to all logits of a row, before they are rounded; repeatable.",
+            show_default=", ".join(f"{offset:g}" for offset in OFFSETS),
         ),
     ] = None,
     classes: Annotated[int, typer.Option(min=2, help="Classes a row.")] = CLASSES,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of random logits a lead.")] = ROWS,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of random logits.")] = ROWS,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -56,87 +82,122 @@ def command(
     """Compare loss and gradient with 80-digit arithmetic as the target pulls ahead.
 
     Shown is the largest relative error over all rows: of the loss, of the gradient's entry at the
-    target, and of its other entries. 100 % means that zero came back.
+    target, and of its other entries; the file has the medians too. 100 % means that zero came
+    back. A complete run takes about two minutes.
     """
-    complete = leads is None and (classes, rows) == (CLASSES, ROWS)
+    complete = not (dtypes or leads or offsets) and (classes, rows) == (CLASSES, ROWS)
     path = results.destination(json, complete=complete)
-    section = measure(dtype, labels, leads or LEADS, classes=classes, rows=rows)
+    section = measure(
+        dtypes or list(Dtype),
+        labels,
+        leads or LEADS,
+        offsets or OFFSETS,
+        classes=classes,
+        rows=rows,
+    )
     section["command"] = results.command_line(
         "accuracy",
         {
-            "dtype": dtype if dtype != Dtype.FLOAT32 else None,
+            "dtype": dtypes,
             "labels": labels if labels != Labels.INTEGER else None,
             "lead": leads,
+            "offset": offsets,
             "classes": classes if classes != CLASSES else None,
             "rows": rows if rows != ROWS else None,
         },
     )
-    terminal.output().print(as_table(section))
+    console = terminal.output()
+    for table in tables(section):
+        console.print(table, "")
     if path:
-        results.save(path, f"accuracy/{dtype}/{labels}", section)
+        results.save(path, KEY.format(labels), section)
         terminal.notes.print(f"written: {path}")
 
 
 def measure(
-    dtype: Dtype,
+    dtypes: Sequence[Dtype],
     labels: Labels,
     leads: Sequence[float],
+    offsets: Sequence[float],
     *,
     classes: int = CLASSES,
     rows: int = ROWS,
 ) -> dict[str, Any]:
-    """Take every contender's largest relative errors at every lead.
+    """Take every contender's largest and median relative errors at every lead and offset.
 
     Args:
-        dtype: of the logits.
+        dtypes: of the logits.
         labels: how the targets are given; dense ones are one-hot.
         leads: nats from the target's logit down to the largest other.
+        offsets: what is added to all logits, before they are rounded to their dtype.
         classes: length of a row.
-        rows: rows of normal logits of scale 1, different ones at every lead.
+        rows: rows of normal logits of scale 1, the same everywhere but for lead and rounding.
 
     Returns:
-        A section of the results file.
+        A section of the results file. A series has an error, or None, for each lead.
     """
-    found, left_out = contenders.load(contenders.LOGITS[labels], dtype)
+    entries = (*contenders.LOGITS[labels], *contenders.EAGER[labels])
+    found = {dtype: contenders.load(entries, dtype) for dtype in dtypes}
+    left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
     for line in left_out:
         terminal.notes.print(line)
 
-    rng = np.random.default_rng(0)
-    errors: list[dict[str, Any]] = []
+    series = []
     with terminal.progress() as progress:
-        for lead in progress.track(leads, description="leads"):
-            logits, targets = draw(rng, lead, dtype, classes, rows)
-            truth = exact(logits, targets)
-            for name, loss, _ in found:
-                computed = evaluate(loss, logits, targets, labels)
-                worst = relative_errors(computed, truth, targets, dtype)
-                errors.append({"lead": float(lead), "name": name, **worst})
+        task = progress.add_task("", total=len(dtypes) * len(offsets) * len(leads))
+        for dtype in dtypes:
+            for offset in offsets:
+                progress.update(task, description=f"{dtype}, offset {offset:g}", refresh=True)
+                seen: dict[str, list[Any]] = {one.name: [] for one in found[dtype][0]}
+                for lead in leads:
+                    logits, targets = draw(dtype, lead, offset, classes, rows)
+                    truth = exact(logits, targets)
+                    for one in found[dtype][0]:
+                        computed = evaluate(one, logits, targets, labels)
+                        seen[one.name].append(relative_errors(computed, truth, targets, dtype))
+                    progress.advance(task)
+                series += [
+                    {"dtype": dtype.value, "offset": offset, "name": name, **_by_lead(errors)}
+                    for name, errors in seen.items()
+                ]
 
+    torch = any(line["name"] == "torch" for line in series)
     return {
-        "environment": environment.describe(),
-        "dtype": dtype.value,
+        "environment": environment.describe(*["torch"] * torch),
         "labels": labels.value,
         "classes": classes,
         "rows": rows,
+        "leads": list(leads),
         "left_out": left_out,
-        "errors": errors,
+        "series": series,
+    }
+
+
+def _by_lead(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        quantity: {
+            which: [error[quantity] and float(f"{error[quantity][which]:.2g}") for error in errors]
+            for which in ("max", "median")
+        }
+        for quantity in QUANTITIES
     }
 
 
 def draw(
-    rng: np.random.Generator, lead: float, dtype: Dtype, classes: int, rows: int
+    dtype: Dtype, lead: float, offset: float, classes: int, rows: int
 ) -> tuple[jax.Array, np.ndarray]:
     """Draw normal logits and put a random target `lead` above the largest of the others.
 
     Returns:
         Logits `[rows, classes]`, rounded to `dtype`, and targets `[rows]`.
     """
+    rng = np.random.default_rng(0)
     logits = rng.standard_normal((rows, classes))
     targets = rng.integers(classes, size=rows)
     at_target = np.arange(rows), targets
     logits[at_target] = -np.inf
     logits[at_target] = logits.max(axis=-1) + lead
-    return jnp.asarray(logits, dtype), targets
+    return jnp.asarray(logits + offset, dtype), targets
 
 
 def exact(logits: jax.Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,19 +221,25 @@ def exact(logits: jax.Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def evaluate(
-    loss: Callable[..., jax.Array], logits: jax.Array, targets: np.ndarray, labels: Labels
+    contender: contenders.Contender, logits: jax.Array, targets: np.ndarray, labels: Labels
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run a contender, jitted; each row's gradient is that of its own loss."""
+    """Run a contender; each row's gradient is that of its own loss."""
     arrays = jnp.asarray(targets, jnp.int32)
     if labels is Labels.DENSE:
         arrays = jax.nn.one_hot(arrays, logits.shape[-1], dtype=logits.dtype)
-
-    def losses_and_gradients(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, pullback = jax.vjp(lambda logits: loss(logits, arrays), logits)
-        return losses, pullback(jnp.ones_like(losses))[0]
-
-    losses, gradients = jax.jit(losses_and_gradients)(logits)
+    function = contender.function
+    if not contender.entry.whole:
+        function = partial(_losses_and_gradients, function)
+    losses, gradients = function(logits, arrays)
     return np.asarray(losses, np.float64), np.asarray(gradients, np.float64)
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_and_gradients(
+    loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
+    return losses, pullback(jnp.ones_like(losses))[0]
 
 
 def relative_errors(
@@ -180,85 +247,315 @@ def relative_errors(
     truth: tuple[np.ndarray, np.ndarray],
     targets: np.ndarray,
     dtype: Dtype,
-) -> dict[str, float]:
-    """Reduce to the largest relative error of each quantity.
+) -> dict[str, dict[str, float] | None]:
+    """Reduce to the largest and the median relative error of each quantity.
 
-    A true value below the smallest normal number of its dtype, where relative precision ends, is
-    measured in units of that number.
+    Relative precision ends at the smallest normal number of a dtype, so a true value below it does
+    not count: losses are held to float32, gradients to `dtype`. None where no value counts.
     """
-    losses, gradients = (
-        np.abs(value - true) / np.maximum(np.abs(true), float(jnp.finfo(smallest).tiny))
-        for value, true, smallest in zip(computed, truth, (jnp.float32, dtype), strict=True)
-    )
-    at_target = np.arange(len(targets)), targets
-    target = gradients[at_target].max()
-    gradients[at_target] = 0
+    at_target = np.zeros(truth[1].shape, bool)
+    at_target[np.arange(len(targets)), targets] = True
+    losses, gradients = zip(computed, truth, strict=True)
+
+    def reduce(pair: Sequence[np.ndarray], smallest: Any) -> dict[str, float] | None:
+        value, true = pair
+        counts = np.abs(true) >= float(jnp.finfo(smallest).tiny)
+        if not counts.any():
+            return None
+        errors = np.abs(value - true)[counts] / np.abs(true)[counts]
+        return {"max": float(errors.max()), "median": float(np.median(errors))}
+
     return {
-        "loss": float(losses.max()),
-        "target": float(target),
-        "others": float(gradients.max()),
+        "loss": reduce(losses, jnp.float32),
+        "target": reduce([array[at_target] for array in gradients], dtype),
+        "others": reduce([array[~at_target] for array in gradients], dtype),
     }
 
 
-def percent(error: float) -> str:
+def percent(error: float | None) -> str:
     """Write an error: a power of ten while it is small, then in percent."""
+    if error is None:
+        return "–"
     if error < 9.5e-4:
         digits, exponent = f"{error:.0e}".split("e")
         return f"{digits}e{int(exponent)}" if error else "0"
     return f"{error * 100:.1f} %" if error < 0.0995 else f"{error * 100:.0f} %"
 
 
-def _headings(section: dict[str, Any]) -> list[str]:
-    leads = list(dict.fromkeys(f"{row['lead']:g}" for row in section["errors"]))
-    return ["relative error of", "by", f"lead {leads[0]}", *leads[1:]]
+def _of(section: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
+    """The series of a dtype, of an offset, …, in the order of the contenders."""
+    return [one for one in section["series"] if all(one[key] == wanted[key] for key in wanted)]
 
 
-def _rows(section: dict[str, Any]) -> list[list[str]]:
-    names = list(dict.fromkeys(row["name"] for row in section["errors"]))
+def _offsets(section: dict[str, Any]) -> list[float]:
+    return list(dict.fromkeys(one["offset"] for one in section["series"]))
+
+
+def _dtypes(section: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(one["dtype"] for one in section["series"]))
+
+
+def _shown(section: dict[str, Any], leads: Sequence[float]) -> list[int]:
+    """The places of those leads in a complete run, of all in a selection."""
+    measured = section["leads"]
+    return [measured.index(lead) for lead in (leads if measured == [*LEADS] else measured)]
+
+
+def _place_of_offsets(section: dict[str, Any]) -> int:
+    return section["leads"].index(LEAD_OF_OFFSETS) if LEAD_OF_OFFSETS in section["leads"] else 0
+
+
+def _headings(section: dict[str, Any], shown: Sequence[int]) -> list[str]:
+    first, *others = (f"{section['leads'][place]:g}" for place in shown)
+    return ["relative error of", "by", f"lead {first}", *others]
+
+
+def _rows(series: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[list[str]]:
     return [
         [
-            words if name == names[0] else "",
-            name,
-            *(percent(row[quantity]) for row in section["errors"] if row["name"] == name),
+            words if one is series[0] else "",
+            one["name"],
+            *(percent(one[quantity]["max"][place]) for place in shown),
         ]
         for quantity, words in QUANTITIES.items()
-        for name in names
+        for one in series
     ]
 
 
-def _caption(section: dict[str, Any]) -> str:
+def _drawn(section: dict[str, Any]) -> str:
     return (
-        f"Largest relative error against {DIGITS}-digit arithmetic. Logits: {section['rows']} rows "
-        f"of {section['classes']} standard normal {section['dtype']} numbers, the target's raised "
-        "to lead the largest other by so many nats. 100 % means that zero came back."
+        f"Logits: {section['rows']} rows of {section['classes']} standard normal numbers, the "
+        "target's raised to lead the largest other by so many nats"
     )
 
 
-def as_table(section: dict[str, Any]) -> Table:
-    """Lay a section out for the terminal."""
-    words, by, *leads = _headings(section)
-    names = [row["name"] for row in section["errors"]]
-    table = Table(
-        title=f"{section['dtype']}, {section['labels']} labels",
-        title_justify="left",
-        caption=f"{_caption(section)}\n{contenders.explain(names)}\n"
-        f"{environment.in_words(section['environment'])}",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+END = "100 % means that zero came back."
+
+
+def tables(section: dict[str, Any]) -> list[Table]:
+    """Lay a section out for the terminal: the largest errors, a table a dtype and offset."""
+    shown = _shown(section, README_LEADS)
+    words, by, *leads = _headings(section, shown)
+    found = []
+    for dtype in _dtypes(section):
+        for offset in _offsets(section):
+            table = Table(
+                title=f"{dtype}, {section['labels']} labels, offset {offset:g}",
+                title_justify="left",
+                box=box.SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
+            )
+            table.add_column(words)
+            table.add_column(by)
+            for lead in leads:
+                table.add_column(lead, justify="right")
+            for row in _rows(_of(section, dtype=dtype, offset=offset), shown):
+                if row[0]:
+                    table.add_section()
+                table.add_row(*row, style="bold" if row[1] == contenders.OURS else None)
+            found.append(table)
+    names = [one["name"] for one in section["series"]]
+    found[-1].caption = (
+        f"Largest relative error against {DIGITS}-digit arithmetic. {_drawn(section)}. {END}\n"
+        f"{contenders.explain(names)}\n{environment.in_words(section['environment'])}"
     )
-    table.add_column(words)
-    table.add_column(by)
-    for lead in leads:
-        table.add_column(lead, justify="right")
-    for row in _rows(section):
-        if row[0]:
-            table.add_section()
-        table.add_row(*row, style="bold" if row[1] == contenders.OURS else None)
-    return table
+    found[-1].caption_justify = "left"
+    return found
 
 
 def as_markdown(section: dict[str, Any]) -> str:
-    """Lay a section out for the README."""
-    table = markdown.table(_headings(section), _rows(section))
-    return f"{table}\n\n{_caption(section)}\n{markdown.origin(section)}"
+    """Lay out the errors in float32 without an offset, for the README."""
+    shown = _shown(section, README_LEADS)
+    rows = _rows(_of(section, dtype="float32", offset=0.0), shown)
+    table = markdown.table(_headings(section, shown), rows)
+    return (
+        f"{table}\n\nLargest relative error against {DIGITS}-digit arithmetic, in float32. "
+        f"{_drawn(section)}. {END}\n{markdown.origin(section)}"
+    )
+
+
+def in_all_dtypes(section: dict[str, Any]) -> str:
+    """Lay out largest and median errors in every dtype, by lead and by offset, for the docs."""
+
+    def cell(one: dict[str, Any], quantity: str, place: int) -> str:
+        largest, median = (percent(one[quantity][which][place]) for which in ("max", "median"))
+        return largest if largest == median else f"{largest} ({median})"
+
+    shown = _shown(section, TABLE_LEADS)
+    leads = [f"{section['leads'][place]:g}" for place in shown]
+    quantities = [quantity for quantity in QUANTITIES if quantity != "others"]
+    by_lead = markdown.table(
+        [
+            "dtype",
+            "by",
+            *(f"{QUANTITIES[quantity]}: lead {lead}" for quantity in quantities for lead in leads),
+        ],
+        [
+            [
+                one["dtype"],
+                one["name"],
+                *(cell(one, quantity, place) for quantity in quantities for place in shown),
+            ]
+            for one in _of(section, offset=0.0)
+        ],
+    )
+    place = _place_of_offsets(section)
+    offsets = _offsets(section)
+    by_offset = markdown.table(
+        [
+            "dtype",
+            "by",
+            *(
+                f"{QUANTITIES[quantity]}: + {extra:g}"
+                for quantity in quantities
+                for extra in offsets
+            ),
+        ],
+        [
+            [
+                dtype,
+                first["name"],
+                *(
+                    cell(one, quantity, place)
+                    for quantity in quantities
+                    for offset in offsets
+                    for one in _of(section, dtype=dtype, name=first["name"], offset=offset)
+                ),
+            ]
+            for dtype in _dtypes(section)
+            for first in _of(section, dtype=dtype, offset=0.0)
+        ],
+    )
+    names = [one["name"] for one in section["series"]]
+    return (
+        f"{by_lead}\n\nLargest relative error against {DIGITS}-digit arithmetic, and the median "
+        f"where it differs. {_drawn(section)}, then rounded to the dtype. {END} –: the truth is "
+        f"below the smallest normal number of the dtype.\n\n{by_offset}\n\nThe same with a "
+        f"constant added to all logits of a row, at a lead of {section['leads'][place]:g} nats. "
+        f"The rounding of the sum is in the truth: it is nobody's error.\n"
+        f"{contenders.explain(names)}\n{markdown.origin(section)}"
+    )
+
+
+# Errors are drawn from here on; those below are drawn here, for what is exact has no logarithm.
+LEAST, MOST = 1e-9, 20.0
+
+
+def figure(section: dict[str, Any]) -> Figure:
+    """Draw loss and target's gradient against the lead, without an offset, a panel a dtype."""
+    leads = np.array(section["leads"])
+
+    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
+        (one,) = _of(section, dtype=dtype, name=name, offset=0.0)
+        return np.array(one[quantity][which], np.float64)
+
+    drawn, grid = _panels(section, leads, errors)
+    for (quantity, dtype), axes in grid.items():
+        axes.set_xlim(0, leads[-1])
+        held = ~np.isnan(errors(dtype, contenders.OURS, quantity, "max"))
+        if not held.all():
+            last = leads[held][-1] if held.any() else 0
+            axes.axvspan(last, leads[-1], color="0.94", zorder=0)
+            axes.text(
+                (last + leads[-1]) / 2,
+                (LEAST * MOST) ** 0.5,
+                f"the truth is below {dtype}'s\nsmallest normal number",
+                ha="center",
+                va="center",
+                color=figures.FAINT,
+            )
+    for axes in drawn.axes[-len(_dtypes(section)) :]:
+        axes.set_xlabel("lead of the target's logit (nats)")
+    return drawn
+
+
+def figure_of_offsets(section: dict[str, Any]) -> Figure:
+    """Draw loss and target's gradient against the constant added to the logits, at one lead."""
+    place, offsets = _place_of_offsets(section), _offsets(section)
+
+    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
+        series = _of(section, dtype=dtype, name=name)
+        return np.array([one[quantity][which][place] for one in series], np.float64)
+
+    lead = section["leads"][place]
+    drawn, grid = _panels(section, np.arange(len(offsets)), errors, marker="o", markersize=5)
+    for (_, dtype), axes in grid.items():
+        axes.set_xlim(-0.3, len(offsets) - 0.6)
+        axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
+        for at, offset in enumerate(offsets):
+            spacing = _spacing(offset, dtype)
+            if spacing > lead:
+                axes.axvspan(at - 0.4, at + 0.4, color="0.94", zorder=0)
+                axes.text(
+                    at,
+                    1e-6,
+                    f"numbers\nare {spacing:g}\napart",
+                    ha="center",
+                    fontsize=8,
+                    color=figures.FAINT,
+                )
+    for axes in drawn.axes[-len(_dtypes(section)) :]:
+        axes.set_xlabel(f"constant added to all logits (lead {lead:g} nats)")
+    return drawn
+
+
+def _panels(
+    section: dict[str, Any],
+    x: np.ndarray,
+    errors: Callable[[str, str, str, str], np.ndarray],
+    **style: Any,
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """Draw the largest error as a line and shade down to the median: a row a quantity.
+
+    Args:
+        section: of the results file.
+        x: where `errors` belong.
+        errors: from dtype, contender, quantity, and "max" or "median"; NaN where there is none.
+        **style: of the lines.
+
+    Returns:
+        The figure, and its axes by quantity and dtype.
+    """
+    dtypes = _dtypes(section)
+    quantities = {"loss": "loss", "target": "gradient at the target"}
+    drawn = Figure(figsize=(1.2 + 4 * len(dtypes), 7.4), layout="constrained")
+    rows = drawn.subplots(len(quantities), len(dtypes), sharex="col", sharey=True, squeeze=False)
+    grid = {}
+    for (quantity, words), row in zip(quantities.items(), rows, strict=True):
+        for dtype, axes in zip(dtypes, row, strict=True):
+            grid[quantity, dtype] = axes
+            figures.dress(axes)
+            axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
+            for one in _of(section, dtype=dtype, offset=_offsets(section)[0]):
+                look = figures.STYLES.get(one["name"], {})
+                largest, median = (
+                    np.maximum(errors(dtype, one["name"], quantity, which), LEAST)
+                    for which in ("max", "median")
+                )
+                axes.plot(x, largest, label=one["name"], **look | style)
+                axes.fill_between(
+                    x, median, largest, color=look.get("color"), alpha=0.15, linewidth=0
+                )
+            axes.set_yscale("log")
+            axes.set_ylim(LEAST, MOST)
+            axes.yaxis.set_major_locator(FixedLocator([1e-8, 1e-6, 1e-4, 1e-2, 1]))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: percent(error)))
+        row[0].set_ylabel(f"relative error: {words}")
+        row[0].text(
+            0.02,
+            1.5,
+            "comes back as 0",
+            color=figures.INK,
+            transform=row[0].get_yaxis_transform(),
+        )
+    for dtype, axes in zip(dtypes, rows[0], strict=True):
+        axes.set_title(f"{dtype} logits", loc="left", fontweight="bold")
+    figures.legend(drawn, rows[0][-1])
+    figures.origin(drawn, section)
+    return drawn, grid
+
+
+def _spacing(offset: float, dtype: str) -> float:
+    """The distance from a number to the next larger one of a dtype."""
+    return float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(offset)) if offset else 0.0

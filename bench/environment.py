@@ -16,14 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax")
 
 
-def describe() -> dict[str, Any]:
-    """Return what a reader needs to compare two results; a package not installed is None."""
+def describe(*packages: str) -> dict[str, Any]:
+    """Return what a reader needs to compare two results; a package not installed is None.
+
+    Args:
+        *packages: what was measured beside `PACKAGES`.
+    """
     return {
         "device": device_name(),
         "platform": jax.default_backend(),
         "cpus": cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in (*PACKAGES, *packages)},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench report`: from the committed results to the tables of README and docs."""
+"""`python -m bench report`: from the committed results to tables and figures of README and docs."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import matplotlib
 import typer
+from matplotlib.figure import Figure
 
-from bench import accuracy, environment, head, memory, results, sharding, speed, terminal
+from bench import (
+    accuracy,
+    environment,
+    head,
+    memory,
+    overtraining,
+    results,
+    sharding,
+    speed,
+    terminal,
+)
 
 README = environment.ROOT / "README.md"
 SHARDING = environment.ROOT / "docs" / "sharding.md"
+BENCHMARKS = environment.ROOT / "docs" / "benchmarks.md"
+FIGURES_FOLDER = environment.ROOT / "docs" / "figures"
 
 # A block of a document: the command behind it, its section of a results file, who lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
 Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 BLOCKS: Blocks = {
-    "accuracy": ("accuracy/float32/integer", accuracy.as_markdown),
+    "accuracy": (accuracy.KEY.format("integer"), accuracy.as_markdown),
     "speed": ("speed/integer", speed.as_markdown),
     "speed --op linear": (head.KEY, head.as_markdown),
     "memory": ("memory", memory.as_markdown),
@@ -23,6 +37,17 @@ BLOCKS: Blocks = {
 MESH_BLOCKS: Blocks = {
     f"memory --mesh --shape {shape}": (sharding.KEY.format(shape), sharding.as_markdown)
     for shape in ("8192x1024x131072:bfloat16", "1048576x8192x1048576:bfloat16")
+}
+BENCHMARKS_BLOCKS: Blocks = {
+    "accuracy": (accuracy.KEY.format("integer"), accuracy.in_all_dtypes),
+    "overtraining": (overtraining.KEY, overtraining.as_markdown),
+}
+
+# A figure of the docs, by the stem of its files: its section of a results file, who draws it.
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+    "accuracy": (accuracy.KEY.format("integer"), accuracy.figure),
+    "accuracy_offsets": (accuracy.KEY.format("integer"), accuracy.figure_of_offsets),
+    "overtraining": (overtraining.KEY, overtraining.figure),
 }
 
 
@@ -32,11 +57,16 @@ def command(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a document differs.")
     ] = False,
 ) -> None:
-    """Write the tables of README and docs from the committed results, `bench/results/*.json`.
+    """Write tables and figures of README and docs from the committed `bench/results/*.json`.
 
-    Only what stands between the markers of a block is replaced.
+    Of a document, only what stands between the markers of a block is replaced.
     """
-    for path, blocks in ((README, BLOCKS), (SHARDING, MESH_BLOCKS)):
+    documents = (
+        (README, BLOCKS),
+        (SHARDING, MESH_BLOCKS),
+        (BENCHMARKS, BENCHMARKS_BLOCKS),
+    )
+    for path, blocks in documents:
         try:
             before = path.read_text(encoding="utf-8")
             after = render(before, committed(), blocks)
@@ -51,6 +81,21 @@ def command(
         else:
             path.write_text(after, encoding="utf-8")
             terminal.notes.print(f"written: {path}")
+    if not check:
+        draw(committed())
+
+
+def draw(files: Sequence[dict[str, Any]]) -> None:
+    """Write every figure as PNG and SVG, from the first file that has its section."""
+    for stem, (key, figure) in FIGURES.items():
+        for section in [file[key] for file in files if key in file][:1]:
+            drawn = figure(section)
+            for kind in ("png", "svg"):
+                path = FIGURES_FOLDER / f"{stem}.{kind}"
+                # The same numbers make the same file.
+                with matplotlib.rc_context({"svg.hashsalt": stem}):
+                    drawn.savefig(path, dpi=110, metadata={"Date": None})
+                terminal.notes.print(f"written: {path}")
 
 
 def committed() -> list[dict[str, Any]]:

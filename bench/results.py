@@ -10,6 +10,7 @@ days; a command replaces its own section and keeps the others.
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,10 +65,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, name: str, section: dict[str, Any]) -> None:
-    """Put a section into the file and keep its other sections."""
+    """Put a section into the file and keep its other sections; a list of numbers is one line."""
     sections = load(path) | {name: section}
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(sections, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(sections, indent=1, sort_keys=True)
+    text = re.sub(r'\[[^]["{]+\]', lambda numbers: " ".join(numbers[0].split()), text)
+    partial.write_text(text + "\n")
     os.replace(partial, path)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ from bench import (
     accuracy,
     contenders,
     environment,
+    figures,
     head,
     memory,
+    overtraining,
     report,
     results,
     sharding,
@@ -30,19 +33,20 @@ from bench import (
     timing,
 )
 from bench.cases import Case, Dtype, Labels, Mode, Shape, inputs, parse_shape, program
+from jaxsoftmax.training import model
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A name that is None in sys.modules cannot be imported: as if the package were not installed.
-WITHOUT_OPTAX = """
+WITHOUT_PEERS = """
 import runpy, sys
-sys.modules["optax"] = None
+sys.modules["optax"] = sys.modules["torch"] = None
 runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
 
 
-def bench(*arguments: str, without_optax: bool = False) -> subprocess.CompletedProcess[str]:
-    start = ["-c", WITHOUT_OPTAX] if without_optax else ["-m", "bench"]
+def bench(*arguments: str, without_peers: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-c", WITHOUT_PEERS] if without_peers else ["-m", "bench"]
     return subprocess.run(
         [sys.executable, *start, *arguments],
         cwd=ROOT,
@@ -124,27 +128,33 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
 def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     path = tmp_path / "results.json"
     path.write_text('{"speed/integer": {"kept": true}}')
-    arguments = ["--lead", "1", "--lead", "30", "--classes", "20", "--rows", "2"]
+    chosen = "--dtype float32 --lead 1 --lead 30 --offset 100 --classes 20 --rows 2"
+    arguments = shlex.split(chosen)
     done = bench("accuracy", *arguments, "--json", f"{path}")
     assert done.returncode == 0, done.stderr
 
     sections = json.loads(path.read_text())
     assert sections["speed/integer"] == {"kept": True}
-    section = sections["accuracy/float32/integer"]
-    assert [(row["lead"], row["name"]) for row in section["errors"]] == [
-        (lead, name) for lead in (1.0, 30.0) for name in ("jaxsoftmax", "optax", "jax.nn")
-    ]
-    optax_far = section["errors"][4]
-    assert optax_far["target"] == pytest.approx(1)  # the gradient is 0 where it should be 1e-12
-    assert optax_far["others"] < 1e-5
-    assert all(row["loss"] < 1e-6 and row["target"] < 1e-5 for row in section["errors"][:3])
+    section = sections["accuracy/integer"]
+    assert [
+        (one["name"], one["dtype"], one["offset"])
+        for one in section["series"]
+        if one["name"] != "torch"
+    ] == [(name, "float32", 100.0) for name in ("jaxsoftmax", "optax", "jax.nn")]
+    assert section["leads"] == [1.0, 30.0]
+    ours, optax, *_ = section["series"]
+    assert optax["target"]["max"][1] == 1  # the gradient is 0 where it should be 1e-12
+    assert max(optax["others"]["max"]) < 1e-4
+    assert max(ours["loss"]["max"]) < 1e-6
+    assert max(ours["target"]["max"]) < 1e-5
 
     assert section["command"] == f"python -m bench accuracy {' '.join(arguments)}"
     for words in ("lead 1 ", " 30 ", "loss", "gradient, target", "gradient, others", "100 %"):
         assert words in done.stdout
+    section["series"] = [one | {"offset": 0.0} for one in section["series"]]
     lines = accuracy.as_markdown(section).splitlines()
     assert lines[0] == "| relative error of | by | lead 1 | 30 |"
-    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * 3
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * len(section["series"])
     assert lines[-1].startswith(f"Measured by `{section['command']}` on ")
     for version in ("jaxsoftmax", "jax", "optax"):
         assert f"{version} {section['environment']['versions'][version]}" in lines[-1]
@@ -161,16 +171,14 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
 )
 def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_path: Path):
     path = tmp_path / "results.json"
-    done = bench(*arguments, "--json", f"{path}", without_optax=True)
+    done = bench(*arguments, "--json", f"{path}", without_peers=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
-    assert [line.partition(" (")[0] for line in lines] == [
-        "left out: optax",
-        "left out: optax, no upcast",
-    ]
+    peers = ["optax", "optax, no upcast", *["torch"] * (arguments[0] == "accuracy")]
+    assert [line.partition(" (")[0] for line in lines] == [f"left out: {peer}" for peer in peers]
     (section,) = json.loads(path.read_text()).values()
     assert section["left_out"] == lines
-    rows = section.get("errors") or [row for case in section["cases"] for row in case["contenders"]]
+    rows = section.get("series") or [row for case in section["cases"] for row in case["contenders"]]
     assert {row["name"] for row in rows} == {"jaxsoftmax", "jax.nn"}
     assert "jax.nn" in done.stdout
 
@@ -302,20 +310,131 @@ def test_the_exact_values_are_exact_far_beyond_float64():
 
 
 def test_errors_are_told_apart_by_entry():
-    targets = np.array([1, 0])
-    truth = np.array([2.0, 4.0]), np.array([[0.5, -0.5], [-1e-50, 1e-50]])
-    computed = np.array([2.0, 5.0]), np.array([[0.6, -0.5], [0.0, 0.0]])
-    worst = accuracy.relative_errors(computed, truth, targets, Dtype.FLOAT32)
-    assert worst["loss"] == pytest.approx(0.25)
-    assert worst["target"] == pytest.approx(0, abs=1e-10)  # 1e-50 is below float32: nobody's error
-    assert worst["others"] == pytest.approx(0.2)
+    targets = np.array([1, 0, 0])
+    truth = (
+        np.array([2.0, 4.0, 1.0]),
+        np.array([[0.5, -0.5], [-1e-50, 1e-50], [-0.25, 0.25]]),
+    )
+    computed = np.array([2.0, 5.0, 1.1]), np.array([[0.6, -0.5], [0.0, 1.0], [-0.2, 0.25]])
+    found = accuracy.relative_errors(computed, truth, targets, Dtype.FLOAT32)
+    assert found["loss"] == pytest.approx({"max": 0.25, "median": 0.1})
+    # No float32 is near 1e-50: nobody's error.
+    assert found["target"] == pytest.approx({"max": 0.2, "median": 0.1})
+    assert found["others"] == pytest.approx({"max": 0.2, "median": 0.1})
+    second, true = ((losses[1:2], gradients[1:2]) for losses, gradients in (computed, truth))
+    alone = accuracy.relative_errors(second, true, targets[1:2], Dtype.FLOAT32)
+    assert alone["loss"] == pytest.approx({"max": 0.25, "median": 0.25})
+    assert alone["target"] is alone["others"] is None
 
 
-def test_the_target_leads_by_what_was_asked():
-    logits, targets = accuracy.draw(np.random.default_rng(0), 17.0, Dtype.FLOAT32, 50, 4)
-    ordered = np.sort(np.asarray(logits), axis=-1)
-    np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, rtol=1e-6)
+@pytest.mark.parametrize("dtype", Dtype)
+def test_the_target_leads_by_what_was_asked(dtype: Dtype):
+    logits, targets = accuracy.draw(dtype, 17.0, 0.0, 50, 4)
+    assert logits.dtype == jnp.dtype(dtype)
+    ordered = np.sort(f64(logits), axis=-1)
+    rounding = 32 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, atol=rounding)
     assert (np.argmax(logits, axis=-1) == targets).all()
+    same, _ = accuracy.draw(dtype, 3.0, 0.0, 50, 4)
+    assert ((f64(same) != f64(logits)).sum(axis=-1) == 1).all()  # only the target is another
+
+
+def test_an_offset_is_rounded_with_the_logits_and_the_truth_is_of_what_is_left():
+    logits, targets = accuracy.draw(Dtype.BFLOAT16, 5.0, 1e4, 50, 4)
+    assert (f64(logits) == 9984).all()  # bfloat16 numbers are 64 apart there
+    losses, gradients = accuracy.exact(logits, targets)
+    np.testing.assert_allclose(losses, math.log(50), rtol=1e-14)
+    np.testing.assert_allclose(gradients[np.arange(4), targets], -0.98, rtol=1e-14)
+
+
+def test_torch_differentiates_each_loss_by_itself():
+    pytest.importorskip("torch")
+    (contender,), _ = contenders.load(contenders.EAGER[Labels.INTEGER], Dtype.FLOAT32)
+    logits, targets = accuracy.draw(Dtype.FLOAT32, 1.0, 0.0, 5, 3)
+    for labels in Labels:
+        (contender,), _ = contenders.load(contenders.EAGER[labels], Dtype.FLOAT32)
+        computed = accuracy.evaluate(contender, logits, targets, labels)
+        for got, true in zip(computed, accuracy.exact(logits, targets), strict=True):
+            np.testing.assert_allclose(got, true, rtol=1e-5)
+
+
+def test_overtraining_records_what_the_losses_say_and_what_is_so(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    two = contenders.LOGITS[Labels.INTEGER][:2]
+    monkeypatch.setattr(contenders, "LOGITS", {Labels.INTEGER: two})
+    section = overtraining.measure(60, looks=4)
+    runs = {run["name"]: run for run in section["runs"]}
+    assert list(runs) == ["jaxsoftmax", "optax"]
+    assert section["steps"][0] == 0
+    assert section["steps"][-1] == 60
+    for run in runs.values():
+        assert all(
+            len(run[key]) == len(section["steps"])
+            for key in run
+            if key != "name" and isinstance(run[key], list)
+        )
+        np.testing.assert_allclose(run["loss"], run["exact_loss"], rtol=1e-4)
+        assert run["accuracy"][0] < 0.5
+        assert run["accuracy"][-1] > 0.99
+        assert (run["loss_zero"], run["gradient_zero"]) == (-1, -1)
+    table = overtraining.as_markdown(section | {"command": "python -m bench overtraining"})
+    assert "| optax | never | never |" in table
+
+
+def test_overtraining_holds_a_loss_against_float64():
+    """Two examples, by hand: a linear classifier whose targets lead by 20 and by 40 nats."""
+    weights = jnp.diag(jnp.array([20.0, 40.0]))
+    params = [(weights, jnp.zeros(2))]
+    x, y = jnp.eye(2), jnp.array([0, 1])
+    tails = np.exp([-20.0, -40.0]) / (1 + np.exp([-20.0, -40.0]))
+    dz = np.array([[-tails[0], tails[0]], [tails[1], -tails[1]]]) / 2
+    norm = np.linalg.norm(np.concatenate([dz.ravel(), dz.sum(axis=0)]))
+    for name, loss, _ in contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)[0]:
+        found = overtraining.judge(params, x, y, loss=loss)
+        assert found["exact_loss"] == pytest.approx(np.log1p(np.exp([-20, -40])).mean(), rel=1e-12)
+        assert found["exact_gradient_norm"] == pytest.approx(norm, rel=1e-6)
+        assert found["smallest_lead"] == 20
+        assert found["accuracy"] == 1
+        if name == contenders.OURS:
+            assert found["loss"] == pytest.approx(found["exact_loss"], rel=1e-6)
+            assert found["gradient_error"] < 1e-6
+        else:
+            # The target's entries are lost, the others are right: half of dz, and of its sums.
+            kept = np.where(dz > 0, dz, 0)
+            lost = np.concatenate([(kept - dz).ravel(), (kept - dz).sum(axis=0)])
+            assert found["loss"] == 0
+            assert found["gradient_error"] == pytest.approx(np.linalg.norm(lost) / norm, rel=1e-3)
+
+
+def test_overtraining_steps_are_adams():
+    optax = pytest.importorskip("optax")
+    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 3
+    state = overtraining.initial((4, 5, 3))
+    params = state.params
+    loss = overtraining.OURS
+    optimizer = optax.adam(overtraining.LEARNING_RATE)
+    slots = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(5):
+            gradient = jax.grad(lambda p: loss(model.apply(p, x, 3), y).mean())(params)
+            updates, slots = optimizer.update(gradient, slots)
+            params = optax.apply_updates(params, updates)
+    taken = overtraining.train(state, x, y, 5, loss=loss).params
+    for mine, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(f64(mine), f64(theirs), rtol=1e-5, atol=1e-7)
+
+
+def test_overtraining_notices_zero_at_its_step():
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.where(labels == 0, jnp.maximum(logits[:, 0], 0), 0)
+
+    state = overtraining.initial((1, 2))
+    params = [(jnp.zeros((1, 2)), jnp.array([2.5 * overtraining.LEARNING_RATE, 0.0]))]
+    x, y = jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
+    # Adam's first steps are of one size, so the bias is below 0 after three.
+    state = overtraining.train(state._replace(params=params), x, y, 10, loss=loss)
+    assert (int(state.step), int(state.loss_zero), int(state.gradient_zero)) == (10, 3, 3)
 
 
 def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
@@ -336,6 +455,12 @@ def test_the_readme_shows_the_committed_results():
     assert readme == report.render(readme, files)
     sharding = report.SHARDING.read_text(encoding="utf-8")
     assert sharding == report.render(sharding, files, report.MESH_BLOCKS)
+    benchmarks = report.BENCHMARKS.read_text(encoding="utf-8")
+    assert benchmarks == report.render(benchmarks, files, report.BENCHMARKS_BLOCKS)
+    for stem in report.FIGURES:
+        assert f"(figures/{stem}.png)" in benchmarks
+        for kind in ("png", "svg"):
+            assert (report.FIGURES_FOLDER / f"{stem}.{kind}").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -344,11 +469,13 @@ def sections() -> dict[str, Any]:
     timed = speed.measure(
         [Shape(4, 8), Shape(2, 5)], speed.DTYPES, speed.MODES, Labels.INTEGER, repeats=2
     )
-    exact = accuracy.measure(Dtype.FLOAT32, Labels.INTEGER, [1.0, 30.0], classes=5, rows=1)
+    exact = accuracy.measure(
+        list(Dtype), Labels.INTEGER, [1.0, 30.0], [0.0, 1e4], classes=5, rows=1
+    )
     heads = [head.Head(8, 4, 16, Dtype.FLOAT32), head.Head(4, 3, 5, Dtype.BFLOAT16)]
     return {
         "speed/integer": timed | {"command": "python -m bench speed"},
-        "accuracy/float32/integer": exact | {"command": "python -m bench accuracy"},
+        "accuracy/integer": exact | {"command": "python -m bench accuracy"},
         "speed/linear": head.measure(heads, repeats=2)
         | {"command": "python -m bench speed --op linear"},
         "memory": memory.measure(heads, [memory.HERE]) | {"command": "python -m bench memory"},
@@ -384,6 +511,10 @@ def test_report_writes_the_readme_between_the_markers(
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "MESH_BLOCKS", {})
+    monkeypatch.setattr(report, "BENCHMARKS_BLOCKS", {})
+    monkeypatch.setattr(report, "FIGURES_FOLDER", tmp_path)
+    left = {stem: report.FIGURES[stem] for stem in ("accuracy", "overtraining")}
+    monkeypatch.setattr(report, "FIGURES", left)  # of these, one has its section
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)
@@ -401,6 +532,10 @@ def test_report_writes_the_readme_between_the_markers(
     report.command()
     assert "stale" not in readme.read_text("utf-8")
     assert outside() == before
+    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
+    assert sorted(drawn) == ["accuracy.png", "accuracy.svg"]
+    report.draw(report.committed())
+    assert drawn == {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
     report.command(check=True)
 
 
@@ -501,8 +636,55 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dic
     alone = report.render(readme, [one, {}])
     assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
     assert report.render(both, [one]) == alone
-    with pytest.raises(ValueError, match=r"accuracy/float32/integer.*python -m bench accuracy"):
+    with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
         report.render(readme, [{"speed/integer": one["speed/integer"]}])
+
+
+def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
+    section = sections["accuracy/integer"]
+    names: dict[Dtype, list[str]] = {dtype: [] for dtype in Dtype}
+    for one in section["series"]:
+        if one["offset"] == 0:
+            names[Dtype(one["dtype"])].append(one["name"])
+    for figure in (accuracy.figure(section), accuracy.figure_of_offsets(section)):
+        assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
+            f"{dtype} logits" for dtype in Dtype
+        ]
+        for axes, dtype in zip(figure.axes, [*Dtype] * 2, strict=True):
+            lines = {line.get_label(): line for line in axes.lines}
+            for name in names[dtype]:
+                assert lines.pop(name).get_color() == figures.STYLES[name]["color"]
+            assert len(lines) == 1  # 100 %
+    by_lead, by_offset = accuracy.figure(section), accuracy.figure_of_offsets(section)
+    (optax,) = (line for line in by_lead.axes[0].lines if line.get_label() == "optax")
+    np.testing.assert_array_equal(optax.get_xdata(), [1, 30])
+    assert np.max(optax.get_ydata()) == 1
+    assert "below float16's" in by_lead.axes[5].texts[0].get_text()
+    assert "numbers\nare 64\napart" in by_offset.axes[1].texts[0].get_text()
+
+
+def test_an_exact_zero_is_drawn_and_the_step_of_a_zero_loss_is_marked():
+    numbers = {
+        "loss": [1.0, 1e-6, 0.0],
+        "exact_loss": [1.0, 1e-6, 1e-9],
+        "gradient_norm": [1.0, 1e-6, 1e-9],
+        "exact_gradient_norm": [1.0, 1e-6, 2e-9],
+        "gradient_error": [0.0, 1e-3, 0.5],
+        "accuracy": [0.1, 1.0, 1.0],
+        "smallest_lead": [-1.0, 5.0, 20.0],
+    }
+    section = {
+        "environment": environment.describe(),
+        "steps": [0, 100, 1000],
+        "runs": [{"name": "optax", "loss_zero": 123, "gradient_zero": -1} | numbers],
+    }
+    loss, norm, error = overtraining.figure(section).axes
+    for axes in (loss, error):
+        assert np.min(axes.lines[0].get_ydata()) == overtraining.LEAST
+    assert loss.yaxis.get_major_formatter()(overtraining.LEAST, 0) == "0"
+    assert "optax: exactly 0,\nfirst at step 123" in [text.get_text() for text in loss.texts]
+    assert not any("exactly 0" in text.get_text() for text in norm.texts)
+    np.testing.assert_array_equal(norm.lines[-1].get_xdata(), 100)  # every example is right
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is measured. One module a package, each a few plain functions; the tables below name them.
 
-A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `HEAD` takes
+A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `EAGER` takes the
+same and returns the losses and the gradient of each, as NumPy arrays; one of `HEAD` takes
 `(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
 a package that is not installed shows when the module is loaded, and only then.
 """
@@ -52,6 +53,11 @@ LOGITS = {
         Entry("optax, no upcast", "with_optax", "dense_labels", half_only=True),
         Entry("jax.nn", "with_jax_nn", "dense_labels"),
     ),
+}
+
+EAGER = {
+    Labels.INTEGER: (Entry("torch", "with_torch", "integer_labels", whole=True, jax=False),),
+    Labels.DENSE: (Entry("torch", "with_torch", "dense_labels", whole=True, jax=False),),
 }
 
 HEAD = (

@@ -1,11 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own linear cross-entropy, eager, on the same memory as the JAX arrays."""
+"""PyTorch's own cross-entropies, eager, on the same memory as the JAX arrays."""
 
 from typing import Any
 
 import jax
+import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
+
+
+def integer_labels(logits: jax.Array, labels: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Take the logits as they come."""
+    return _losses_and_gradients(logits, torch.from_dlpack(labels).long())
+
+
+def dense_labels(logits: jax.Array, labels: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Take logits and labels as they come."""
+    return _losses_and_gradients(logits, torch.from_dlpack(labels))
+
+
+def _losses_and_gradients(logits, labels):
+    z = torch.from_dlpack(logits).detach().requires_grad_()
+    losses = functional.cross_entropy(z, labels, reduction="none")
+    (gradients,) = torch.autograd.grad(losses.sum(), z)
+    return losses.detach().double().numpy(), gradients.double().numpy()
 
 
 def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
