@@ -157,9 +157,23 @@ def in_shard_map(name, layout):
     return jax.shard_map(body, in_specs=(layout.specs(),), out_specs=P())
 
 
+# Variations of the others.
+WIDE = (
+    "data over two axes",
+    "sequence",
+    "vocabulary over two axes",
+    "fsdp, tokens replicated",
+    "fsdp along the vocabulary",
+)
+every_layout = [
+    pytest.param(layout, id=name, marks=[pytest.mark.wide] if name in WIDE else [])
+    for name, layout in LAYOUTS.items()
+]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("way", ["automatic", "explicit", "shard_map"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("layout", every_layout)
 def test_values_and_gradients_are_those_of_one_device(layout, way, name):
     mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
     with jax.set_mesh(mesh):
