@@ -3,14 +3,16 @@
 
 A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `HEAD` takes
 `(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
-a package that is not installed shows when the module is loaded, and only then.
+a package that is not installed shows when the module is loaded, and only then. What JAX cannot
+compile comes from a module with a `program` of its own, in the place of `bench.cases.program`.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bench.cases import Dtype, Labels
+from bench.cases import Dtype, Labels, Mode
+from bench.cases import program as jax_program
 
 OURS = "jaxsoftmax"
 BASELINE = "optax"
@@ -26,7 +28,7 @@ class Entry(NamedTuple):
     half_only: bool = False
     """Left out in float32, where another row computes the same."""
     whole: bool = False
-    """The function returns value and gradients itself."""
+    """The function returns value and gradients itself: it is left out of a forward pass."""
     jax: bool = True
     """The function can be compiled by JAX."""
 
@@ -54,6 +56,15 @@ LOGITS = {
     ),
 }
 
+# Beside those of `LOGITS`, where what is asked for is time or memory.
+TORCH_LOGITS = {
+    labels: (
+        Entry("torch", "with_torch", f"{labels}_labels", jax=False),
+        Entry("torch, compiled", "with_torch_compiled", f"{labels}_labels", jax=False),
+    )
+    for labels in Labels
+}
+
 HEAD = (
     Entry(OURS, "ours", "head_in_forward"),
     Entry("jaxsoftmax, recompute", "ours", "head_recompute"),
@@ -61,8 +72,8 @@ HEAD = (
     Entry("optax, checkpointed chunks", "with_optax", "head_in_chunks"),
     Entry("tokamax", "with_tokamax", "head"),
     Entry("jax-cce", "with_jax_cce", "head"),
-    Entry("torch", "with_torch", "head", whole=True, jax=False),
-    Entry("torch, chunked", "with_torch", "head_in_chunks", whole=True, jax=False),
+    Entry("torch", "with_torch", "head", jax=False),
+    Entry("torch, chunked", "with_torch", "head_in_chunks", jax=False),
     Entry("three products", "products", "head", whole=True),
 )
 
@@ -77,6 +88,9 @@ NOTES = {
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",
     "tokamax": "its implementation for all platforms, xla",
+    "torch": "eager, on the memory of the JAX arrays",
+    "torch, compiled": "the loss through torch.compile",
+    "torch, chunked": "over chunks, with the options PyTorch chooses",
     "three products": "the matrix products of the plain head and nothing else",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
@@ -109,3 +123,12 @@ def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[
         else:
             found.append(Contender(entry.name, getattr(module, entry.function), entry))
     return found, left_out
+
+
+def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., Any]:
+    """Turn a contender into what is timed, as `bench.cases.program`; JAX's are not yet compiled."""
+    _, function, entry = contender
+    if entry.jax:
+        return jax_program(function, mode, parameters, whole=entry.whole)
+    module = importlib.import_module(f"{__name__}.{entry.module}")
+    return module.program(function, mode, parameters)

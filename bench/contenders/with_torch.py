@@ -1,25 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own linear cross-entropy, eager, on the same memory as the JAX arrays."""
+"""PyTorch's own losses, eager, on the same memory as the JAX arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
+from bench.cases import LEARNING_RATE, Mode
 
-def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+
+def integer_labels(logits: Any, labels: Any) -> Any:
+    """Return one loss a row."""
+    return functional.cross_entropy(logits, labels.long(), reduction="none")
+
+
+def dense_labels(logits: Any, labels: Any) -> Any:
+    """Return one loss a row."""
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def head(hidden: Any, kernel: Any, labels: Any) -> Any:
     """Materialise the logits."""
-    return _value_and_gradients(hidden, kernel, labels, None)
+    return functional.linear_cross_entropy(hidden, kernel.T, labels.long())
 
 
-def head_in_chunks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+def head_in_chunks(hidden: Any, kernel: Any, labels: Any) -> Any:
     """Go over chunks, with the options PyTorch chooses."""
-    return _value_and_gradients(hidden, kernel, labels, torch.nn.LinearCrossEntropyOptions())
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(hidden, kernel.T, labels.long(), options=options)
 
 
-def _value_and_gradients(hidden, kernel, labels, options):
-    x, w, y = (torch.from_dlpack(array) for array in (hidden, kernel.T, labels))
-    x, w = (tensor.detach().requires_grad_() for tensor in (x, w))
-    loss = functional.linear_cross_entropy(x, w, y.long(), options=options)
-    return loss, *torch.autograd.grad(loss, (x, w))
+def program(loss: Callable[..., Any], mode: Mode, parameters: int) -> Callable[..., Any]:
+    """As `bench.cases.program`; a training step writes into the memory that it was handed."""
+
+    def run(*inputs: Any) -> Any:
+        tensors = [torch.from_dlpack(array) for array in inputs]
+        if mode is Mode.FORWARD:
+            with torch.no_grad():
+                return _computed(loss(*tensors))
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:parameters]]
+        value = loss(*leaves, *tensors[parameters:]).mean()
+        gradients = torch.autograd.grad(value, leaves)
+        if mode is Mode.VALUE_AND_GRAD:
+            return _computed(value.detach()), gradients
+        for tensor, gradient in zip(tensors, gradients, strict=False):
+            tensor.sub_(gradient, alpha=LEARNING_RATE)
+        return _computed(value.detach()), inputs[:parameters]
+
+    return run
+
+
+def _computed(tensor: Any) -> Any:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return tensor
