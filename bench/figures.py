@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench import contenders
 from bench.cases import Mode
@@ -42,6 +43,7 @@ def speed_vocabulary(section: dict[str, Any]) -> Figure:
         f"linear head, value and gradient: {first['tokens']} tokens, width {first['hidden']}, "
         f"{first['dtype']}\n{section['environment']['device']}",
         "ms",
+        scale="linear",
     )
 
 
@@ -58,23 +60,29 @@ def memory_vocabulary(section: dict[str, Any]) -> Figure:
         f"linear head, value and gradient: {first['tokens']} tokens, width {first['hidden']}, "
         f"{first['dtype']}\ncompiled for TPU {first['target']}",
         "temporary MB",
+        scale="log",
     )
 
 
-def _against_vocabulary(points: Iterable[tuple[int, str, float]], title: str, unit: str) -> Figure:
+def _against_vocabulary(
+    points: Iterable[tuple[int, str, float]], title: str, unit: str, *, scale: str
+) -> Figure:
     lines: dict[str, list[tuple[int, float]]] = {}
     for classes, name, value in points:
         if name in STYLES:
             lines.setdefault(name, []).append((classes, value))
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for name, found in lines.items():
+    # The legend is in the order of the lines at their right ends.
+    for name, found in sorted(lines.items(), key=lambda line: -max(line[1])[1]):
         axes.plot(*zip(*sorted(found), strict=True), label=name, **STYLES[name])
-    ticks = sorted({classes for found in lines.values() for classes, _ in found})
-    axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=unit)
-    axes.set_xticks(ticks, [f"{classes // 1000}k" for classes in ticks])
-    axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="classes", ylabel=unit, yscale=scale)
+    axes.set_xlim(left=0)
+    if scale == "linear":
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize="medium")

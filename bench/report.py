@@ -51,11 +51,16 @@ MESH_BLOCKS: Blocks = {
 BENCHMARKS_BLOCKS: Blocks = {
     "speed": ("speed/integer", speed_tables.details),
     "speed --op linear": ("speed/linear", speed_tables.details),
+    SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
     "memory": ("memory", memory.as_markdown),
+    MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.as_markdown),
+    "memory --peak": (peak.KEY, peak.as_markdown),
 }
 
 # A figure of docs/figures by its name there: its section, who draws it.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+    "speed_vocabulary": (SPEED_BY_MODEL, figures.speed_vocabulary),
+    "memory_vocabulary": (MEMORY_BY_MODEL, figures.memory_vocabulary),
 }
 
 

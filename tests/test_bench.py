@@ -621,6 +621,7 @@ def test_a_training_step_descends_and_writes_where_it_read():
         assert step.memory_analysis().alias_size_in_bytes >= 4 * 5 * (6 + 16)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
 @pytest.mark.parametrize("mode", Mode)
 def test_torch_computes_the_same(mode: Mode):
     pytest.importorskip("torch")
