@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from bench import contenders
 from bench.cases import Mode
@@ -43,7 +42,6 @@ def speed_vocabulary(section: dict[str, Any]) -> Figure:
         f"linear head, value and gradient: {first['tokens']} tokens, width {first['hidden']}, "
         f"{first['dtype']}\n{section['environment']['device']}",
         "ms",
-        scale="linear",
     )
 
 
@@ -60,13 +58,10 @@ def memory_vocabulary(section: dict[str, Any]) -> Figure:
         f"linear head, value and gradient: {first['tokens']} tokens, width {first['hidden']}, "
         f"{first['dtype']}\ncompiled for TPU {first['target']}",
         "temporary MB",
-        scale="log",
     )
 
 
-def _against_vocabulary(
-    points: Iterable[tuple[int, str, float]], title: str, unit: str, *, scale: str
-) -> Figure:
+def _against_vocabulary(points: Iterable[tuple[int, str, float]], title: str, unit: str) -> Figure:
     lines: dict[str, list[tuple[int, float]]] = {}
     for classes, name, value in points:
         if name in STYLES:
@@ -76,11 +71,9 @@ def _against_vocabulary(
     # The legend is in the order of the lines at their right ends.
     for name, found in sorted(lines.items(), key=lambda line: -max(line[1])[1]):
         axes.plot(*zip(*sorted(found), strict=True), label=name, **STYLES[name])
-    axes.set(xlabel="classes", ylabel=unit, yscale=scale)
+    axes.set(xlabel="classes", ylabel=unit)
     axes.set_xlim(left=0)
-    if scale == "linear":
-        axes.set_ylim(bottom=0)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(color="0.9")
