@@ -181,6 +181,7 @@ FUNCTIONS = [
     ),
 ]
 
+
 def _world(world):
     return f"{world[0]}-{world[1]}"
 
