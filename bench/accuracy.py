@@ -2,8 +2,6 @@
 """`python -m bench accuracy`: error of loss and gradient as the target's lead grows."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -17,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich import box
 from rich.table import Table
 
-from bench import contenders, environment, figures, markdown, results, terminal
+from bench import contenders, environment, figures, markdown, options, results, terminal
 from bench.cases import Dtype, Labels
 
 KEY = "accuracy/{}"  # by labels
@@ -26,8 +24,8 @@ LEADS = (
     *(30.0, 35.0, 40.0, 50.0, 60.0, 70.0, 75.0, 80.0, 82.0, 84.0, 86.0, 88.0, 90.0),
 )
 OFFSETS = (0.0, 10.0, 100.0, 1000.0, 10000.0)
+TOKENS = 8
 CLASSES = 1000
-ROWS = 8
 DIGITS = 80
 
 # Of what was measured, what the tables show, and the lead at which offsets are compared: small
@@ -45,6 +43,8 @@ QUANTITIES = {
 
 def command(
     *,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of random logits.")] = TOKENS,
+    vocab: Annotated[int, typer.Option(min=2, help="Number of classes.")] = CLASSES,
     dtypes: Annotated[
         list[Dtype] | None,
         typer.Option("--dtype", help="A dtype of the logits; repeatable.", show_default="all"),
@@ -69,15 +69,8 @@ def command(
             show_default=", ".join(f"{offset:g}" for offset in OFFSETS),
         ),
     ] = None,
-    classes: Annotated[int, typer.Option(min=2, help="Classes a row.")] = CLASSES,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of random logits.")] = ROWS,
-    json: Annotated[
-        Path | None,
-        typer.Option(
-            help="The results file; its other sections are kept.",
-            show_default=results.DEFAULT,
-        ),
-    ] = None,
+    device: options.Device = None,
+    json: options.Json = None,
 ) -> None:
     """Compare loss and gradient with 80-digit arithmetic as the target pulls ahead.
 
@@ -85,32 +78,32 @@ def command(
     target, and of its other entries; the file has the medians too. 100 % means that zero came
     back. A complete run takes about two minutes.
     """
-    complete = not (dtypes or leads or offsets) and (classes, rows) == (CLASSES, ROWS)
+    environment.use(device)
+    chosen = {
+        "tokens": tokens if tokens != TOKENS else None,
+        "vocab": vocab if vocab != CLASSES else None,
+        "dtype": dtypes,
+        "lead": leads,
+        "offset": offsets,
+    }
+    complete = not any(chosen.values())
     path = results.destination(json, complete=complete)
     section = measure(
         dtypes or list(Dtype),
         labels,
         leads or LEADS,
         offsets or OFFSETS,
-        classes=classes,
-        rows=rows,
+        tokens=tokens,
+        classes=vocab,
     )
-    section["command"] = results.command_line(
-        "accuracy",
-        {
-            "dtype": dtypes,
-            "labels": labels if labels != Labels.INTEGER else None,
-            "lead": leads,
-            "offset": offsets,
-            "classes": classes if classes != CLASSES else None,
-            "rows": rows if rows != ROWS else None,
-        },
-    )
+    what = {"labels": labels if labels is not Labels.INTEGER else None}
+    section["command"] = results.command_line("accuracy", what | chosen)
     console = terminal.output()
     for table in tables(section):
         console.print(table, "")
     if path:
-        results.save(path, KEY.format(labels), section)
+        key = KEY.format(labels) if complete else results.key(section)
+        results.save(path, key, section)
         terminal.notes.print(f"written: {path}")
 
 
@@ -120,8 +113,8 @@ def measure(
     leads: Sequence[float],
     offsets: Sequence[float],
     *,
+    tokens: int = TOKENS,
     classes: int = CLASSES,
-    rows: int = ROWS,
 ) -> dict[str, Any]:
     """Take every contender's largest and median relative errors at every lead and offset.
 
@@ -130,14 +123,14 @@ def measure(
         labels: how the targets are given; dense ones are one-hot.
         leads: nats from the target's logit down to the largest other.
         offsets: what is added to all logits, before they are rounded to their dtype.
+        tokens: rows of normal logits of scale 1, the same everywhere but for lead and rounding.
         classes: length of a row.
-        rows: rows of normal logits of scale 1, the same everywhere but for lead and rounding.
 
     Returns:
         A section of the results file. A series has an error, or None, for each lead.
     """
-    entries = (*contenders.LOGITS[labels], *contenders.EAGER[labels])
-    found = {dtype: contenders.load(entries, dtype) for dtype in dtypes}
+    entries = contenders.LOGITS[labels] + contenders.TORCH_LOGITS[labels][:1]
+    found = {dtype: _load(entries, dtype, labels, tokens, classes) for dtype in dtypes}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
     for line in left_out:
         terminal.notes.print(line)
@@ -150,7 +143,7 @@ def measure(
                 progress.update(task, description=f"{dtype}, offset {offset:g}", refresh=True)
                 seen: dict[str, list[Any]] = {one.name: [] for one in found[dtype][0]}
                 for lead in leads:
-                    logits, targets = draw(dtype, lead, offset, classes, rows)
+                    logits, targets = draw(dtype, lead, offset, tokens, classes)
                     truth = exact(logits, targets)
                     for one in found[dtype][0]:
                         computed = evaluate(one, logits, targets, labels)
@@ -161,16 +154,34 @@ def measure(
                     for name, errors in seen.items()
                 ]
 
-    torch = any(line["name"] == "torch" for line in series)
     return {
-        "environment": environment.describe(*["torch"] * torch),
+        "environment": environment.describe(),
         "labels": labels.value,
+        "tokens": tokens,
         "classes": classes,
-        "rows": rows,
         "leads": list(leads),
         "left_out": left_out,
         "series": series,
     }
+
+
+def _load(
+    entries: Sequence[contenders.Entry], dtype: Dtype, labels: Labels, tokens: int, classes: int
+) -> tuple[list[contenders.Contender], list[str]]:
+    """As `contenders.load`, without those that cannot do it: PyTorch may lack our device."""
+    found, left_out = contenders.load(entries, dtype)
+    logits, targets = draw(dtype, 0.0, 0.0, tokens, classes)
+    able = []
+    for one in found:
+        try:
+            evaluate(one, logits, targets, labels)
+        except Exception as error:  # a peer that cannot do a case must not end the run
+            if one.entry.module == "ours":
+                raise
+            left_out.append(contenders.failure(dtype, one.name, error))
+        else:
+            able.append(one)
+    return able, left_out
 
 
 def _by_lead(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -184,17 +195,17 @@ def _by_lead(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(
-    dtype: Dtype, lead: float, offset: float, classes: int, rows: int
+    dtype: Dtype, lead: float, offset: float, tokens: int, classes: int
 ) -> tuple[jax.Array, np.ndarray]:
     """Draw normal logits and put a random target `lead` above the largest of the others.
 
     Returns:
-        Logits `[rows, classes]`, rounded to `dtype`, and targets `[rows]`.
+        Logits `[tokens, classes]`, rounded to `dtype`, and targets `[tokens]`.
     """
     rng = np.random.default_rng(0)
-    logits = rng.standard_normal((rows, classes))
-    targets = rng.integers(classes, size=rows)
-    at_target = np.arange(rows), targets
+    logits = rng.standard_normal((tokens, classes))
+    targets = rng.integers(classes, size=tokens)
+    at_target = np.arange(tokens), targets
     logits[at_target] = -np.inf
     logits[at_target] = logits.max(axis=-1) + lead
     return jnp.asarray(logits + offset, dtype), targets
@@ -206,7 +217,7 @@ def exact(logits: jax.Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarra
     The logits are taken as they are, so rounding them to their dtype is nobody's error.
 
     Returns:
-        Losses `[rows]` and gradients `[rows, classes]`, rounded to float64 at the end.
+        Losses `[tokens]` and gradients `[tokens, classes]`, rounded to float64 at the end.
     """
     losses, gradients = [], []
     with mpmath.workdps(DIGITS):
@@ -227,19 +238,8 @@ def evaluate(
     arrays = jnp.asarray(targets, jnp.int32)
     if labels is Labels.DENSE:
         arrays = jax.nn.one_hot(arrays, logits.shape[-1], dtype=logits.dtype)
-    function = contender.function
-    if not contender.entry.whole:
-        function = partial(_losses_and_gradients, function)
-    losses, gradients = function(logits, arrays)
+    losses, gradients = contenders.losses_and_gradients(contender)(logits, arrays)
     return np.asarray(losses, np.float64), np.asarray(gradients, np.float64)
-
-
-@partial(jax.jit, static_argnums=0)
-def _losses_and_gradients(
-    loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
-    return losses, pullback(jnp.ones_like(losses))[0]
 
 
 def relative_errors(
@@ -324,7 +324,7 @@ def _rows(series: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[list[s
 
 def _drawn(section: dict[str, Any]) -> str:
     return (
-        f"Logits: {section['rows']} rows of {section['classes']} standard normal numbers, the "
+        f"Logits: {section['tokens']} rows of {section['classes']} standard normal numbers, the "
         "target's raised to lead the largest other by so many nats"
     )
 
@@ -449,7 +449,7 @@ def figure(section: dict[str, Any]) -> Figure:
         (one,) = _of(section, dtype=dtype, name=name, offset=0.0)
         return np.array(one[quantity][which], np.float64)
 
-    drawn, grid = _panels(section, leads, errors)
+    drawn, grid = _panels(section, leads, errors, marker="")
     for (quantity, dtype), axes in grid.items():
         axes.set_xlim(0, leads[-1])
         held = ~np.isnan(errors(dtype, contenders.OURS, quantity, "max"))
@@ -478,7 +478,7 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
         return np.array([one[quantity][which][place] for one in series], np.float64)
 
     lead = section["leads"][place]
-    drawn, grid = _panels(section, np.arange(len(offsets)), errors, marker="o", markersize=5)
+    drawn, grid = _panels(section, np.arange(len(offsets)), errors, markersize=5)
     for (_, dtype), axes in grid.items():
         axes.set_xlim(-0.3, len(offsets) - 0.6)
         axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: shapes, dtypes and modes, the inputs they need and the bytes they move."""
+"""What is measured: shapes, dtypes and modes, their inputs, bytes and flops."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import typer
 # the last-level cache of nearly every CPU and GPU.
 ROTATION_BYTES = 256 * 2**20
 MOST_COPIES = 512
+LEARNING_RATE = 0.1  # of a training step
 
 
 class Dtype(StrEnum):
@@ -30,6 +33,7 @@ class Mode(StrEnum):
 
     FORWARD = "forward"
     VALUE_AND_GRAD = "value-and-grad"
+    TRAINING_STEP = "training-step"
 
 
 class Labels(StrEnum):
@@ -46,97 +50,274 @@ class Op(StrEnum):
     LINEAR = "linear"
 
 
-class Shape(NamedTuple):
-    """Rows and classes of the logits."""
+class Size(StrEnum):
+    """How much is measured."""
+
+    FAST = "fast"
+    REGULAR = "regular"
+    LARGE = "large"
+
+    def tokens(self, regular: int) -> int:
+        """Scale a number of tokens."""
+        return {Size.FAST: max(1, regular // 16), Size.REGULAR: regular, Size.LARGE: 4 * regular}[
+            self
+        ]
+
+    @property
+    def seconds(self) -> float:
+        """The time for a case, beyond its fewest rounds."""
+        return {Size.FAST: 0.0, Size.REGULAR: 20.0, Size.LARGE: 60.0}[self]
+
+
+TOKENS = 4096  # of a case that the command line gives without them
+
+# Classes and width of the head of a model of that name: one model a vocabulary.
+MODELS = {
+    "llama-2": (32000, 4096),  # 7B
+    "gpt-2": (50257, 768),
+    "llama-3": (128256, 4096),  # 8B
+    "qwen-3": (151936, 4096),  # 8B
+    "gpt-oss": (201088, 2880),  # 20B
+    "gemma-2": (256000, 2304),  # 2B
+    "gemma-3": (262144, 1152),  # 1B
+}
+EVERY_MODEL = "all"
+
+
+class Logits(NamedTuple):
+    """A loss of given logits."""
 
     tokens: int
     classes: int
+    dtype: Dtype
+    labels: Labels = Labels.INTEGER
 
-    def __str__(self) -> str:
-        """Write the shape as the command line takes it."""
+    parameters = 1  # leading inputs that are differentiated
+
+    @property
+    def shape(self) -> str:
+        """The shape alone."""
         return f"{self.tokens}x{self.classes}"
 
+    def bytes(self, mode: Mode) -> int:
+        """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
+        arrays = 2 if self.labels is Labels.DENSE else 1
+        passes = arrays if mode is Mode.FORWARD else 2 * arrays + 1
+        return passes * self.tokens * self.classes * jnp.dtype(self.dtype).itemsize
 
-SHAPES = (
-    Shape(4096, 32000),
-    Shape(4096, 50257),
-    Shape(512, 256000),
-    Shape(65536, 1000),
-    Shape(16384, 10),
+    def flops(self, mode: Mode) -> int:
+        """No matrix product: never what limits."""
+        del mode
+        return 0
+
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """Draw normal logits of scale 1 and random labels, as many copies as outgrow the caches.
+
+        Returns:
+            Pairs `(logits, labels)`: logits `[tokens, classes]` of `dtype`; labels `[tokens]`
+            int32, or `[tokens, classes]` of `dtype` whose rows are distributions.
+        """
+        rng = np.random.default_rng(0)
+        shape = self.tokens, self.classes
+
+        def draw() -> tuple[jax.Array, jax.Array]:
+            logits = jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+            if self.labels is Labels.INTEGER:
+                return logits, jnp.asarray(rng.integers(self.classes, size=self.tokens), jnp.int32)
+            weights = rng.random(shape, np.float32)
+            weights /= weights.sum(axis=-1, keepdims=True)
+            return logits, jnp.asarray(weights, self.dtype)
+
+        size = math.prod(shape) * jnp.dtype(self.dtype).itemsize
+        return _copies(draw, size)
+
+
+class Head(NamedTuple):
+    """A linear head: tokens, width and classes, and the dtype of hidden and kernel."""
+
+    tokens: int
+    hidden: int
+    classes: int
+    dtype: Dtype
+
+    parameters = 2
+
+    @property
+    def shape(self) -> str:
+        """The shape alone."""
+        return f"{self.tokens}x{self.hidden}x{self.classes}"
+
+    def __str__(self) -> str:
+        """As the tables say it."""
+        return f"{self.shape} {self.dtype}"
+
+    def bytes(self, mode: Mode) -> int:
+        """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
+        operands = self.hidden * (self.tokens + self.classes) * jnp.dtype(self.dtype).itemsize
+        return operands if mode is Mode.FORWARD else 2 * operands
+
+    def flops(self, mode: Mode) -> int:
+        """The operations of one matrix product, or of three."""
+        product = 2 * self.tokens * self.hidden * self.classes
+        return product if mode is Mode.FORWARD else 3 * product
+
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """Draw `(hidden, kernel, labels)` with logits of scale 1; copies as `Logits.inputs`."""
+        rng = np.random.default_rng(0)
+
+        def draw() -> tuple[jax.Array, jax.Array, jax.Array]:
+            hidden = rng.standard_normal((self.tokens, self.hidden), np.float32)
+            kernel = rng.standard_normal((self.hidden, self.classes), np.float32)
+            labels = rng.integers(self.classes, size=self.tokens)
+            return (
+                jnp.asarray(hidden, self.dtype),
+                jnp.asarray(kernel / math.sqrt(self.hidden), self.dtype),
+                jnp.asarray(labels, jnp.int32),
+            )
+
+        # What a head computes in between outgrows its inputs: some fewer copies will do.
+        return _copies(draw, 4 * self.bytes(Mode.FORWARD))
+
+
+Case = Logits | Head
+
+BYTES_MODEL = {
+    Labels.INTEGER: "forward reads the logits once; value-and-grad and training-step read them "
+    "twice and write as much once. Class numbers and losses are not counted.",
+    Labels.DENSE: "forward reads logits and labels once; value-and-grad and training-step read "
+    "both twice and write the logits' size once. Losses are not counted.",
+    Op.LINEAR: "forward reads hidden and kernel once, the others write as much again; flops: one "
+    "matrix product forward, three with gradients.",
+}
+
+SHAPES = ((4096, 32000), (4096, 50257), (512, 256000), (65536, 1000), (16384, 10))
+DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16)
+HEADS = (
+    Head(4096, 256, 32768, Dtype.FLOAT32),
+    Head(2048, 768, 32768, Dtype.FLOAT32),
+    Head(2048, 768, 50257, Dtype.FLOAT32),
+    Head(2048, 512, 131072, Dtype.BFLOAT16),
 )
 
 
-class Case(NamedTuple):
-    """One line of questions: every contender is timed on it, in turn."""
-
-    shape: Shape
-    dtype: Dtype
-    mode: Mode
-    labels: Labels
-
-    @property
-    def bytes(self) -> int:
-        """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
-        arrays = 2 if self.labels is Labels.DENSE else 1
-        passes = arrays if self.mode is Mode.FORWARD else 2 * arrays + 1
-        return passes * math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-
-
-BYTES_MODEL = {
-    Labels.INTEGER: "forward reads the logits once; value-and-grad reads them twice and writes "
-    "the gradient once. Class numbers and losses are not counted.",
-    Labels.DENSE: "forward reads logits and labels once; value-and-grad reads both twice and "
-    "writes the gradient once. Losses are not counted.",
-}
-
-
-def parse_shape(text: str) -> Shape:
-    """Read `4096x32000`.
-
-    Raises:
-        typer.BadParameter: the text is not two positive integers around an `x`.
-    """
-    tokens, _, classes = text.lower().partition("x")
-    if not (tokens.isdecimal() and classes.isdecimal() and int(tokens) and int(classes)):
-        raise typer.BadParameter(f"expected TOKENSxCLASSES such as 4096x32000; got {text!r}")
-    return Shape(int(tokens), int(classes))
-
-
-def inputs(shape: Shape, dtype: Dtype, labels: Labels, *, seed: int = 0) -> list[tuple[Any, Any]]:
-    """Draw normal logits of scale 1 and random labels, as many copies as outgrow the caches.
-
-    Returns:
-        Pairs `(logits, labels)`: logits `[tokens, classes]` of `dtype`; labels `[tokens]` int32, or
-        `[tokens, classes]` of `dtype` whose rows are distributions.
-    """
-    rng = np.random.default_rng(seed)
-    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+def _copies(draw: Callable[[], tuple[Any, ...]], size: int) -> list[tuple[Any, ...]]:
     copies = min(MOST_COPIES, math.ceil(ROTATION_BYTES / size))
-
-    def draw() -> tuple[jax.Array, jax.Array]:
-        logits = jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-        if labels is Labels.INTEGER:
-            targets = jnp.asarray(rng.integers(shape.classes, size=shape.tokens), jnp.int32)
-        else:
-            weights = rng.random(shape, np.float32)
-            weights /= weights.sum(axis=-1, keepdims=True)
-            targets = jnp.asarray(weights, dtype)
-        return logits, targets
-
     return jax.block_until_ready([draw() for _ in range(copies)])
 
 
-def program(loss: Callable[..., jax.Array], mode: Mode) -> Callable[..., Any]:
+def choose(
+    default: Sequence[Case],
+    *,
+    tokens: Sequence[int] | None = None,
+    hidden: Sequence[int] | None = None,
+    vocab: Sequence[int] | None = None,
+    dtypes: Sequence[Dtype] | None = None,
+    models: Sequence[str] | None = None,
+    size: Size = Size.REGULAR,
+) -> list[Any]:
+    """Combine what the command line gives with every other, or take the default cases.
+
+    Args:
+        default: the cases of a run that gives none of tokens, hidden, vocab and models. Their kind
+            is the kind of the result.
+        tokens: as given; without them `TOKENS`. Only where they are not given does `size` scale
+            them.
+        hidden: widths of heads; without them the model's.
+        vocab: numbers of classes.
+        dtypes: in place of those of the default cases.
+        models: names of `MODELS`, each a number of classes and a width.
+        size: scales tokens.
+
+    Raises:
+        typer.BadParameter: something is missing or does not go with the rest.
+    """
+    if not (tokens or hidden or vocab or models):
+        scaled = [case._replace(tokens=size.tokens(case.tokens)) for case in default]
+        return list(
+            dict.fromkeys(
+                case._replace(dtype=dtype) for case in scaled for dtype in dtypes or (case.dtype,)
+            )
+        )
+    heads = isinstance(default[0], Head)
+    if hidden and not heads:
+        raise typer.BadParameter("logits have no width", param_hint="--hidden")
+    if not (vocab or models):
+        raise typer.BadParameter(
+            "expected --vocab or --model with --tokens or --hidden", param_hint="--vocab"
+        )
+    if vocab and heads and not hidden:
+        raise typer.BadParameter("expected --hidden with --vocab", param_hint="--hidden")
+    names = MODELS if EVERY_MODEL in (models or ()) else (models or ())
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise typer.BadParameter(
+            f"expected {', '.join((*MODELS, EVERY_MODEL))}; got {unknown[0]!r}",
+            param_hint="--model",
+        )
+    shapes = [(classes, hidden or [width]) for classes, width in map(MODELS.__getitem__, names)]
+    shapes += [(classes, hidden or []) for classes in vocab or ()]
+    combined = itertools.product(tokens or [size.tokens(TOKENS)], shapes, dtypes or DTYPES)
+    if heads:
+        chosen = [
+            Head(count, width, classes, dtype)
+            for count, (classes, widths), dtype in combined
+            for width in widths
+        ]
+    else:
+        chosen = [
+            default[0]._replace(tokens=count, classes=classes, dtype=dtype)
+            for count, (classes, _), dtype in combined
+        ]
+    return list(dict.fromkeys(chosen))
+
+
+def program(
+    loss: Callable[..., jax.Array], mode: Mode, parameters: int = 1, *, whole: bool = False
+) -> Callable[..., Any]:
     """Turn a contender's loss into what is timed.
 
     Args:
-        loss: maps logits and labels to one loss a row.
-        mode: `forward` keeps the losses; `value-and-grad` returns the mean loss and its gradient
-            with respect to the logits.
+        loss: maps the parameters and labels to one loss a row, or their mean.
+        mode: `forward` keeps the losses; `value-and-grad` returns the mean loss and its gradients;
+            `training-step` the mean loss and the parameters after a step of gradient descent.
+        parameters: how many leading arguments are differentiated.
+        whole: the loss returns value and gradients itself.
 
     Returns:
-        A function of logits and labels, all of whose results are to be computed.
+        A function of the inputs, all of whose results are to be computed.
     """
     if mode is Mode.FORWARD:
         return loss
-    return jax.value_and_grad(lambda logits, labels: jnp.mean(loss(logits, labels)))
+    value_and_grad = (
+        loss
+        if whole
+        else jax.value_and_grad(lambda *inputs: jnp.mean(loss(*inputs)), tuple(range(parameters)))
+    )
+    if mode is Mode.VALUE_AND_GRAD:
+        return value_and_grad
+
+    def step(*inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+        value, gradients = value_and_grad(*inputs)
+        return value, tuple(
+            parameter - LEARNING_RATE * gradient
+            for parameter, gradient in zip(inputs, gradients, strict=False)
+        )
+
+    return step
+
+
+def losses_and_gradients(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Turn a contender's loss of logits into what is compared.
+
+    Returns:
+        A function of logits and labels: one loss a row, and each row's gradient of its own loss.
+    """
+    return partial(_losses_and_gradients, loss)
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_and_gradients(
+    loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
+    return losses, pullback(jnp.ones_like(losses))[0]

@@ -6,28 +6,49 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax")
+PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax", "tokamax", "jax-cce", "torch")
 
 
-def describe(*packages: str) -> dict[str, Any]:
-    """Return what a reader needs to compare two results; a package not installed is None.
+class Device(StrEnum):
+    """What to measure on."""
 
-    Args:
-        *packages: what was measured beside `PACKAGES`.
+    CPU = "cpu"
+    GPU = "gpu"
+    TPU = "tpu"
+
+
+def use(device: Device | None) -> None:
+    """Make everything run on this kind of device; None leaves the choice to JAX.
+
+    Raises:
+        typer.BadParameter: JAX finds none.
     """
+    if device:
+        jax.config.update("jax_platforms", "cuda" if device is Device.GPU else device.value)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
+        found = f"JAX finds no {device or 'device'}. {error}".splitlines()[0]
+        raise typer.BadParameter(found, param_hint="--device") from None
+
+
+def describe() -> dict[str, Any]:
+    """Return what a reader needs to compare two results; a package not installed is None."""
     return {
         "device": device_name(),
         "platform": jax.default_backend(),
         "cpus": cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in (*PACKAGES, *packages)},
+        "versions": {package: _version(package) for package in PACKAGES},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

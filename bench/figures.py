@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures have in common: a contender's colour, axes, labels at the lines themselves."""
+"""What the figures have in common: a contender's look, axes, legends, where numbers come from."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,14 +10,24 @@ from matplotlib.figure import Figure
 from bench import contenders, environment
 
 INK, FAINT = "#444444", "#888888"
-# Okabe and Ito's colours, which the colour-blind tell apart. Lines that coincide stay visible: the
-# later ones are narrower or broken, ours is on top.
+
+_OURS = {"color": "#0072b2", "marker": "o", "linewidth": 3.2, "zorder": 4}
+_OPTAX = {"color": "#d55e00", "marker": "s", "linewidth": 2.4}
+_TORCH = {"color": "#cc79a7", "marker": "v", "linewidth": 2.0}
+_VARIANT = {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}
+# Okabe and Ito's colours, which the colour-blind tell apart: a colour a package, ours blue, thick
+# and on top. Lines that coincide stay visible: the later ones are narrower or broken.
 STYLES: dict[str, dict[str, Any]] = {
-    contenders.OURS: {"color": "#0072B2", "linewidth": 3.0, "zorder": 4},
-    contenders.BASELINE: {"color": "#D55E00", "linewidth": 2.6},
-    "optax, no upcast": {"color": "#E69F00", "linewidth": 2.0},
-    "jax.nn": {"color": "#009E73", "linewidth": 2.6, "linestyle": (0, (4, 2))},
-    "torch": {"color": "#CC79A7", "linewidth": 2.0, "linestyle": (3, (2, 4))},
+    contenders.OURS: _OURS,
+    "jaxsoftmax, recompute": _OURS | _VARIANT,
+    contenders.BASELINE: _OPTAX,
+    "optax, no upcast": _OPTAX | {"color": "#e69f00", "linewidth": 2.0},
+    "optax, checkpointed chunks": _OPTAX | _VARIANT,
+    "jax.nn": {"color": "#009e73", "marker": "^", "linewidth": 2.4, "linestyle": (0, (4, 2))},
+    "torch": _TORCH | {"linestyle": (3, (2, 4))},
+    "torch, chunked": _TORCH | _VARIANT,
+    "tokamax": {"color": "black", "marker": "^", "linewidth": 1.6},
+    "jax-cce": {"color": "#56b4e9", "marker": "D", "linewidth": 1.6},
 }
 
 
@@ -26,14 +37,14 @@ def dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """Name the lines of these axes above all panels."""
+def legend(figure: Figure, axes: Axes, *, beside: bool = False) -> None:
+    """Name the lines of these axes above all panels, or in a column beside them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
-        loc="outside upper left",
-        ncols=len(labels),
+        loc="outside right center" if beside else "outside upper left",
+        ncols=1 if beside else len(labels),
         frameon=False,
         handlelength=2.6,
     )
@@ -43,3 +54,35 @@ def origin(figure: Figure, section: dict[str, Any]) -> None:
     """Say below all panels where, with which versions and when the section was measured."""
     words = environment.in_words(section["environment"])
     figure.supxlabel(words, x=0.01, ha="left", fontsize=8, color=FAINT)
+
+
+def against_vocabulary(
+    section: dict[str, Any], points: Iterable[tuple[int, str, float]], *, title: str, unit: str
+) -> Figure:
+    """Draw what heads cost against their number of classes, both from zero.
+
+    Args:
+        section: of the results file.
+        points: classes, contender and cost. Contenders without a style are not drawn.
+        title: above the panel.
+        unit: of the cost.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for classes, name, value in points:
+        if name in STYLES:
+            lines.setdefault(name, []).append((classes, value))
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    dress(axes)
+    # The legend is in the order of the lines at their right ends.
+    for name, found in sorted(lines.items(), key=lambda line: -max(line[1])[1]):
+        axes.plot(*zip(*sorted(found), strict=True), label=name, **STYLES[name])
+    axes.set(xlabel="classes", ylabel=unit)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title(title, loc="left", fontweight="bold")
+    legend(figure, axes, beside=True)
+    origin(figure, section)
+    return figure

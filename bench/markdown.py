@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as the README shows them."""
+"""Tables as README and docs show them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,3 +19,8 @@ def origin(section: dict[str, Any]) -> str:
     """Say how, where, with which versions and when a section was measured."""
     where = environment.in_words(section["environment"])
     return f"Measured by `{section['command']}` on {where}."
+
+
+def megabytes(count: float | None) -> str:
+    """Write bytes as MB; – where nobody can tell."""
+    return "–" if count is None else f"{count / 1e6:.0f}"

@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -11,33 +10,42 @@ import jax.numpy as jnp
 import typer
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench import contenders, environment, head, markdown, results, sharding, terminal, timing
-from bench.cases import Dtype
+from bench import (
+    contenders,
+    environment,
+    figures,
+    markdown,
+    options,
+    peak,
+    results,
+    sharding,
+    terminal,
+    timing,
+)
+from bench.cases import Dtype, Head, Mode, Size, choose
 
+KEY = "memory"
 HERE = "here"
 # Generations of TPU, each by a topology of it: one of its chips is compiled for.
-TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CASES = (
-    head.Head(8192, 2304, 256000, Dtype.BFLOAT16),
-    head.Head(4096, 4096, 128256, Dtype.BFLOAT16),
-    head.Head(2048, 768, 50257, Dtype.FLOAT32),
+    Head(8192, 2304, 256000, Dtype.BFLOAT16),
+    Head(4096, 4096, 128256, Dtype.BFLOAT16),
+    Head(2048, 768, 50257, Dtype.FLOAT32),
 )
 
 
 def command(
     *,
-    cases: Annotated[
-        list[head.Head] | None,
-        typer.Option(
-            "--shape",
-            parser=head.parse,
-            metavar="TOKENSxHIDDENxCLASSES[:DTYPE]",
-            help="A head; repeatable.",
-            show_default=", ".join(map(str, CASES)),
-        ),
-    ] = None,
+    tokens: options.Tokens = None,
+    hidden: options.Hidden = None,
+    vocab: options.Vocab = None,
+    dtypes: options.Dtypes = None,
+    models: options.Models = None,
+    size: options.TheSize = Size.REGULAR,
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,71 +63,99 @@ def command(
             help="Instead: our heads, by layout, over a TPU topology (or 'here'); repeatable.",
         ),
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="The results file; its other sections are kept.", show_default="none"),
-    ] = None,
+    peaks: Annotated[
+        bool,
+        typer.Option(
+            "--peak",
+            help="Instead: run every head, PyTorch's too, on this machine's CPU, each in a process "
+            "of its own, and read how far its resident memory rises.",
+        ),
+    ] = False,
+    device: options.Device = None,
+    json: options.Json = None,
 ) -> None:
     """Compile value and gradient of every JAX head, and read what memory it needs.
 
-    Nothing is run, so shapes may be larger than this machine.
+    Nothing is run but with --peak, so shapes may be larger than this machine.
     """
+    environment.use(device)
     unknown = [target for target in targets or () if target not in (HERE, *TPUS)]
     if unknown:
         raise typer.BadParameter(
             f"expected {', '.join((HERE, *TPUS))}; got {unknown[0]!r}", param_hint="--target"
         )
-    if meshes:
-        _over_meshes(cases or [], meshes, json)
-        return
-    path = results.destination(json, complete=not (cases or targets))
-    section = measure(cases or CASES, targets or (HERE, *TPUS))
-    section["command"] = results.command_line("memory", {"shape": cases, "target": targets})
-    console = terminal.output()
-    console.print(table(section), "")
-    if path:
-        results.save(path, "memory", section)
-        terminal.notes.print(f"written: {path}")
-
-
-def _over_meshes(
-    cases: Sequence[head.Head], meshes: Sequence[sharding.Devices], json: Path | None
-) -> None:
-    if len(cases) != 1:
-        raise typer.BadParameter(f"--mesh needs one head; got {len(cases)}", param_hint="--shape")
-    path = results.destination(json, complete=True)
-    section = {
-        "environment": environment.describe(),
-        "head": str(cases[0]),
-        "command": results.command_line("memory", {"shape": cases, "mesh": meshes}),
-        "meshes": [sharding.measure(cases[0], devices) for devices in meshes],
+    if sum(map(bool, (targets, meshes, peaks))) > 1:
+        raise typer.BadParameter("expected one of them", param_hint="--target, --mesh, --peak")
+    chosen = {
+        "tokens": tokens,
+        "hidden": hidden,
+        "vocab": vocab,
+        "dtype": dtypes,
+        "model": models,
+        "size": size if size is not Size.REGULAR else None,
     }
-    terminal.output().print(sharding.table(section), "")
+    what = {"target": targets, "mesh": meshes, "peak": peaks}
+    complete = not (any(chosen.values()) or targets or meshes)
+    path = results.destination(json, complete=complete)
+    cases = choose(
+        peak.CASES if peaks else CASES,
+        tokens=tokens,
+        hidden=hidden,
+        vocab=vocab,
+        dtypes=dtypes,
+        models=models,
+        size=size,
+    )
+    if meshes:
+        if len(cases) != 1:
+            raise typer.BadParameter(f"expected one head; got {len(cases)}", param_hint="--mesh")
+        section = {
+            "environment": environment.describe(),
+            "head": str(cases[0]),
+            "meshes": [sharding.measure(cases[0], mesh) for mesh in meshes],
+        }
+    elif peaks:
+        section = peak.measure(cases)
+    else:
+        section = measure(cases, targets or (HERE, *TPUS))
+    section["command"] = results.command_line("memory", what | chosen)
+    layout = sharding.table if meshes else peak.table if peaks else table
+    terminal.output().print(layout(section), "")
     if path:
-        results.save(path, sharding.KEY.format(cases[0]), section)
+        key = (peak.KEY if peaks else KEY) if complete else results.key(section)
+        results.save(path, key, section)
         terminal.notes.print(f"written: {path}")
 
 
-def measure(cases: Sequence[head.Head], targets: Sequence[str]) -> dict[str, Any]:
+def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
     """Compile every JAX contender for every case and target.
 
     Returns:
         A section of the results file.
     """
     found, left_out = contenders.load(contenders.HEAD + contenders.TIED, Dtype.BFLOAT16)
+    found = [contender for contender in found if contender.entry.jax]
     measured = []
-    for target in targets:
-        try:
-            device = _device(target)
-        except Exception as error:  # libtpu absent, or it does not know the topology
-            left_out.append(f"left out: {target} ({str(error).splitlines()[0][:120]})")
-            continue
-        for case in cases:
-            rows = []
-            for contender in found:
-                if contender.entry.jax and not (contender.entry.whole and target != HERE):
-                    rows.append({"name": contender.name, **_compile(contender, case, device)})
-            measured.append({**case._asdict(), "target": target, "contenders": rows})
+    with terminal.progress() as progress:
+        task = progress.add_task("", total=len(targets) * len(cases) * len(found))
+        for target in targets:
+            try:
+                device = _device(target)
+            except Exception as error:  # libtpu absent, or it does not know the topology
+                left_out.append(f"left out: {target} ({str(error).splitlines()[0][:120]})")
+                progress.advance(task, len(cases) * len(found))
+                continue
+            for case in cases:
+                rows = []
+                for contender in found:
+                    progress.update(
+                        task, description=f"{target}: {case} {contender.name}", refresh=True
+                    )
+                    if target == HERE or not contender.entry.whole:
+                        compiled = _compile(contender, case, device)
+                        rows.append({"name": contender.name, **compiled})
+                    progress.advance(task)
+                measured.append({**case._asdict(), "target": target, "contenders": rows})
     for line in left_out:
         terminal.notes.print(line)
     return {"environment": environment.describe(), "left_out": left_out, "cases": measured}
@@ -132,7 +168,7 @@ def _device(target: str) -> Any:
     return topologies.get_topology_desc(TPUS[target], platform="tpu").devices[0]
 
 
-def _compile(contender: contenders.Contender, case: head.Head, device: Any) -> dict[str, Any]:
+def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
     sharding = SingleDeviceSharding(device)
     kernel = (case.hidden, case.classes)
     if contender.entry in contenders.TIED:
@@ -145,8 +181,9 @@ def _compile(contender: contenders.Contender, case: head.Head, device: Any) -> d
             ((case.tokens,), jnp.int32),
         )
     ]
+    program = contenders.program(contender, Mode.VALUE_AND_GRAD, case.parameters)
     try:
-        traced = jax.jit(head.program(contender)).trace(*arguments)
+        traced = jax.jit(program).trace(*arguments)
         compiled = traced.lower(lowering_platforms=(device.platform,)).compile()
     except Exception as error:  # too large for the device, or not for it at all
         if contender.entry.module == "ours":
@@ -173,11 +210,43 @@ def table(section: dict[str, Any]) -> Table:
 
 
 def as_markdown(section: dict[str, Any]) -> str:
-    """Lay a section out for the README."""
+    """Lay a section out for docs/benchmarks.md: a table a target."""
+    parts = []
+    for target in dict.fromkeys(case["target"] for case in section["cases"]):
+        parts += [_markdown(_only(section, target)), ""]
+    return "\n".join([*parts, markdown.origin(section)])
+
+
+def in_readme(section: dict[str, Any]) -> str:
+    """Lay a section out for the README: this machine and one TPU."""
+    return f"{_markdown(_only(section, HERE, 'v5e'))}\n\n{markdown.origin(section)}"
+
+
+def figure(section: dict[str, Any]) -> Figure:
+    """Draw temporary memory on the first target against the number of classes."""
+    first = section["cases"][0]
+    section = _only(section, first["target"])
+    return figures.against_vocabulary(
+        section,
+        (
+            (head.classes, name, count / 1e6)
+            for _, head, name, count in rows_of(section)
+            if count is not None
+        ),
+        title=f"linear head, value and gradient: {first['tokens']} tokens, "
+        f"width {first['hidden']}, {first['dtype']}, compiled for {_target(first, section)}",
+        unit="temporary MB",
+    )
+
+
+def _only(section: dict[str, Any], *targets: str) -> dict[str, Any]:
+    return section | {"cases": [case for case in section["cases"] if case["target"] in targets]}
+
+
+def _markdown(section: dict[str, Any]) -> str:
     headings, rows = _columns(section)
     lines = [[name, *cells] for name, cells in rows.items()]
-    text = markdown.table(["temporary MB", *headings], lines, words=1)
-    return "\n".join([text, "", markdown.origin(section)])
+    return markdown.table(["temporary MB", *headings], lines, words=1)
 
 
 def _columns(section: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
@@ -187,12 +256,8 @@ def _columns(section: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
     for case in cases:
         found = {row["name"]: row["temp_bytes"] for row in case["contenders"]}
         for name, cells in rows.items():
-            cells.append(head.megabytes(found.get(name)))
-    headings = [
-        f"{_target(case, section)}: {case['tokens']}x{case['hidden']}x{case['classes']} "
-        f"{case['dtype']}"
-        for case in cases
-    ]
+            cells.append(markdown.megabytes(found.get(name)))
+    headings = [f"{_target(case, section)}: {_head(case)}" for case in cases]
     return headings, rows
 
 
@@ -200,9 +265,12 @@ def _target(case: dict[str, Any], section: dict[str, Any]) -> str:
     return section["environment"]["platform"] if case["target"] == HERE else case["target"]
 
 
-def rows_of(section: dict[str, Any]) -> Iterator[tuple[str, head.Head, str, int | None]]:
+def _head(case: dict[str, Any]) -> Head:
+    return Head(case["tokens"], case["hidden"], case["classes"], Dtype(case["dtype"]))
+
+
+def rows_of(section: dict[str, Any]) -> Iterator[tuple[str, Head, str, int | None]]:
     """Yield every number of a section: target, head, contender, bytes."""
     for case in section["cases"]:
-        shape = head.Head(case["tokens"], case["hidden"], case["classes"], Dtype(case["dtype"]))
         for row in case["contenders"]:
-            yield case["target"], shape, row["name"], row["temp_bytes"]
+            yield case["target"], _head(case), row["name"], row["temp_bytes"]

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -17,7 +16,16 @@ from rich import box
 from rich.table import Table
 
 import jaxsoftmax
-from bench import accuracy, contenders, environment, figures, markdown, results, terminal
+from bench import (
+    accuracy,
+    contenders,
+    environment,
+    figures,
+    markdown,
+    options,
+    results,
+    terminal,
+)
 from bench.cases import Dtype, Labels
 from jaxsoftmax.training import data, model
 
@@ -46,27 +54,23 @@ HEADINGS = (
 def command(
     *,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = STEPS,
-    json: Annotated[
-        Path | None,
-        typer.Option(
-            help="The results file; its other sections are kept.",
-            show_default=results.DEFAULT,
-        ),
-    ] = None,
+    device: options.Device = None,
+    json: options.Json = None,
 ) -> None:
     """Train a small classifier of digits long after it has every training example right.
 
     The same initial parameters and the same steps, by Adam on all examples at once, through each
     contender's loss in float32. A complete run takes about a minute and a half on two cores.
     """
-    path = results.destination(json, complete=steps == STEPS)
+    environment.use(device)
+    complete = steps == STEPS
+    path = results.destination(json, complete=complete)
     section = measure(steps)
-    section["command"] = results.command_line(
-        "overtraining", {"steps": steps if steps != STEPS else None}
-    )
+    chosen = {"steps": None if complete else steps}
+    section["command"] = results.command_line("overtraining", chosen)
     terminal.output().print(as_table(section))
     if path:
-        results.save(path, KEY, section)
+        results.save(path, KEY if complete else results.key(section), section)
         terminal.notes.print(f"written: {path}")
 
 
@@ -292,7 +296,7 @@ def figure(section: dict[str, Any]) -> Figure:
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         figures.dress(axes)
         for run in section["runs"]:
-            look = figures.STYLES[run["name"]]
+            look = figures.STYLES[run["name"]] | {"marker": ""}
             axes.plot(section["steps"], np.maximum(run[key], LEAST), label=run["name"], **look)
             if run["name"] != contenders.OURS and f"exact_{key}" in run:
                 axes.plot(

@@ -1,52 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench report`: from the committed results to tables and figures of README and docs."""
+"""`python -m bench report`: from committed results to the tables and figures of README and docs."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-import matplotlib
+import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
 from bench import (
     accuracy,
     environment,
-    head,
     memory,
     overtraining,
+    peak,
     results,
     sharding,
-    speed,
+    speed_tables,
     terminal,
 )
+from bench.cases import Labels
 
 README = environment.ROOT / "README.md"
 SHARDING = environment.ROOT / "docs" / "sharding.md"
 BENCHMARKS = environment.ROOT / "docs" / "benchmarks.md"
 FIGURES_FOLDER = environment.ROOT / "docs" / "figures"
 
+ACCURACY = accuracy.KEY.format(Labels.INTEGER)
+SPEED_BY_MODEL = (
+    "speed --op linear --tokens 512 --hidden 256 --dtype float32 --model all --mode value-and-grad"
+)
+MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
+
 # A block of a document: the command behind it, its section of a results file, who lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
 Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 BLOCKS: Blocks = {
-    "accuracy": (accuracy.KEY.format("integer"), accuracy.as_markdown),
-    "speed": ("speed/integer", speed.as_markdown),
-    "speed --op linear": (head.KEY, head.as_markdown),
-    "memory": ("memory", memory.as_markdown),
+    "accuracy": (ACCURACY, accuracy.as_markdown),
+    "speed": ("speed/integer", speed_tables.ratios),
+    "speed --op linear": ("speed/linear", speed_tables.over_baseline),
+    "memory": ("memory", memory.in_readme),
 }
 MESH_BLOCKS: Blocks = {
-    f"memory --mesh --shape {shape}": (sharding.KEY.format(shape), sharding.as_markdown)
-    for shape in ("8192x1024x131072:bfloat16", "1048576x8192x1048576:bfloat16")
+    key: (key, sharding.as_markdown)
+    for key in (
+        "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
+        "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
+        "memory --mesh v5p:4x4x4/data=16,vocab=4 "
+        "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
+    )
 }
 BENCHMARKS_BLOCKS: Blocks = {
-    "accuracy": (accuracy.KEY.format("integer"), accuracy.in_all_dtypes),
+    "speed": ("speed/integer", speed_tables.details),
+    "speed --op linear": ("speed/linear", speed_tables.details),
+    SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
+    "memory": ("memory", memory.as_markdown),
+    MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.as_markdown),
+    "memory --peak": (peak.KEY, peak.as_markdown),
+    "accuracy": (ACCURACY, accuracy.in_all_dtypes),
     "overtraining": (overtraining.KEY, overtraining.as_markdown),
 }
 
-# A figure of the docs, by the stem of its files: its section of a results file, who draws it.
+# A figure of docs/figures by its name there: its section, who draws it.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
-    "accuracy": (accuracy.KEY.format("integer"), accuracy.figure),
-    "accuracy_offsets": (accuracy.KEY.format("integer"), accuracy.figure_of_offsets),
+    "speed_vocabulary": (SPEED_BY_MODEL, speed_tables.figure),
+    "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
+    "accuracy": (ACCURACY, accuracy.figure),
+    "accuracy_offsets": (ACCURACY, accuracy.figure_of_offsets),
     "overtraining": (overtraining.KEY, overtraining.figure),
 }
 
@@ -57,19 +77,16 @@ def command(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a document differs.")
     ] = False,
 ) -> None:
-    """Write tables and figures of README and docs from the committed `bench/results/*.json`.
+    """Write tables and figures of README and docs from the committed results, `bench/results`.
 
     Of a document, only what stands between the markers of a block is replaced.
     """
-    documents = (
-        (README, BLOCKS),
-        (SHARDING, MESH_BLOCKS),
-        (BENCHMARKS, BENCHMARKS_BLOCKS),
-    )
+    files = committed()
+    documents = (README, BLOCKS), (SHARDING, MESH_BLOCKS), (BENCHMARKS, BENCHMARKS_BLOCKS)
     for path, blocks in documents:
         try:
             before = path.read_text(encoding="utf-8")
-            after = render(before, committed(), blocks)
+            after = render(before, files, blocks)
         except (OSError, ValueError) as error:
             terminal.notes.print(f"{error}", markup=False)
             raise typer.Exit(1) from None
@@ -82,20 +99,19 @@ def command(
             path.write_text(after, encoding="utf-8")
             terminal.notes.print(f"written: {path}")
     if not check:
-        draw(committed())
+        draw(files)
 
 
 def draw(files: Sequence[dict[str, Any]]) -> None:
-    """Write every figure as PNG and SVG, from the first file that has its section."""
+    """Draw every figure, of the first device that has its section, as PNG and as SVG."""
     for stem, (key, figure) in FIGURES.items():
-        for section in [file[key] for file in files if key in file][:1]:
+        section = sections_of(files, key, key)[0]
+        # The same results give the same files.
+        with mpl.rc_context({"svg.hashsalt": stem}):
             drawn = figure(section)
-            for kind in ("png", "svg"):
-                path = FIGURES_FOLDER / f"{stem}.{kind}"
-                # The same numbers make the same file.
-                with matplotlib.rc_context({"svg.hashsalt": stem}):
-                    drawn.savefig(path, dpi=110, metadata={"Date": None})
-                terminal.notes.print(f"written: {path}")
+            drawn.savefig(FIGURES_FOLDER / f"{stem}.png", dpi=120, metadata={"Software": None})
+            drawn.savefig(FIGURES_FOLDER / f"{stem}.svg", metadata={"Date": None})
+        terminal.notes.print(f"drawn: {FIGURES_FOLDER / stem}.png and .svg")
 
 
 def committed() -> list[dict[str, Any]]:
@@ -118,9 +134,7 @@ def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) 
         ValueError: no file has a block's section, or the markers are not there once each.
     """
     for name, (key, as_markdown) in blocks.items():
-        sections = [file[key] for file in files if key in file]
-        if not sections:
-            raise ValueError(f"no {key} in bench/results: run python -m bench {name}")
+        sections = sections_of(files, key, name)
         parts = []
         for section in sections:
             if len(sections) > 1:
@@ -128,6 +142,18 @@ def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) 
             parts.append(as_markdown(section))
         text = replace(text, name, "\n\n".join(parts))
     return text
+
+
+def sections_of(files: Sequence[dict[str, Any]], key: str, name: str) -> list[dict[str, Any]]:
+    """Find the section that a command measures in the files of all devices.
+
+    Raises:
+        ValueError: no file has it.
+    """
+    found = [file[key] for file in files if key in file]
+    if not found:
+        raise ValueError(f"no {key} in bench/results: run python -m bench {name}")
+    return found
 
 
 def replace(text: str, name: str, content: str) -> str:

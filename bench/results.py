@@ -3,6 +3,8 @@
 
     {"speed/integer": {"command": …, "environment": {…}, "cases": […], …}, "accuracy/…": {…}}
 
+The section of a selection is named by its command.
+
 A section says by itself where and when it was measured, so a file may hold sections of several
 days; a command replaces its own section and keeps the others.
 """
@@ -21,6 +23,7 @@ import typer
 from bench import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PROGRAM = "python -m bench"
 DEFAULT = "bench/results/DEVICE.json for a complete run, none for a selection"
 
 
@@ -82,7 +85,7 @@ def command_line(name: str, options: dict[str, Any]) -> str:
         options: by their name without dashes. None and False are left out, True stands alone, a
             list repeats the option.
     """
-    words = ["python", "-m", "bench", name]
+    words = [*shlex.split(PROGRAM), name]
     for option, value in options.items():
         if value is True:
             words.append(f"--{option}")
@@ -90,6 +93,11 @@ def command_line(name: str, options: dict[str, Any]) -> str:
             for one in value if isinstance(value, list) else [value]:
                 words += [f"--{option}", f"{one:g}" if isinstance(one, float) else str(one)]
     return shlex.join(words)
+
+
+def key(section: dict[str, Any]) -> str:
+    """Name a section by the command of its selection: `memory --peak --model gpt-2`."""
+    return section["command"].removeprefix(f"{PROGRAM} ")
 
 
 def geometric_mean(numbers: Iterable[float]) -> float:

@@ -16,10 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 import jaxsoftmax
-from bench import environment, head, markdown, timing
+from bench import environment, markdown, timing
+from bench.cases import Head
 from bench.collectives import collectives
 
-KEY = "memory/mesh/{}"  # by head
 ORDERS = ("in_forward", "recompute")
 COLUMNS = ("MB a chip", "formula", "of it", "MB sent", "least", "of it", "in the loop")
 
@@ -58,7 +58,7 @@ def layouts() -> dict[str, tuple[Any, Any, Any]]:
     }
 
 
-def measure(case: head.Head, devices: Devices) -> dict[str, Any]:
+def measure(case: Head, devices: Devices) -> dict[str, Any]:
     """Compile value and gradient of a head for every layout; nothing is run.
 
     Returns:
@@ -88,9 +88,7 @@ def _mesh(devices: Devices) -> Mesh:
     return Mesh(grid, ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
 
 
-def _row(
-    case: head.Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: Any
-) -> dict[str, Any]:
+def _row(case: Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: Any) -> dict[str, Any]:
     tokens, width, classes = layout
 
     def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
@@ -131,7 +129,7 @@ class _Shards(NamedTuple):
     classes: int
 
 
-def _formula(case: head.Head, shards: _Shards, gradients: str) -> float:
+def _formula(case: Head, shards: _Shards, gradients: str) -> float:
     """The docstrings' formulas on one device's sizes, and what sharding adds.
 
     That is the kernel gathered where its hidden axis is sharded; and, in recompute, where tokens
@@ -155,7 +153,7 @@ def _formula(case: head.Head, shards: _Shards, gradients: str) -> float:
     return own + gathered
 
 
-def _least_wire(case: head.Head, shards: _Shards, gradients: str) -> float:
+def _least_wire(case: Head, shards: _Shards, gradients: str) -> float:
     """What a device must send at least, by rings.
 
     The kernel gathered once, d_kernel scattered while it is summed (in float32, or in recompute in
@@ -204,11 +202,11 @@ def _cells(section: dict[str, Any]) -> Sequence[list[str]]:
             part["devices"],
             row["layout"],
             row["gradients"],
-            head.megabytes(row["temp_bytes"]),
-            head.megabytes(row["formula_bytes"]),
+            markdown.megabytes(row["temp_bytes"]),
+            markdown.megabytes(row["formula_bytes"]),
             f"{row['temp_bytes'] / row['formula_bytes']:.2f}",
-            head.megabytes(row["wire_bytes"]),
-            head.megabytes(row["least_wire_bytes"]),
+            markdown.megabytes(row["wire_bytes"]),
+            markdown.megabytes(row["least_wire_bytes"]),
             f"{row['wire_bytes'] / row['least_wire_bytes']:.2f}",
             f"{row['loop_wire_bytes'] / 1e6:.1f}",
         ]

@@ -4,7 +4,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-WIDTH = 100  # of a table in a file or a pipe
+WIDTH = 120  # of a table in a file or a pipe
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 

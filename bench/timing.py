@@ -14,6 +14,8 @@ WARM_UP_ROUNDS = 1
 FEWEST_ROUNDS = 5
 MOST_ROUNDS = 300
 
+Program = Callable[..., Any]
+
 
 class Timing(NamedTuple):
     """Seconds a call: the median and the quartiles around it."""
@@ -24,15 +26,16 @@ class Timing(NamedTuple):
 
 
 def compile_ahead(
-    function: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[Callable[..., Any], float]:
-    """Trace, lower and compile for these arguments.
+    function: Program, arguments: Sequence[Any], *, donated: int = 0
+) -> tuple[Program, float]:
+    """Trace, lower and compile for these arguments, whose first `donated` a call consumes.
 
     Returns:
         The compiled program and the seconds that took.
     """
     start = perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    jitted = jax.jit(function, donate_argnums=tuple(range(donated)))
+    compiled = jitted.lower(*arguments).compile()
     return compiled, perf_counter() - start
 
 
@@ -41,37 +44,63 @@ def temporary_bytes(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def caller(
+    inputs: list[tuple[Any, ...]],
+    *,
+    donated: int = 0,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> Callable[[Program], float]:
+    """Return what calls a program on the next inputs, and says how many seconds that took.
+
+    Args:
+        inputs: argument lists to rotate through; one is enough when it fits no cache.
+        donated: how many leading arguments a call consumes. A program that does returns a value
+            and their successors, which take their place in `inputs`: whoever is called next goes on
+            from there, so that all share one set of arrays and none is copied.
+        wait: blocks until all of a call's results are there.
+    """
+    turns = itertools.cycle(range(len(inputs)))
+
+    def call(program: Program) -> float:
+        turn = next(turns)
+        arguments = inputs[turn]
+        start = perf_counter()
+        results = wait(program(*arguments))
+        taken = perf_counter() - start
+        if donated:
+            inputs[turn] = (*results[1], *arguments[donated:])
+        return taken  # the results are dropped here, outside the measured time
+
+    return call
+
+
 def interleave(
-    calls: Mapping[str, Callable[..., Any]],
-    inputs: Sequence[Sequence[Any]],
+    programs: Mapping[str, Program],
+    call: Callable[[Program], float],
     *,
     rounds: int | None = None,
     seconds: float = 10.0,
-    wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, Timing]:
-    """Time every call once a round, in a new random order each round.
+    """Time every program once a round, in a new random order each round.
 
-    What slows the machine down for a while then slows all of them down. Each call is made twice and
-    the second is timed, so that everybody runs after themselves: memory that a neighbour has just
-    given back costs the next call more to get ([4096, 32000] float32, value and gradient: 290 ms
-    after one that uses three times the memory, 200 after itself). Each call gets the next inputs
-    in rotation; its results are dropped before the next call, outside the measured time.
+    What slows the machine down for a while then slows all of them down. Each program is called
+    twice and the second call is timed, so that everybody runs after themselves: memory that a
+    neighbour has just given back costs the next call more to get ([4096, 32000] float32, value and
+    gradient: 290 ms after one that uses three times the memory, 200 after itself).
 
     Args:
-        calls: what to time, by name.
-        inputs: argument lists to rotate through; one is enough when it fits no cache.
+        programs: what to time, by name.
+        call: from `caller`.
         rounds: how many rounds; by default as many as fit in `seconds`, within
             `FEWEST_ROUNDS` and `MOST_ROUNDS`.
         seconds: the time to spend when `rounds` is None.
-        wait: blocks until all of a call's results are there.
     """
-    order = list(calls)
+    order = list(programs)
     shuffle = random.Random(0).shuffle
-    supply = itertools.cycle(inputs)
     for name in order * WARM_UP_ROUNDS:
-        wait(calls[name](*next(supply)))
+        call(programs[name])
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in programs}
     begin = perf_counter()
     for done in itertools.count():
         late = perf_counter() - begin > seconds
@@ -79,12 +108,8 @@ def interleave(
             break
         shuffle(order)
         for name in order:
-            wait(calls[name](*next(supply)))
-            arguments = next(supply)
-            start = perf_counter()
-            results = wait(calls[name](*arguments))
-            samples[name].append(perf_counter() - start)
-            del results
+            call(programs[name])
+            samples[name].append(call(programs[name]))
 
     return {name: summarize(taken) for name, taken in samples.items()}
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from bench import (
     accuracy,
+    cases,
     contenders,
     environment,
     figures,
-    head,
+    markdown,
     memory,
     overtraining,
+    peak,
     report,
     results,
+    roofs,
     sharding,
     speed,
+    speed_tables,
     terminal,
     timing,
 )
-from bench.cases import Case, Dtype, Labels, Mode, Shape, inputs, parse_shape, program
+from bench.__main__ import app
+from bench.cases import Dtype, Head, Labels, Logits, Mode, Size, choose, program
 from jaxsoftmax.training import model
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A name that is None in sys.modules cannot be imported: as if the package were not installed.
-WITHOUT_PEERS = """
+# As little is measured as `little` lets. A name that is None in sys.modules cannot be
+# imported: as if the package were not installed.
+START = """
 import runpy, sys
-sys.modules["optax"] = sys.modules["torch"] = None
+from bench import cases, roofs
+cases.MOST_COPIES, roofs.COPY_BYTES, roofs.WIDTHS = 16, 2**22, {"cpu": 256}
+sys.modules.update(dict.fromkeys(%s))
 runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
 
 
-def bench(*arguments: str, without_peers: bool = False) -> subprocess.CompletedProcess[str]:
-    start = ["-c", WITHOUT_PEERS] if without_peers else ["-m", "bench"]
+def bench(*arguments: str, without: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *start, *arguments],
+        [sys.executable, "-c", START % list(without), *arguments],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
         capture_output=True,
@@ -60,32 +69,32 @@ def bench(*arguments: str, without_peers: bool = False) -> subprocess.CompletedP
 def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
     path = tmp_path / "deep" / "results.json"
     done = bench(
-        "speed", "--shape", "8x16", "--shape", "4x33", "--repeats", "3", "--json", f"{path}"
+        "speed",
+        *("--tokens", "8", "--vocab", "16", "--vocab", "33", "--dtype", "bfloat16"),
+        *("--mode", "forward", "--mode", "training-step", "--repeats", "3"),
+        *("--device", "cpu", "--json", f"{path}"),
     )
     assert done.returncode == 0, done.stderr
 
     sections = json.loads(path.read_text())
-    assert list(sections) == ["speed/integer"]
-    section = sections["speed/integer"]
-    assert section["command"] == "python -m bench speed --shape 8x16 --shape 4x33 --repeats 3"
-    assert section["left_out"] == []
+    (section,) = sections.values()
+    assert list(sections) == [
+        "speed --tokens 8 --vocab 16 --vocab 33 --dtype bfloat16 "
+        "--mode forward --mode training-step --repeats 3"
+    ]
+    assert section["command"] == f"python -m bench {next(iter(sections))}"
+    assert [line for line in section["left_out"] if "torch" not in line] == []
+    rates = section["roofs"]["bytes_per_s"], *section["roofs"]["flops_per_s"].values()
+    assert set(section["roofs"]["flops_per_s"]) == {"bfloat16"}
+    assert min(rates) > 1e8
     assert section["environment"]["versions"]["jax"] == jax.__version__
     assert {"device", "platform", "cpus", "python", "commit", "date"} < set(section["environment"])
 
-    float32, half = (
-        ["jaxsoftmax", "optax", "jax.nn"],
-        [
-            "jaxsoftmax",
-            "optax",
-            "optax, no upcast",
-            "jax.nn",
-        ],
-    )
+    names = ["jaxsoftmax", "optax", "optax, no upcast", "jax.nn"]
     asked = [
-        (tokens, classes, dtype, mode, names)
-        for tokens, classes in ((8, 16), (4, 33))
-        for dtype, names in (("float32", float32), ("bfloat16", half))
-        for mode in ("forward", "value-and-grad")
+        (8, classes, "bfloat16", mode, names)
+        for classes in (16, 33)
+        for mode in ("forward", "training-step")
     ]
     assert asked == [
         (
@@ -93,19 +102,20 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
             case["classes"],
             case["dtype"],
             case["mode"],
-            [row["name"] for row in case["contenders"]],
+            [row["name"] for row in case["contenders"] if "torch" not in row["name"]],
         )
         for case in section["cases"]
     ]
     for case in section["cases"]:
         passes = 1 if case["mode"] == "forward" else 3
-        itemsize = 4 if case["dtype"] == "float32" else 2
-        assert case["bytes"] == passes * itemsize * case["tokens"] * case["classes"]
+        assert case["bytes"] == passes * 2 * case["tokens"] * case["classes"]
         ours = case["contenders"][0]["median_s"]
         for row in case["contenders"]:
             assert 0 < row["q1_s"] <= row["median_s"] <= row["q3_s"]
-            assert row["compile_s"] > 0
+            assert ("torch" in row["name"]) == (row["compile_s"] is None)
             assert row["ratio"] == pytest.approx(ours / row["median_s"])
+            least = case["bytes"] / section["roofs"]["bytes_per_s"]
+            assert row["of_roof"] == pytest.approx(least / row["median_s"])
 
     for mean in section["geometric_means"]:
         of_shapes = [
@@ -117,25 +127,26 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
         ]
         assert mean["ratio"] == pytest.approx(math.sqrt(math.prod(of_shapes)))
         assert (mean["best"], mean["worst"]) == (min(of_shapes), max(of_shapes))
-        assert mean["worst_shape"] in ("8x16", "4x33")
-    assert len(section["geometric_means"]) == 2 * 2 + 2 * 3
+        assert mean["worst_shape"] in ("8x16", "8x33")
 
-    for words in ("forward, float32", "value-and-grad, bfloat16", "optax, no upcast", "8x16"):
+    for words in ("forward, bfloat16", "training-step, bfloat16", "optax, no upcast", "8x16"):
         assert words in done.stdout
     assert "geometric mean" in done.stdout
+    for words in ("of roof", "Of the roof: ", "GB/s: what must be done", "temp MB: "):
+        assert words in done.stdout
 
 
 def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     path = tmp_path / "results.json"
     path.write_text('{"speed/integer": {"kept": true}}')
-    chosen = "--dtype float32 --lead 1 --lead 30 --offset 100 --classes 20 --rows 2"
+    chosen = "--tokens 2 --vocab 20 --dtype float32 --lead 1 --lead 30 --offset 100"
     arguments = shlex.split(chosen)
     done = bench("accuracy", *arguments, "--json", f"{path}")
     assert done.returncode == 0, done.stderr
 
     sections = json.loads(path.read_text())
     assert sections["speed/integer"] == {"kept": True}
-    section = sections["accuracy/integer"]
+    section = sections[f"accuracy {chosen}"]
     assert [
         (one["name"], one["dtype"], one["offset"])
         for one in section["series"]
@@ -164,18 +175,22 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("speed", "--shape", "8x16", "--repeats", "1", "--mode", "forward"),
-        ("accuracy", "--lead", "1", "--classes", "5", "--rows", "1", "--dtype", "bfloat16"),
+        ("speed", "--tokens", "8", "--vocab", "16", "--repeats", "1", "--mode", "forward"),
+        ("accuracy", "--lead", "1", "--vocab", "5", "--tokens", "1", "--dtype", "bfloat16"),
     ],
     ids=["speed", "accuracy"],
 )
 def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_path: Path):
     path = tmp_path / "results.json"
-    done = bench(*arguments, "--json", f"{path}", without_peers=True)
+    done = bench(*arguments, "--json", f"{path}", without=["optax", "torch"])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
-    peers = ["optax", "optax, no upcast", *["torch"] * (arguments[0] == "accuracy")]
-    assert [line.partition(" (")[0] for line in lines] == [f"left out: {peer}" for peer in peers]
+    peers = ["optax", "optax, no upcast", "torch"]
+    if arguments[0] == "speed":
+        peers.append("torch, compiled")
+    assert sorted(line.partition(" (")[0] for line in lines) == [
+        f"left out: {peer}" for peer in peers
+    ]
     (section,) = json.loads(path.read_text()).values()
     assert section["left_out"] == lines
     rows = section.get("series") or [row for case in section["cases"] for row in case["contenders"]]
@@ -190,15 +205,61 @@ def test_our_own_import_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch
         contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)
 
 
-@pytest.mark.parametrize("shape", ["4096", "x", "0x5", "4x-1", "axb", "1x2x3"])
-def test_a_bad_shape_is_named(shape: str):
-    with pytest.raises(typer.BadParameter, match=f"TOKENSxCLASSES.*'{shape}'"):
-        parse_shape(shape)
+WRONG = {
+    "a width of logits": (["speed", "--hidden", "8", "--vocab", "9"], "logits have no width"),
+    "no classes": (["speed", "--tokens", "8"], "expected --vocab or --model"),
+    "no width": (["memory", "--vocab", "9"], "expected --hidden with --vocab"),
+    "a model": (["speed", "--model", "gpt-9"], "expected llama-2, gpt-2, .*, all; got 'gpt-9'"),
+    "a size": (["speed", "--size", "huge"], "'huge' is not one of 'fast', 'regular', 'large'"),
+    "dense heads": (["speed", "--op", "linear", "--labels", "dense"], "takes integer labels"),
+    "a target": (["memory", "--target", "v9"], "expected here, v5e, v5p, v6e; got 'v9'"),
+    "two kinds of memory": (["memory", "--peak", "--target", "here"], "expected one of them"),
+    "a mesh of several heads": (
+        ["memory", "--mesh", "here/data=1,vocab=1", "--model", "all"],
+        "expected one head; got 14",
+    ),
+}
 
 
-def test_a_shape_reads_back():
-    assert parse_shape("4096X32000") == Shape(4096, 32000)
-    assert parse_shape(str(Shape(3, 4))) == Shape(3, 4)
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_options_are_named(arguments: list[str], message: str):
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert re.search(message, " ".join(done.output.replace("│", " ").split())), done.output
+
+
+def test_a_device_that_is_not_there_is_named():
+    done = bench("speed", "--device", "gpu", "--tokens", "8", "--vocab", "9", "--repeats", "1")
+    if done.returncode == 0:
+        pytest.skip("it is there")
+    assert done.returncode == 2
+    assert "Invalid value for --device: JAX finds no gpu." in done.stderr
+
+
+def test_options_are_combined():
+    given = choose(
+        cases.HEADS, tokens=[8, 9], vocab=[5], models=["gpt-2"], hidden=[4], dtypes=[Dtype.FLOAT16]
+    )
+    half = Dtype.FLOAT16
+    assert given == [Head(n, 4, v, half) for n in (8, 9) for v in (50257, 5)]
+    assert choose(cases.HEADS, models=["gpt-2"], size=Size.FAST) == [
+        Head(256, 768, 50257, dtype) for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16)
+    ]
+    by_model = choose(speed.logits(Labels.DENSE), tokens=[3], models=["all"], dtypes=[half])
+    assert by_model == [
+        Logits(3, v, half, Labels.DENSE)
+        for v in (32000, 50257, 128256, 151936, 201088, 256000, 262144)
+    ]
+
+
+def test_without_options_the_default_cases_scale_with_the_size():
+    assert choose(cases.HEADS) == list(cases.HEADS)
+    large = choose(cases.HEADS, size=Size.LARGE)
+    assert [case.tokens for case in large] == [4 * case.tokens for case in cases.HEADS]
+    half = choose(speed.logits(Labels.INTEGER), dtypes=[Dtype.FLOAT16])
+    assert [(case.tokens, case.classes, case.dtype) for case in half] == [
+        (*shape, Dtype.FLOAT16) for shape in cases.SHAPES
+    ]
 
 
 @pytest.mark.parametrize("content", ["not json", "[1]"])
@@ -223,7 +284,7 @@ def test_a_selection_is_kept_only_when_asked(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
 @pytest.mark.parametrize("mode", Mode)
 def test_contenders_compute_the_same(labels: Labels, dtype: Dtype, mode: Mode):
-    (logits, targets), *_ = inputs(Shape(6, 37), dtype, labels)
+    (logits, targets), *_ = Logits(6, 37, dtype, labels).inputs()
     found, left_out = contenders.load(contenders.LOGITS[labels], dtype)
     assert left_out == []
     ours, *others = (program(loss, mode)(logits, targets) for _, loss, _ in found)
@@ -239,8 +300,8 @@ def f64(array: jax.Array) -> np.ndarray:
 
 
 def test_small_inputs_rotate_and_dense_labels_are_distributions():
-    pairs = inputs(Shape(64, 100), Dtype.BFLOAT16, Labels.DENSE)
-    assert len(pairs) == 512
+    pairs = Logits(64, 100, Dtype.BFLOAT16, Labels.DENSE).inputs()
+    assert len(pairs) == cases.MOST_COPIES
     assert not jnp.array_equal(pairs[0][0], pairs[1][0])
     logits, labels = pairs[-1]
     assert logits.dtype == labels.dtype == jnp.bfloat16
@@ -249,7 +310,7 @@ def test_small_inputs_rotate_and_dense_labels_are_distributions():
 
 def test_dense_labels_count_as_bytes():
     def passes(mode: Mode) -> float:
-        return Case(Shape(8, 16), Dtype.BFLOAT16, mode, Labels.DENSE).bytes / (8 * 16 * 2)
+        return Logits(8, 16, Dtype.BFLOAT16, Labels.DENSE).bytes(mode) / (8 * 16 * 2)
 
     assert passes(Mode.FORWARD) == 2
     assert passes(Mode.VALUE_AND_GRAD) == 5
@@ -260,7 +321,8 @@ def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
     named = {
         name: lambda argument, name=name: calls.append((name, argument)) for name in ("a", "b", "c")
     }
-    taken = timing.interleave(named, [(0,), (1,), (2,), (3,)], rounds=20)
+    call = timing.caller([(0,), (1,), (2,), (3,)])
+    taken = timing.interleave(named, call, rounds=20)
     assert [argument for _, argument in calls] == [i % 4 for i in range(len(calls))]
     measured = [name for name, _ in calls[3 * timing.WARM_UP_ROUNDS :]]
     assert measured[::2] == measured[1::2]  # after itself, so no neighbour has an influence
@@ -273,10 +335,10 @@ def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
 
 def test_a_round_budget_in_seconds_has_a_floor_and_a_ceiling():
     calls = []
-    timing.interleave({"a": calls.append}, [(0,)], seconds=0.0)
+    timing.interleave({"a": calls.append}, timing.caller([(0,)]), seconds=0.0)
     assert len(calls) == timing.WARM_UP_ROUNDS + 2 * timing.FEWEST_ROUNDS
     calls.clear()
-    timing.interleave({"a": calls.append}, [(0,)], seconds=60.0)
+    timing.interleave({"a": calls.append}, timing.caller([(0,)]), seconds=60.0)
     assert len(calls) == timing.WARM_UP_ROUNDS + 2 * timing.MOST_ROUNDS
 
 
@@ -291,7 +353,7 @@ def test_quartiles_and_geometric_mean():
     [(1.2344, "1234"), (0.5, "500"), (0.0999999, "100"), (0.0123, "12.3"), (4.2e-5, "0.042")],
 )
 def test_milliseconds(seconds: float, text: str):
-    assert speed.milliseconds(seconds) == text.replace("1234", "1230")
+    assert speed_tables.milliseconds(seconds) == text.replace("1234", "1230")
 
 
 @pytest.mark.parametrize(
@@ -329,18 +391,18 @@ def test_errors_are_told_apart_by_entry():
 
 @pytest.mark.parametrize("dtype", Dtype)
 def test_the_target_leads_by_what_was_asked(dtype: Dtype):
-    logits, targets = accuracy.draw(dtype, 17.0, 0.0, 50, 4)
+    logits, targets = accuracy.draw(dtype, 17.0, 0.0, 4, 50)
     assert logits.dtype == jnp.dtype(dtype)
     ordered = np.sort(f64(logits), axis=-1)
     rounding = 32 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, atol=rounding)
     assert (np.argmax(logits, axis=-1) == targets).all()
-    same, _ = accuracy.draw(dtype, 3.0, 0.0, 50, 4)
+    same, _ = accuracy.draw(dtype, 3.0, 0.0, 4, 50)
     assert ((f64(same) != f64(logits)).sum(axis=-1) == 1).all()  # only the target is another
 
 
 def test_an_offset_is_rounded_with_the_logits_and_the_truth_is_of_what_is_left():
-    logits, targets = accuracy.draw(Dtype.BFLOAT16, 5.0, 1e4, 50, 4)
+    logits, targets = accuracy.draw(Dtype.BFLOAT16, 5.0, 1e4, 4, 50)
     assert (f64(logits) == 9984).all()  # bfloat16 numbers are 64 apart there
     losses, gradients = accuracy.exact(logits, targets)
     np.testing.assert_allclose(losses, math.log(50), rtol=1e-14)
@@ -349,37 +411,26 @@ def test_an_offset_is_rounded_with_the_logits_and_the_truth_is_of_what_is_left()
 
 def test_torch_differentiates_each_loss_by_itself():
     pytest.importorskip("torch")
-    (contender,), _ = contenders.load(contenders.EAGER[Labels.INTEGER], Dtype.FLOAT32)
-    logits, targets = accuracy.draw(Dtype.FLOAT32, 1.0, 0.0, 5, 3)
+    logits, targets = accuracy.draw(Dtype.FLOAT32, 1.0, 0.0, 3, 5)
     for labels in Labels:
-        (contender,), _ = contenders.load(contenders.EAGER[labels], Dtype.FLOAT32)
+        (contender,), _ = contenders.load(contenders.TORCH_LOGITS[labels][:1], Dtype.FLOAT32)
         computed = accuracy.evaluate(contender, logits, targets, labels)
         for got, true in zip(computed, accuracy.exact(logits, targets), strict=True):
             np.testing.assert_allclose(got, true, rtol=1e-5)
 
 
-def test_overtraining_records_what_the_losses_say_and_what_is_so(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    two = contenders.LOGITS[Labels.INTEGER][:2]
-    monkeypatch.setattr(contenders, "LOGITS", {Labels.INTEGER: two})
-    section = overtraining.measure(60, looks=4)
-    runs = {run["name"]: run for run in section["runs"]}
-    assert list(runs) == ["jaxsoftmax", "optax"]
+def test_overtraining_records_what_the_losses_say_and_what_is_so(sections: dict[str, Any]):
+    section = sections["overtraining"]
+    (run,) = section["runs"]
     assert section["steps"][0] == 0
     assert section["steps"][-1] == 60
-    for run in runs.values():
-        assert all(
-            len(run[key]) == len(section["steps"])
-            for key in run
-            if key != "name" and isinstance(run[key], list)
-        )
-        np.testing.assert_allclose(run["loss"], run["exact_loss"], rtol=1e-4)
-        assert run["accuracy"][0] < 0.5
-        assert run["accuracy"][-1] > 0.99
-        assert (run["loss_zero"], run["gradient_zero"]) == (-1, -1)
-    table = overtraining.as_markdown(section | {"command": "python -m bench overtraining"})
-    assert "| optax | never | never |" in table
+    lists = [value for value in run.values() if isinstance(value, list)]
+    assert {len(one) for one in lists} == {len(section["steps"])}
+    np.testing.assert_allclose(run["loss"], run["exact_loss"], rtol=1e-4)
+    assert run["accuracy"][0] < 0.5
+    assert run["accuracy"][-1] > 0.99
+    assert (run["loss_zero"], run["gradient_zero"]) == (-1, -1)
+    assert "| optax | never | never |" in overtraining.as_markdown(section)
 
 
 def test_overtraining_holds_a_loss_against_float64():
@@ -438,52 +489,94 @@ def test_overtraining_notices_zero_at_its_step():
 
 
 def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
-    section = speed.measure([Shape(4, 8)], [Dtype.FLOAT32], [Mode.FORWARD], Labels.DENSE, repeats=2)
+    case = Logits(4, 8, Dtype.FLOAT32, Labels.DENSE)
+    section = speed.measure([case], [Mode.FORWARD], repeats=2)
     again = json.loads(json.dumps(section))
-    for table in speed.tables(again):
+    for table in speed_tables.tables(again):
         terminal.output().print(table)
+    terminal.output().print(speed_tables.notes(again))
     printed = capsys.readouterr().out
     assert "forward, float32, dense labels" in printed
-    assert "both twice" in printed
+    assert "both twice" in " ".join(printed.split())
 
 
-def test_the_readme_shows_the_committed_results():
-    files = report.committed()
-    if not files:
+def test_readme_and_docs_show_the_committed_results():
+    if not report.committed():
         pytest.skip("no results are committed")
-    readme = report.README.read_text(encoding="utf-8")
-    assert readme == report.render(readme, files)
-    sharding = report.SHARDING.read_text(encoding="utf-8")
-    assert sharding == report.render(sharding, files, report.MESH_BLOCKS)
-    benchmarks = report.BENCHMARKS.read_text(encoding="utf-8")
-    assert benchmarks == report.render(benchmarks, files, report.BENCHMARKS_BLOCKS)
+    report.command(check=True)  # exits where a table differs
     for stem in report.FIGURES:
-        assert f"(figures/{stem}.png)" in benchmarks
-        for kind in ("png", "svg"):
-            assert (report.FIGURES_FOLDER / f"{stem}.{kind}").is_file()
+        assert (report.FIGURES_FOLDER / f"{stem}.png").stat().st_size > 10_000
+        assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
+
+
+def test_every_figure_shown_is_drawn_by_a_command():
+    drawn = {f"{stem}.png" for stem in report.FIGURES} | {"half_precision_training.png"}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        shown = re.findall(r"figures/([\w.]+)", document.read_text(encoding="utf-8"))
+        assert set(shown) <= drawn, document
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little():
+    """Measure on little: the tests run everything, and believe no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "MOST_COPIES", 16)
+        patch.setattr(roofs, "COPY_BYTES", 2**22)
+        patch.setattr(roofs, "WIDTHS", {"cpu": 64})
+        yield
+
+
+def test_a_profile_has_a_folder_a_case_and_contender(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(contenders.LOGITS, Labels.INTEGER, contenders.LOGITS[Labels.INTEGER][:2])
+    case = Logits(8, 16, Dtype.FLOAT32)
+    speed.measure([case], [Mode.TRAINING_STEP], repeats=1, profile=tmp_path)
+    assert {
+        path.relative_to(tmp_path).parts[:2]
+        for path in tmp_path.glob("*/*/plugins/profile/*/*.xplane.pb")
+    } == {("8x16-float32-training-step", name) for name in ("jaxsoftmax", "optax")}
 
 
 @pytest.fixture(scope="module")
 def sections() -> dict[str, Any]:
     """Measure, on tiny shapes, what a results file of one device holds."""
-    timed = speed.measure(
-        [Shape(4, 8), Shape(2, 5)], speed.DTYPES, speed.MODES, Labels.INTEGER, repeats=2
-    )
-    exact = accuracy.measure(
-        list(Dtype), Labels.INTEGER, [1.0, 30.0], [0.0, 1e4], classes=5, rows=1
-    )
-    heads = [head.Head(8, 4, 16, Dtype.FLOAT32), head.Head(4, 3, 5, Dtype.BFLOAT16)]
+    logits = [Logits(n, v, dtype) for n, v in ((4, 8), (2, 5)) for dtype in cases.DTYPES]
+    heads = [Head(8, 4, 16, Dtype.FLOAT32), Head(4, 3, 5, Dtype.BFLOAT16)]
+    modes = [Mode.FORWARD, Mode.VALUE_AND_GRAD]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
+        timed = speed.measure(heads, modes, repeats=2)
+        compiled = memory.measure(heads, [memory.HERE])
+        optax = contenders.LOGITS[Labels.INTEGER][1:2]
+        patch.setitem(contenders.LOGITS, Labels.INTEGER, optax)
+        trained = overtraining.measure(60, looks=4)
+    measured = {
+        "speed/integer": speed.measure(logits, modes, repeats=2),
+        "accuracy/integer": accuracy.measure(
+            list(Dtype), Labels.INTEGER, [1.0, 30.0], [0.0, 1e4], tokens=1, classes=5
+        ),
+        "overtraining": trained,
+        "speed/linear": timed,
+        "memory": compiled,
+        report.SPEED_BY_MODEL: timed,
+        report.MEMORY_BY_MODEL: compiled,
+    }
+    commands = {
+        "speed/integer": "speed",
+        "accuracy/integer": "accuracy",
+        "speed/linear": "speed --op linear",
+    }
     return {
-        "speed/integer": timed | {"command": "python -m bench speed"},
-        "accuracy/integer": exact | {"command": "python -m bench accuracy"},
-        "speed/linear": head.measure(heads, repeats=2)
-        | {"command": "python -m bench speed --op linear"},
-        "memory": memory.measure(heads, [memory.HERE]) | {"command": "python -m bench memory"},
+        key: section | {"command": f"python -m bench {commands.get(key, key)}"}
+        for key, section in measured.items()
     }
 
 
-def test_heads_over_a_mesh_of_this_machine():
-    case = head.Head(512, 64, 4096, Dtype.FLOAT32)
+def test_heads_over_a_mesh_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    three = {name: sharding.layouts()[name] for name in ("data", "vocabulary", "FSDP, vocabulary")}
+    monkeypatch.setattr(sharding, "layouts", lambda: three)
+    case = Head(512, 64, 4096, Dtype.FLOAT32)
     devices = sharding.parse("here/data=4,vocab=2")
     assert str(devices) == "here/data=4,vocab=2"
     rows = sharding.measure(case, devices)["rows"]
@@ -510,11 +603,11 @@ def test_report_writes_the_readme_between_the_markers(
     readme = tmp_path / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "SHARDING", ROOT / "CHANGELOG.md")
     monkeypatch.setattr(report, "MESH_BLOCKS", {})
+    monkeypatch.setattr(report, "BENCHMARKS", ROOT / "CHANGELOG.md")
     monkeypatch.setattr(report, "BENCHMARKS_BLOCKS", {})
-    monkeypatch.setattr(report, "FIGURES_FOLDER", tmp_path)
-    left = {stem: report.FIGURES[stem] for stem in ("accuracy", "overtraining")}
-    monkeypatch.setattr(report, "FIGURES", left)  # of these, one has its section
+    monkeypatch.setattr(report, "FIGURES", {})
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)
@@ -532,16 +625,12 @@ def test_report_writes_the_readme_between_the_markers(
     report.command()
     assert "stale" not in readme.read_text("utf-8")
     assert outside() == before
-    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
-    assert sorted(drawn) == ["accuracy.png", "accuracy.svg"]
-    report.draw(report.committed())
-    assert drawn == {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
     report.command(check=True)
 
 
 def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
     section = sections["speed/integer"]
-    table, explained, origin = speed.as_markdown(section).rsplit("\n", 2)
+    table, explained, origin = speed_tables.ratios(section).rsplit("\n", 2)
     headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line]
     found = {
         (shape, dtype, heading): cell
@@ -569,60 +658,208 @@ def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
     assert origin == f"Measured by `python -m bench speed` on {where}."
 
 
+def rows_of(text: str) -> list[list[str]]:
+    return [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|"][2:]
+
+
 def test_the_tables_of_the_heads_hold_every_contender(sections: dict[str, Any]):
-    for section, text in (
-        (sections["speed/linear"], head.as_markdown(sections["speed/linear"])),
-        (sections["memory"], memory.as_markdown(sections["memory"])),
-    ):
-        rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"][2:]
-        names = [row["name"] for row in section["cases"][0]["contenders"]]
-        assert [row[0] for row in rows] == names
-        assert all(len(row) == 1 + len(section["cases"]) for row in rows)
+    timed, compiled = sections["speed/linear"], sections["memory"]
+    summary = speed_tables.over_baseline(timed)
+    for section, text in ((timed, summary), (compiled, memory.in_readme(compiled))):
+        rows = rows_of(text)
+        shown = [case for case in section["cases"] if case.get("mode") in (None, "value-and-grad")]
+        names = [row["name"] for row in shown[0]["contenders"]]
+        assert [row[0].strip() for row in rows] == names
+        assert all(len(row) == 1 + len(shown) for row in rows)
         assert names[:3] == ["jaxsoftmax", "jaxsoftmax, recompute", "optax"]
-    timed = sections["speed/linear"]["cases"][0]
-    by_name = {row["name"]: row for row in timed["contenders"]}
+    forward, gradients = timed["cases"][:2]
+    by_name = {row["name"]: row for row in gradients["contenders"]}
     ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
-    megabytes = head.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
-    assert f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |" in head.as_markdown(
-        sections["speed/linear"]
-    )
-    assert timed["flops"] == 3 * 2 * 8 * 4 * 16
+    megabytes = markdown.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
+    assert f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |" in summary
+    assert gradients["flops"] == 3 * forward["flops"] == 3 * 2 * 8 * 4 * 16
+    assert gradients["bytes"] == 2 * forward["bytes"] == 2 * 4 * 4 * (8 + 16)
+    assert "three products" not in [row["name"] for row in forward["contenders"]]
+
+
+def test_the_detailed_tables_hold_every_median_and_the_roof(sections: dict[str, Any]):
+    for key in ("speed/integer", "speed/linear"):
+        section = sections[key]
+        text = speed_tables.details(section)
+        rows = rows_of(text)
+        cells = [cell.strip() for row in rows for cell in row[2:] if cell.strip() != "–"]
+        found = [row for case in section["cases"] for row in case["contenders"]]
+        expected = [
+            (speed_tables.milliseconds(row["median_s"]), f"{100 * row['of_roof']:.0f} %")
+            for row in found
+        ]
+        assert sorted((cell.split(" ± ")[0], cell.split(", ")[1]) for cell in cells) == sorted(
+            expected
+        )
+        assert "Of the roof: " in text
+        assert section["command"] in text
+
+
+def test_the_roof_is_the_nearer_of_two():
+    found = {"bytes_per_s": 10.0, "flops_per_s": {"float32": 100.0}}
+    assert roofs.least_seconds(found, "float32", nbytes=20, flops=100) == 2
+    assert roofs.least_seconds(found, "float32", nbytes=20, flops=300) == 3
+    assert "0.0 GB/s" in roofs.in_words(found)
+
+
+def test_a_training_step_descends_and_writes_where_it_read():
+    case = Head(6, 5, 16, Dtype.FLOAT32)
+    rotation = case.inputs()[:2]
+    hidden, kernel, labels = rotation[0]
+    found, _ = contenders.load(contenders.HEAD[:2], Dtype.FLOAT32)
+    gradients = contenders.program(found[0], Mode.VALUE_AND_GRAD, 2)(hidden, kernel, labels)[1]
+    expected = [
+        np.asarray(array - cases.LEARNING_RATE * gradient)
+        for array, gradient in zip((hidden, kernel), gradients, strict=True)
+    ]
+    steps: dict[str, Any] = {
+        contender.name: timing.compile_ahead(
+            contenders.program(contender, Mode.TRAINING_STEP, 2), rotation[0], donated=2
+        )[0]
+        for contender in found
+    }
+    call = timing.caller(rotation, donated=2)
+    call(steps["jaxsoftmax"])
+    for new, right in zip(rotation[0], expected, strict=False):
+        np.testing.assert_allclose(new, right, rtol=1e-6)
+    assert hidden.is_deleted()
+    assert kernel.is_deleted()
+    assert rotation[0][2] is labels
+    timing.interleave(steps, call, rounds=2)  # each goes on from what the other left
+    after = gradients[0], *rotation[0]
+    assert not any(array.is_deleted() for array in after)
+    for step in steps.values():
+        assert step.memory_analysis().alias_size_in_bytes >= 4 * 5 * (6 + 16)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
+@pytest.mark.parametrize("mode", Mode)
+def test_torch_computes_the_same(mode: Mode):
+    pytest.importorskip("torch")
+    logits = Logits(6, 37, Dtype.FLOAT32), contenders.LOGITS[Labels.INTEGER][:1]
+    of_logits = contenders.TORCH_LOGITS[Labels.INTEGER]
+    dense = Logits(6, 37, Dtype.FLOAT32, Labels.DENSE), contenders.LOGITS[Labels.DENSE][:1]
+    heads = tuple(entry for entry in contenders.HEAD if not entry.jax)
+    for (case, ours), entries in (
+        (logits, of_logits),
+        (dense, contenders.TORCH_LOGITS[Labels.DENSE][:1]),
+        ((Head(6, 5, 37, Dtype.FLOAT32), contenders.HEAD[:1]), heads),
+    ):
+        found, left_out = contenders.load(ours + entries, Dtype.FLOAT32)
+        assert left_out == []
+        expected: list[Any] = []
+        for contender in found:
+            got = contenders.program(contender, mode, case.parameters)(*case.inputs()[0])
+            leaves = [f64(leaf) for leaf in jax.tree.leaves(got)]
+            expected = expected or leaves
+            for mine, theirs in zip(leaves, expected, strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=1e-6)
+
+
+class BrokenError(Exception):
+    pass
+
+
+def test_a_peer_that_fails_or_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    def broken(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        raise BrokenError("not today\nnor tomorrow")
+
+    monkeypatch.setattr("bench.contenders.with_optax.head", broken)
+    case = Head(4, 3, 5, Dtype.FLOAT32)
+    section = speed.measure([case], [Mode.FORWARD], repeats=1)
+    names = [row["name"] for row in section["cases"][0]["contenders"]]
+    assert "optax" not in names
+    assert names[:2] == ["jaxsoftmax", "jaxsoftmax, recompute"]
+    line = "4x3x5 float32 forward: optax fails: BrokenError: not today"
+    assert line in section["left_out"]
+
+    monkeypatch.setattr(speed, "PATIENCE_S", 0.0)
+    section = speed.measure([case], [Mode.FORWARD], repeats=1)
+    names = [row["name"] for row in section["cases"][0]["contenders"]]
+    assert names == ["jaxsoftmax", "jaxsoftmax, recompute"]
+
+    monkeypatch.setattr("bench.contenders.ours.head_recompute", broken)
+    with pytest.raises(BrokenError):
+        speed.measure([case], [Mode.FORWARD], repeats=1)
+
+
+def test_a_peer_that_fails_has_no_accuracy(monkeypatch: pytest.MonkeyPatch):
+    def broken(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        raise BrokenError("not today\nnor tomorrow")
+
+    def measure() -> dict[str, Any]:
+        half = [Dtype.BFLOAT16]
+        return accuracy.measure(half, Labels.INTEGER, [1.0], [0.0], tokens=1, classes=5)
+
+    monkeypatch.setattr("bench.contenders.with_jax_nn.integer_labels", broken)
+    section = measure()
+    assert "bfloat16: jax.nn fails: BrokenError: not today" in section["left_out"]
+    names = [one["name"] for one in section["series"]]
+    assert names[:3] == ["jaxsoftmax", "optax", "optax, no upcast"]
+    assert "jax.nn" not in names
+    monkeypatch.setattr("bench.contenders.ours.integer_labels", broken)
+    with pytest.raises(BrokenError):
+        measure()
+
+
+@pytest.mark.skipif(not (peak.PROCESS / "clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_is_that_of_a_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(contenders, "HEAD", contenders.HEAD[1:3])
+    case = Head(512, 16, 32768, Dtype.FLOAT32)
+    section: dict[str, Any] = peak.measure([case]) | {"command": "python -m bench memory --peak"}
+    assert section["left_out"] == []
+    ours, optax = section["cases"][0]["contenders"]
+    assert (ours["name"], optax["name"]) == ("jaxsoftmax, recompute", "optax")
+    logits = 4 * case.tokens * case.classes
+    assert logits <= optax["bytes"] <= 3 * logits
+    assert ours["bytes"] < optax["bytes"] / 2
+    terminal.output().print(peak.table(section))
+    assert f"| optax | {optax['bytes'] / 1e6:.0f} |" in peak.as_markdown(section)
+
+
+def test_figures_show_every_contender_at_every_vocabulary(sections: dict[str, Any], tmp_path: Path):
+    for draw, key, unit in (
+        (speed_tables.figure, report.SPEED_BY_MODEL, "ms"),
+        (memory.figure, report.MEMORY_BY_MODEL, "temporary MB"),
+    ):
+        (axes,) = draw(sections[key]).axes
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("classes", unit)
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert {"jaxsoftmax", "jaxsoftmax, recompute", "optax"} <= set(lines)
+        assert list(np.asarray(lines["jaxsoftmax"].get_xdata())) == [5, 16]
+
+
+def test_the_same_results_draw_the_same_files(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "FIGURES_FOLDER", tmp_path)
+    report.draw([sections])
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(drawn) == {f"{stem}.{kind}" for stem in report.FIGURES for kind in ("png", "svg")}
+    again = {stem: report.FIGURES[stem] for stem in ("speed_vocabulary", "overtraining")}
+    monkeypatch.setattr(report, "FIGURES", again)
+    report.draw([sections])
+    assert drawn == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_the_heads_of_all_contenders_agree():
-    case = head.Head(6, 5, 37, Dtype.FLOAT32)
-    (arguments, *_) = head.inputs(case)
+    case = Head(6, 5, 37, Dtype.FLOAT32)
+    (arguments, *_) = case.inputs()
     found, _ = contenders.load(contenders.HEAD, Dtype.FLOAT32)
     results = {
-        contender.name: head.program(contender)(*arguments)
+        contender.name: contenders.program(contender, Mode.VALUE_AND_GRAD, 2)(*arguments)
         for contender in found
-        if not contender.entry.whole
+        if contender.entry.jax and not contender.entry.whole
     }
     expected = jax.tree.leaves(results["optax"])
     for name, result in results.items():
         for mine, theirs in zip(jax.tree.leaves(result), expected, strict=True):
             np.testing.assert_allclose(f64(mine), f64(theirs), rtol=2e-4, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize("text", ["4x5", "4x5x0", "4x5x6:int8", "axbxc", ""])
-def test_a_bad_head_is_named(text: str):
-    with pytest.raises(typer.BadParameter, match=f"TOKENSxHIDDENxCLASSES.*'{text}'"):
-        head.parse(text)
-
-
-def test_a_head_reads_back():
-    case = head.Head(4, 5, 6, Dtype.FLOAT16)
-    assert head.parse(str(case)) == case
-    assert head.parse("4X5X6") == case._replace(dtype=Dtype.FLOAT32)
-
-
-def test_options_that_mean_nothing_for_a_head_are_refused():
-    done = bench("speed", "--op", "linear", "--dtype", "bfloat16")
-    assert done.returncode == 2
-    assert "a dtype is part of --shape" in " ".join(done.stderr.split())
-    done = bench("memory", "--target", "v9")
-    assert done.returncode == 2
-    assert "got 'v9'" in " ".join(done.stderr.split())
 
 
 def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dict[str, Any]):

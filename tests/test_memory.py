@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory formulas of the docstrings against the compilers, by `python -m bench memory`."""
+"""The memory formulas of the docstrings against the compilers, by `bench.memory`."""
 
 import contextlib
 import importlib.util
@@ -16,35 +16,42 @@ from cases import on_device
 
 import jaxsoftmax
 from bench import memory, timing
-from bench.cases import Dtype
-from bench.head import Head
+from bench.cases import Dtype, Head
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 BLOCK = 2048
 CPU = [
-    "4096x256x32768:float32",
-    "2048x768x50257:float32",
-    "8192x512x8192:float32",
-    "4096x256x32768:bfloat16",
-    "2048x768x32768:bfloat16",
-    "1024x2048x20000:bfloat16",
+    Head(4096, 256, 32768, Dtype.FLOAT32),
+    Head(2048, 768, 50257, Dtype.FLOAT32),
+    Head(8192, 512, 8192, Dtype.FLOAT32),
+    Head(4096, 256, 32768, Dtype.BFLOAT16),
+    Head(2048, 768, 32768, Dtype.BFLOAT16),
+    Head(1024, 2048, 20000, Dtype.BFLOAT16),
 ]
 # Large enough that nothing of note fits the chip's own 128 MiB, which are not counted.
 TPU = [
-    "8192x2304x256000:bfloat16",
-    "8192x4096x128256:bfloat16",
-    "16384x2048x151936:bfloat16",
-    "32768x4096x128256:float32",
+    Head(8192, 2304, 256000, Dtype.BFLOAT16),
+    Head(8192, 4096, 128256, Dtype.BFLOAT16),
+    Head(16384, 2048, 151936, Dtype.BFLOAT16),
+    Head(32768, 4096, 128256, Dtype.FLOAT32),
 ]
 
 
-def measured(target: str, shapes: list[str], path: Path) -> dict[tuple[Head, str], int]:
+MEASURE = """
+import json, sys
+from bench import memory
+from bench.cases import Head
+target, heads = json.loads(sys.argv[1])
+print(json.dumps(memory.measure([Head(*head) for head in heads], [target])))
+"""
+
+
+def measured(target: str, heads: list[Head]) -> dict[tuple[Head, str], int]:
     """Compile in a process of its own: with one device, as a user would have it."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    options = [word for shape in shapes for word in ("--shape", shape)]
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "memory", "--target", target, *options, "--json", path],
+        [sys.executable, "-c", MEASURE, json.dumps([target, heads])],
         cwd=ROOT,
         env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -52,10 +59,9 @@ def measured(target: str, shapes: list[str], path: Path) -> dict[tuple[Head, str
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    section = json.loads(path.read_text())["memory"]
     return {
         (head, name): size
-        for _, head, name, size in memory.rows_of(section)
+        for _, head, name, size in memory.rows_of(json.loads(done.stdout))
         if size is not None and name in ("jaxsoftmax", "jaxsoftmax, recompute")
     }
 
@@ -92,8 +98,8 @@ def recompute_on_cpu(head: Head) -> int:
     return 6 * blocks + 8 * n * width + 6 * width * BLOCK + copied * 2 * width * classes
 
 
-def test_on_cpu(tmp_path: Path):
-    found = measured("here", CPU, tmp_path / "memory.json")
+def test_on_cpu():
+    found = measured("here", CPU)
     assert len(found) == 2 * len(CPU)
     for (head, name), size in found.items():
         formula = recompute_on_cpu if "recompute" in name else in_forward_on_cpu
@@ -101,8 +107,8 @@ def test_on_cpu(tmp_path: Path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
-def test_for_tpu(tmp_path: Path):
-    found = measured("v5p", TPU, tmp_path / "memory.json")
+def test_for_tpu():
+    found = measured("v5p", TPU)
     assert len(found) == 2 * len(TPU)
     for (head, name), size in found.items():
         if "recompute" not in name:

@@ -36,9 +36,8 @@ from jax.sharding import PartitionSpec as P
 from oracle import Wide
 
 import jaxsoftmax as js
-from bench.cases import Dtype
+from bench.cases import Dtype, Head
 from bench.collectives import collectives
-from bench.head import Head
 
 integer = js.softmax_cross_entropy_with_integer_labels
 logsumexp: Any = js.logsumexp
@@ -438,10 +437,10 @@ def test_21_parameters_that_a_loss_closes_over_do_not_leak():
     assert_within(d_hidden, *pulled_back((d, error), np.full(12, 1 / 6), hidden, k)[0])
 
 
-def test_22_memory_is_the_formula(tmp_path):
+def test_22_memory_is_the_formula():
     """Docs that promised more than the code ("32 MB at any N"); a shape that nothing divides."""
     shape = Head(3001, 517, 40009, Dtype.FLOAT32)
-    found = test_memory.measured("here", ["3001x517x40009:float32"], tmp_path / "memory.json")
+    found = test_memory.measured("here", [shape])
     expected = {
         "jaxsoftmax": test_memory.in_forward_on_cpu,
         "jaxsoftmax, recompute": test_memory.recompute_on_cpu,

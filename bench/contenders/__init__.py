@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is measured. One module a package, each a few plain functions; the tables below name them.
 
-A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `EAGER` takes the
-same and returns the losses and the gradient of each, as NumPy arrays; one of `HEAD` takes
+A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `HEAD` takes
 `(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
-a package that is not installed shows when the module is loaded, and only then.
+a package that is not installed shows when the module is loaded, and only then. What JAX cannot
+compile comes from a module with functions of its own in the place of `bench.cases.program` and
+`bench.cases.losses_and_gradients`.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bench.cases import Dtype, Labels
+from bench import cases
+from bench.cases import Dtype, Labels, Mode
 
 OURS = "jaxsoftmax"
 BASELINE = "optax"
@@ -27,7 +29,7 @@ class Entry(NamedTuple):
     half_only: bool = False
     """Left out in float32, where another row computes the same."""
     whole: bool = False
-    """The function returns value and gradients itself."""
+    """The function returns value and gradients itself: it is left out of a forward pass."""
     jax: bool = True
     """The function can be compiled by JAX."""
 
@@ -55,9 +57,13 @@ LOGITS = {
     ),
 }
 
-EAGER = {
-    Labels.INTEGER: (Entry("torch", "with_torch", "integer_labels", whole=True, jax=False),),
-    Labels.DENSE: (Entry("torch", "with_torch", "dense_labels", whole=True, jax=False),),
+# Beside those of `LOGITS`; eager alone where time is not what is asked for.
+TORCH_LOGITS = {
+    labels: (
+        Entry("torch", "with_torch", f"{labels}_labels", jax=False),
+        Entry("torch, compiled", "with_torch_compiled", f"{labels}_labels", jax=False),
+    )
+    for labels in Labels
 }
 
 HEAD = (
@@ -67,8 +73,8 @@ HEAD = (
     Entry("optax, checkpointed chunks", "with_optax", "head_in_chunks"),
     Entry("tokamax", "with_tokamax", "head"),
     Entry("jax-cce", "with_jax_cce", "head"),
-    Entry("torch", "with_torch", "head", whole=True, jax=False),
-    Entry("torch, chunked", "with_torch", "head_in_chunks", whole=True, jax=False),
+    Entry("torch", "with_torch", "head", jax=False),
+    Entry("torch, chunked", "with_torch", "head_in_chunks", jax=False),
     Entry("three products", "products", "head", whole=True),
 )
 
@@ -83,6 +89,9 @@ NOTES = {
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",
     "tokamax": "its implementation for all platforms, xla",
+    "torch": "eager, on the memory of the JAX arrays",
+    "torch, compiled": "the loss through torch.compile",
+    "torch, chunked": "over chunks, with the options PyTorch chooses",
     "three products": "the matrix products of the plain head and nothing else",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
@@ -106,7 +115,7 @@ def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[
         if entry.half_only and dtype is Dtype.FLOAT32:
             continue
         try:
-            module = importlib.import_module(f"{__name__}.{entry.module}")
+            module = _module(entry)
         except ImportError as error:
             # A peer may be absent; the library under test and this package may not.
             if (error.name or "").partition(".")[0] in (OURS, "bench"):
@@ -115,3 +124,27 @@ def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[
         else:
             found.append(Contender(entry.name, getattr(module, entry.function), entry))
     return found, left_out
+
+
+def failure(case: object, name: str, error: Exception) -> str:
+    """Say in a line why a contender is left out of a case."""
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"{case}: {name} fails: {reason}"[:200]
+
+
+def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., Any]:
+    """Turn a contender into what is timed, as `bench.cases.program`; JAX's are not yet compiled."""
+    _, function, entry = contender
+    if entry.jax:
+        return cases.program(function, mode, parameters, whole=entry.whole)
+    return _module(entry).program(function, mode, parameters)
+
+
+def losses_and_gradients(contender: Contender) -> Callable[..., Any]:
+    """Turn a contender into what is compared, as `bench.cases.losses_and_gradients`."""
+    _, function, entry = contender
+    return (cases if entry.jax else _module(entry)).losses_and_gradients(function)
+
+
+def _module(entry: Entry) -> Any:
+    return importlib.import_module(f"{__name__}.{entry.module}")

@@ -1,43 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own cross-entropies, eager, on the same memory as the JAX arrays."""
+"""PyTorch's own losses, eager, on the same memory as the JAX arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
-
-def integer_labels(logits: jax.Array, labels: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Take the logits as they come."""
-    return _losses_and_gradients(logits, torch.from_dlpack(labels).long())
+from bench.cases import LEARNING_RATE, Mode
 
 
-def dense_labels(logits: jax.Array, labels: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Take logits and labels as they come."""
-    return _losses_and_gradients(logits, torch.from_dlpack(labels))
+def integer_labels(logits: Any, labels: Any) -> Any:
+    """Return one loss a row."""
+    return functional.cross_entropy(logits, labels.long(), reduction="none")
 
 
-def _losses_and_gradients(logits, labels):
-    z = torch.from_dlpack(logits).detach().requires_grad_()
-    losses = functional.cross_entropy(z, labels, reduction="none")
-    (gradients,) = torch.autograd.grad(losses.sum(), z)
-    return losses.detach().double().numpy(), gradients.double().numpy()
+def dense_labels(logits: Any, labels: Any) -> Any:
+    """Return one loss a row."""
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
-def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+def head(hidden: Any, kernel: Any, labels: Any) -> Any:
     """Materialise the logits."""
-    return _value_and_gradients(hidden, kernel, labels, None)
+    return functional.linear_cross_entropy(hidden, kernel.T, labels.long())
 
 
-def head_in_chunks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+def head_in_chunks(hidden: Any, kernel: Any, labels: Any) -> Any:
     """Go over chunks, with the options PyTorch chooses."""
-    return _value_and_gradients(hidden, kernel, labels, torch.nn.LinearCrossEntropyOptions())
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(hidden, kernel.T, labels.long(), options=options)
 
 
-def _value_and_gradients(hidden, kernel, labels, options):
-    x, w, y = (torch.from_dlpack(array) for array in (hidden, kernel.T, labels))
-    x, w = (tensor.detach().requires_grad_() for tensor in (x, w))
-    loss = functional.linear_cross_entropy(x, w, y.long(), options=options)
-    return loss, *torch.autograd.grad(loss, (x, w))
+def program(loss: Callable[..., Any], mode: Mode, parameters: int) -> Callable[..., Any]:
+    """As `bench.cases.program`; a training step writes into the memory that it was handed."""
+
+    def run(*inputs: Any) -> Any:
+        tensors = [torch.from_dlpack(array) for array in inputs]
+        if mode is Mode.FORWARD:
+            with torch.no_grad():
+                return _computed(loss(*tensors))
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:parameters]]
+        value = loss(*leaves, *tensors[parameters:]).mean()
+        gradients = torch.autograd.grad(value, leaves)
+        if mode is Mode.VALUE_AND_GRAD:
+            return _computed(value.detach()), gradients
+        for tensor, gradient in zip(tensors, gradients, strict=False):
+            tensor.sub_(gradient, alpha=LEARNING_RATE)
+        return _computed(value.detach()), inputs[:parameters]
+
+    return run
+
+
+def losses_and_gradients(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """As `bench.cases.losses_and_gradients`, in float64 arrays of NumPy, which has no bfloat16."""
+
+    def run(logits: Any, labels: Any) -> Any:
+        leaf = torch.from_dlpack(logits).detach().requires_grad_()
+        losses = loss(leaf, torch.from_dlpack(labels))
+        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+        return tuple(tensor.detach().double().cpu().numpy() for tensor in (losses, gradients))
+
+    return run
+
+
+def _computed(tensor: Any) -> Any:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return tensor

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that the commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import environment, results
+from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Dtype, Size
+
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Tokens; repeatable.", show_default=f"{TOKENS}, by --size"),
+]
+Hidden = Annotated[
+    list[int] | None,
+    typer.Option(min=1, help="Width of a head; repeatable.", show_default="the model's"),
+]
+Vocab = Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; repeatable.")]
+Dtypes = Annotated[
+    list[Dtype] | None,
+    typer.Option(
+        "--dtype",
+        help="Of the logits, or of a head's hidden and kernel; repeatable.",
+        show_default=", ".join(DTYPES),
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="In place of --vocab, and of --hidden unless given: "
+        + ", ".join(f"{name} ({classes}, {width})" for name, (classes, width) in MODELS.items())
+        + f", or {EVERY_MODEL}; repeatable.",
+    ),
+]
+TheSize = Annotated[
+    Size,
+    typer.Option(
+        "--size",
+        help="fast: 1/16 of the tokens and five rounds, a look in a minute or two; large: four "
+        "times the tokens, and a minute a case. --tokens is taken as it is.",
+    ),
+]
+Device = Annotated[
+    environment.Device | None,
+    typer.Option(help="What to measure on.", show_default="JAX's choice"),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        help="The results file; its other sections are kept.", show_default=results.DEFAULT
+    ),
+]
