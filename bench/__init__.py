@@ -17,7 +17,8 @@ be printed again from a committed file.
     figures.py      what all figures have in common
     speed.py  memory.py  accuracy.py  overtraining.py
                     the commands: measure(), then tables and figures of what was measured
-    speed_tables.py those of speed
+    speed_tables.py  accuracy_tables.py
+                    those of speed and accuracy
     peak.py  sharding.py
                     memory --peak, memory --mesh
     report.py       tables and figures of README and docs, from the committed files

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench accuracy`: error of loss and gradient as the target's lead grows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -9,13 +9,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import typer
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from rich import box
-from rich.table import Table
 
-from bench import contenders, environment, figures, markdown, options, results, terminal
+from bench import accuracy_tables, contenders, environment, options, results, terminal
+from bench.accuracy_tables import DIGITS, QUANTITIES
 from bench.cases import Dtype, Labels
 
 KEY = "accuracy/{}"  # by labels
@@ -26,19 +22,6 @@ LEADS = (
 OFFSETS = (0.0, 10.0, 100.0, 1000.0, 10000.0)
 TOKENS = 8
 CLASSES = 1000
-DIGITS = 80
-
-# Of what was measured, what the tables show, and the lead at which offsets are compared: small
-# enough that everybody has some digits right without one.
-README_LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
-TABLE_LEADS = (0.0, 10.0, 17.0, 30.0, 80.0)
-LEAD_OF_OFFSETS = 5.0
-
-QUANTITIES = {
-    "loss": "loss",
-    "target": "gradient, target",
-    "others": "gradient, others",
-}
 
 
 def command(
@@ -99,7 +82,7 @@ def command(
     what = {"labels": labels if labels is not Labels.INTEGER else None}
     section["command"] = results.command_line("accuracy", what | chosen)
     console = terminal.output()
-    for table in tables(section):
+    for table in accuracy_tables.tables(section):
         console.print(table, "")
     if path:
         key = KEY.format(labels) if complete else results.key(section)
@@ -270,292 +253,3 @@ def relative_errors(
         "target": reduce([array[at_target] for array in gradients], dtype),
         "others": reduce([array[~at_target] for array in gradients], dtype),
     }
-
-
-def percent(error: float | None) -> str:
-    """Write an error: a power of ten while it is small, then in percent."""
-    if error is None:
-        return "–"
-    if error < 9.5e-4:
-        digits, exponent = f"{error:.0e}".split("e")
-        return f"{digits}e{int(exponent)}" if error else "0"
-    return f"{error * 100:.1f} %" if error < 0.0995 else f"{error * 100:.0f} %"
-
-
-def _of(section: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
-    """The series of a dtype, of an offset, …, in the order of the contenders."""
-    return [one for one in section["series"] if all(one[key] == wanted[key] for key in wanted)]
-
-
-def _offsets(section: dict[str, Any]) -> list[float]:
-    return list(dict.fromkeys(one["offset"] for one in section["series"]))
-
-
-def _dtypes(section: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(one["dtype"] for one in section["series"]))
-
-
-def _shown(section: dict[str, Any], leads: Sequence[float]) -> list[int]:
-    """The places of those leads in a complete run, of all in a selection."""
-    measured = section["leads"]
-    return [measured.index(lead) for lead in (leads if measured == [*LEADS] else measured)]
-
-
-def _place_of_offsets(section: dict[str, Any]) -> int:
-    return section["leads"].index(LEAD_OF_OFFSETS) if LEAD_OF_OFFSETS in section["leads"] else 0
-
-
-def _headings(section: dict[str, Any], shown: Sequence[int]) -> list[str]:
-    first, *others = (f"{section['leads'][place]:g}" for place in shown)
-    return ["relative error of", "by", f"lead {first}", *others]
-
-
-def _rows(series: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[list[str]]:
-    return [
-        [
-            words if one is series[0] else "",
-            one["name"],
-            *(percent(one[quantity]["max"][place]) for place in shown),
-        ]
-        for quantity, words in QUANTITIES.items()
-        for one in series
-    ]
-
-
-def _drawn(section: dict[str, Any]) -> str:
-    return (
-        f"Logits: {section['tokens']} rows of {section['classes']} standard normal numbers, the "
-        "target's raised to lead the largest other by so many nats"
-    )
-
-
-END = "100 % means that zero came back."
-
-
-def tables(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the terminal: the largest errors, a table a dtype and offset."""
-    shown = _shown(section, README_LEADS)
-    words, by, *leads = _headings(section, shown)
-    found = []
-    for dtype in _dtypes(section):
-        for offset in _offsets(section):
-            table = Table(
-                title=f"{dtype}, {section['labels']} labels, offset {offset:g}",
-                title_justify="left",
-                box=box.SIMPLE_HEAD,
-                padding=(0, 1, 0, 0),
-            )
-            table.add_column(words)
-            table.add_column(by)
-            for lead in leads:
-                table.add_column(lead, justify="right")
-            for row in _rows(_of(section, dtype=dtype, offset=offset), shown):
-                if row[0]:
-                    table.add_section()
-                table.add_row(*row, style="bold" if row[1] == contenders.OURS else None)
-            found.append(table)
-    names = [one["name"] for one in section["series"]]
-    found[-1].caption = (
-        f"Largest relative error against {DIGITS}-digit arithmetic. {_drawn(section)}. {END}\n"
-        f"{contenders.explain(names)}\n{environment.in_words(section['environment'])}"
-    )
-    found[-1].caption_justify = "left"
-    return found
-
-
-def as_markdown(section: dict[str, Any]) -> str:
-    """Lay out the errors in float32 without an offset, for the README."""
-    shown = _shown(section, README_LEADS)
-    rows = _rows(_of(section, dtype="float32", offset=0.0), shown)
-    table = markdown.table(_headings(section, shown), rows)
-    return (
-        f"{table}\n\nLargest relative error against {DIGITS}-digit arithmetic, in float32. "
-        f"{_drawn(section)}. {END}\n{markdown.origin(section)}"
-    )
-
-
-def in_all_dtypes(section: dict[str, Any]) -> str:
-    """Lay out largest and median errors in every dtype, by lead and by offset, for the docs."""
-
-    def cell(one: dict[str, Any], quantity: str, place: int) -> str:
-        largest, median = (percent(one[quantity][which][place]) for which in ("max", "median"))
-        return largest if largest == median else f"{largest} ({median})"
-
-    shown = _shown(section, TABLE_LEADS)
-    leads = [f"{section['leads'][place]:g}" for place in shown]
-    quantities = [quantity for quantity in QUANTITIES if quantity != "others"]
-    by_lead = markdown.table(
-        [
-            "dtype",
-            "by",
-            *(f"{QUANTITIES[quantity]}: lead {lead}" for quantity in quantities for lead in leads),
-        ],
-        [
-            [
-                one["dtype"],
-                one["name"],
-                *(cell(one, quantity, place) for quantity in quantities for place in shown),
-            ]
-            for one in _of(section, offset=0.0)
-        ],
-    )
-    place = _place_of_offsets(section)
-    offsets = _offsets(section)
-    by_offset = markdown.table(
-        [
-            "dtype",
-            "by",
-            *(
-                f"{QUANTITIES[quantity]}: + {extra:g}"
-                for quantity in quantities
-                for extra in offsets
-            ),
-        ],
-        [
-            [
-                dtype,
-                first["name"],
-                *(
-                    cell(one, quantity, place)
-                    for quantity in quantities
-                    for offset in offsets
-                    for one in _of(section, dtype=dtype, name=first["name"], offset=offset)
-                ),
-            ]
-            for dtype in _dtypes(section)
-            for first in _of(section, dtype=dtype, offset=0.0)
-        ],
-    )
-    names = [one["name"] for one in section["series"]]
-    return (
-        f"{by_lead}\n\nLargest relative error against {DIGITS}-digit arithmetic, and the median "
-        f"where it differs. {_drawn(section)}, then rounded to the dtype. {END} –: the truth is "
-        f"below the smallest normal number of the dtype.\n\n{by_offset}\n\nThe same with a "
-        f"constant added to all logits of a row, at a lead of {section['leads'][place]:g} nats. "
-        f"The rounding of the sum is in the truth: it is nobody's error.\n"
-        f"{contenders.explain(names)}\n{markdown.origin(section)}"
-    )
-
-
-# Errors are drawn from here on; those below are drawn here, for what is exact has no logarithm.
-LEAST, MOST = 1e-9, 20.0
-
-
-def figure(section: dict[str, Any]) -> Figure:
-    """Draw loss and target's gradient against the lead, without an offset, a panel a dtype."""
-    leads = np.array(section["leads"])
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        (one,) = _of(section, dtype=dtype, name=name, offset=0.0)
-        return np.array(one[quantity][which], np.float64)
-
-    drawn, grid = _panels(section, leads, errors, marker="")
-    for (quantity, dtype), axes in grid.items():
-        axes.set_xlim(0, leads[-1])
-        held = ~np.isnan(errors(dtype, contenders.OURS, quantity, "max"))
-        if not held.all():
-            last = leads[held][-1] if held.any() else 0
-            axes.axvspan(last, leads[-1], color="0.94", zorder=0)
-            axes.text(
-                (last + leads[-1]) / 2,
-                (LEAST * MOST) ** 0.5,
-                f"the truth is below {dtype}'s\nsmallest normal number",
-                ha="center",
-                va="center",
-                color=figures.FAINT,
-            )
-    for axes in drawn.axes[-len(_dtypes(section)) :]:
-        axes.set_xlabel("lead of the target's logit (nats)")
-    return drawn
-
-
-def figure_of_offsets(section: dict[str, Any]) -> Figure:
-    """Draw loss and target's gradient against the constant added to the logits, at one lead."""
-    place, offsets = _place_of_offsets(section), _offsets(section)
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        series = _of(section, dtype=dtype, name=name)
-        return np.array([one[quantity][which][place] for one in series], np.float64)
-
-    lead = section["leads"][place]
-    drawn, grid = _panels(section, np.arange(len(offsets)), errors, markersize=5)
-    for (_, dtype), axes in grid.items():
-        axes.set_xlim(-0.3, len(offsets) - 0.6)
-        axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
-        for at, offset in enumerate(offsets):
-            spacing = _spacing(offset, dtype)
-            if spacing > lead:
-                axes.axvspan(at - 0.4, at + 0.4, color="0.94", zorder=0)
-                axes.text(
-                    at,
-                    1e-6,
-                    f"numbers\nare {spacing:g}\napart",
-                    ha="center",
-                    fontsize=8,
-                    color=figures.FAINT,
-                )
-    for axes in drawn.axes[-len(_dtypes(section)) :]:
-        axes.set_xlabel(f"constant added to all logits (lead {lead:g} nats)")
-    return drawn
-
-
-def _panels(
-    section: dict[str, Any],
-    x: np.ndarray,
-    errors: Callable[[str, str, str, str], np.ndarray],
-    **style: Any,
-) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Draw the largest error as a line and shade down to the median: a row a quantity.
-
-    Args:
-        section: of the results file.
-        x: where `errors` belong.
-        errors: from dtype, contender, quantity, and "max" or "median"; NaN where there is none.
-        **style: of the lines.
-
-    Returns:
-        The figure, and its axes by quantity and dtype.
-    """
-    dtypes = _dtypes(section)
-    quantities = {"loss": "loss", "target": "gradient at the target"}
-    drawn = Figure(figsize=(1.2 + 4 * len(dtypes), 7.4), layout="constrained")
-    rows = drawn.subplots(len(quantities), len(dtypes), sharex="col", sharey=True, squeeze=False)
-    grid = {}
-    for (quantity, words), row in zip(quantities.items(), rows, strict=True):
-        for dtype, axes in zip(dtypes, row, strict=True):
-            grid[quantity, dtype] = axes
-            figures.dress(axes)
-            axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
-            for one in _of(section, dtype=dtype, offset=_offsets(section)[0]):
-                look = figures.STYLES.get(one["name"], {})
-                largest, median = (
-                    np.maximum(errors(dtype, one["name"], quantity, which), LEAST)
-                    for which in ("max", "median")
-                )
-                axes.plot(x, largest, label=one["name"], **look | style)
-                axes.fill_between(
-                    x, median, largest, color=look.get("color"), alpha=0.15, linewidth=0
-                )
-            axes.set_yscale("log")
-            axes.set_ylim(LEAST, MOST)
-            axes.yaxis.set_major_locator(FixedLocator([1e-8, 1e-6, 1e-4, 1e-2, 1]))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: percent(error)))
-        row[0].set_ylabel(f"relative error: {words}")
-        row[0].text(
-            0.02,
-            1.5,
-            "comes back as 0",
-            color=figures.INK,
-            transform=row[0].get_yaxis_transform(),
-        )
-    for dtype, axes in zip(dtypes, rows[0], strict=True):
-        axes.set_title(f"{dtype} logits", loc="left", fontweight="bold")
-    figures.legend(drawn, rows[0][-1])
-    figures.origin(drawn, section)
-    return drawn, grid
-
-
-def _spacing(offset: float, dtype: str) -> float:
-    """The distance from a number to the next larger one of a dtype."""
-    return float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(offset)) if offset else 0.0

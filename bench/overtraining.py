@@ -17,7 +17,7 @@ from rich.table import Table
 
 import jaxsoftmax
 from bench import (
-    accuracy,
+    accuracy_tables,
     contenders,
     environment,
     figures,
@@ -239,7 +239,7 @@ def _rows(section: dict[str, Any]) -> list[list[str]]:
             f"{min(run['exact_loss']):.2g}",
             f"{run['gradient_norm'][-1]:.2g}",
             f"{run['exact_gradient_norm'][-1]:.2g}",
-            accuracy.percent(max(run["gradient_error"])),
+            accuracy_tables.percent(max(run["gradient_error"])),
             f"{run['smallest_lead'][-1]:.1f}",
         ]
         for run in section["runs"]
@@ -333,7 +333,9 @@ def figure(section: dict[str, Any]) -> Figure:
                     color=figures.STYLES[run["name"]]["color"],
                     arrowprops={"arrowstyle": "->", "color": figures.STYLES[run["name"]]["color"]},
                 )
-    panels[2].yaxis.set_major_formatter(FuncFormatter(lambda error, _: accuracy.percent(error)))
+    panels[2].yaxis.set_major_formatter(
+        FuncFormatter(lambda error, _: accuracy_tables.percent(error))
+    )
     figures.legend(drawn, panels[0])
     figures.origin(drawn, section)
     return drawn

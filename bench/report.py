@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from bench import (
     accuracy,
+    accuracy_tables,
     environment,
     memory,
     overtraining,
@@ -36,7 +37,7 @@ MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloa
 # Other sections (other labels, other dtypes) stay in the files.
 Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 BLOCKS: Blocks = {
-    "accuracy": (ACCURACY, accuracy.as_markdown),
+    "accuracy": (ACCURACY, accuracy_tables.as_markdown),
     "speed": ("speed/integer", speed_tables.ratios),
     "speed --op linear": ("speed/linear", speed_tables.over_baseline),
     "memory": ("memory", memory.in_readme),
@@ -57,7 +58,7 @@ BENCHMARKS_BLOCKS: Blocks = {
     "memory": ("memory", memory.as_markdown),
     MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.as_markdown),
     "memory --peak": (peak.KEY, peak.as_markdown),
-    "accuracy": (ACCURACY, accuracy.in_all_dtypes),
+    "accuracy": (ACCURACY, accuracy_tables.in_all_dtypes),
     "overtraining": (overtraining.KEY, overtraining.as_markdown),
 }
 
@@ -65,8 +66,8 @@ BENCHMARKS_BLOCKS: Blocks = {
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "speed_vocabulary": (SPEED_BY_MODEL, speed_tables.figure),
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
-    "accuracy": (ACCURACY, accuracy.figure),
-    "accuracy_offsets": (ACCURACY, accuracy.figure_of_offsets),
+    "accuracy": (ACCURACY, accuracy_tables.figure),
+    "accuracy_offsets": (ACCURACY, accuracy_tables.figure_of_offsets),
     "overtraining": (overtraining.KEY, overtraining.figure),
 }
 

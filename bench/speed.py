@@ -138,7 +138,8 @@ def measure(
         entries = contenders.LOGITS[first.labels] + contenders.TORCH_LOGITS[first.labels]
         what = {"op": Op.LOGITS.value, "labels": first.labels.value}
     else:
-        entries, what = contenders.HEAD, {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}
+        entries = contenders.HEAD + contenders.OPTIONS
+        what = {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}
     found = {dtype: contenders.load(entries, dtype) for dtype in dtypes}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
 

@@ -19,8 +19,9 @@ SMALL = ("--hidden", "16", "--batch-size", "50")
 
 def environment(devices: int = 1) -> dict[str, str]:
     # JAX's defaults, as a user has them, whatever conftest asks of this process.
-    ours = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {**ours, "JAX_NUM_CPU_DEVICES": str(devices)}
+    ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    users = {name: value for name, value in os.environ.items() if name not in ours}
+    return users | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def command(*arguments: object) -> list[str]:
@@ -28,14 +29,11 @@ def command(*arguments: object) -> list[str]:
 
 
 def program(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    """A run to its end; what one compiles, the next need not (a killed one might leave half)."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": os.environ["JAXSOFTMAX_TESTS_COMPILED"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    """A run to its end: what one compiles the next need not, as nobody kills it on the way."""
+    kept = {"JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
     return subprocess.run(
         command(*arguments),
-        env=environment(devices) | cache,
+        env=environment(devices) | kept,
         capture_output=True,
         text=True,
         timeout=120,

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from bench import (
     accuracy,
+    accuracy_tables,
     cases,
     contenders,
     environment,
@@ -163,7 +164,7 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     for words in ("lead 1 ", " 30 ", "loss", "gradient, target", "gradient, others", "100 %"):
         assert words in done.stdout
     section["series"] = [one | {"offset": 0.0} for one in section["series"]]
-    lines = accuracy.as_markdown(section).splitlines()
+    lines = accuracy_tables.as_markdown(section).splitlines()
     assert lines[0] == "| relative error of | by | lead 1 | 30 |"
     assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * len(section["series"])
     assert lines[-1].startswith(f"Measured by `{section['command']}` on ")
@@ -360,7 +361,7 @@ def test_milliseconds(seconds: float, text: str):
     ("error", "text"), [(0, "0"), (6e-8, "6e-8"), (0.048, "4.8 %"), (0.12, "12 %"), (1, "100 %")]
 )
 def test_percent(error: float, text: str):
-    assert accuracy.percent(error) == text
+    assert accuracy_tables.percent(error) == text
 
 
 def test_the_exact_values_are_exact_far_beyond_float64():
@@ -781,7 +782,7 @@ def test_a_peer_that_fails_or_takes_too_long_is_left_out(monkeypatch: pytest.Mon
     monkeypatch.setattr(speed, "PATIENCE_S", 0.0)
     section = speed.measure([case], [Mode.FORWARD], repeats=1)
     names = [row["name"] for row in section["cases"][0]["contenders"]]
-    assert names == ["jaxsoftmax", "jaxsoftmax, recompute"]
+    assert names == ["jaxsoftmax", "jaxsoftmax, recompute", "jaxsoftmax, three options"]
 
     monkeypatch.setattr("bench.contenders.ours.head_recompute", broken)
     with pytest.raises(BrokenError):
@@ -883,7 +884,7 @@ def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
     for one in section["series"]:
         if one["offset"] == 0:
             names[Dtype(one["dtype"])].append(one["name"])
-    for figure in (accuracy.figure(section), accuracy.figure_of_offsets(section)):
+    for figure in (accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)):
         assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
             f"{dtype} logits" for dtype in Dtype
         ]
@@ -892,7 +893,7 @@ def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
             for name in names[dtype]:
                 assert lines.pop(name).get_color() == figures.STYLES[name]["color"]
             assert len(lines) == 1  # 100 %
-    by_lead, by_offset = accuracy.figure(section), accuracy.figure_of_offsets(section)
+    by_lead, by_offset = accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)
     (optax,) = (line for line in by_lead.axes[0].lines if line.get_label() == "optax")
     np.testing.assert_array_equal(optax.get_xdata(), [1, 30])
     assert np.max(optax.get_ydata()) == 1

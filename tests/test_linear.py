@@ -166,8 +166,7 @@ def test_any_loss_its_arguments_and_what_it_closes_over():
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("soft_cap", [None, 5.0])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("soft_cap", "temperature"), [(None, 1.0), (5.0, 0.7)])
 def test_log_probs_agree_with_those_of_the_logits(soft_cap, temperature):
     hidden, kernel, bias, _, labels = problem(33, 17, 300)
     rng = np.random.default_rng(2)

@@ -78,6 +78,9 @@ HEAD = (
     Entry("three products", "products", "head", whole=True),
 )
 
+# Ours again with another loss: what its options cost.
+OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
+
 # Heads whose kernel is the transpose of an embedding [V, H], which they take in its place.
 TIED = (
     Entry("jaxsoftmax, tied", "ours", "tied_in_forward"),
@@ -85,6 +88,7 @@ TIED = (
 )
 
 NOTES = {
+    "jaxsoftmax, three options": "with label smoothing, a z-loss and a soft cap",
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",

@@ -14,6 +14,13 @@ def head_in_forward(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> 
     return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="in_forward")
 
 
+def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Smooth the labels, hold the normalizers down, cap the logits."""
+    return jaxsoftmax.linear_softmax_cross_entropy(
+        hidden, kernel, labels, label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0
+    )
+
+
 def tied_in_forward(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
     """Take the kernel from an embedding `[V, H]`."""
     return head_in_forward(hidden, embedding.T, labels)
