@@ -823,6 +823,19 @@ def test_peak_memory_is_that_of_a_run_in_a_process_of_its_own(monkeypatch: pytes
     assert f"| optax | {optax['bytes'] / 1e6:.0f} |" in peak.as_markdown(section)
 
 
+@pytest.mark.skipif(not (peak.PROCESS / "clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_counts_what_is_given_back(monkeypatch: pytest.MonkeyPatch):
+    size = 2**27
+
+    def program(*_: object) -> int:
+        return np.ones(size, np.uint8)[-1]
+
+    monkeypatch.setattr(contenders, "program", lambda *_: program)
+    monkeypatch.setattr(timing, "compile_ahead", lambda program, _: (program, 0.0))
+    rise = peak.rise(Head(2, 2, 2, Dtype.FLOAT32), "optax")
+    assert rise == pytest.approx(size, rel=0.1)  # Linux counts pages in batches
+
+
 def test_figures_show_every_contender_at_every_vocabulary(sections: dict[str, Any], tmp_path: Path):
     for draw, key, unit in (
         (speed_tables.figure, report.SPEED_BY_MODEL, "ms"),
