@@ -106,8 +106,8 @@ def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(x), x, cap * jnp.tanh(x / cap))
 
 
-# With t = z / cap: dz = (1 − t²) dx + (t − (1 − t²) x / cap) dcap. Of the result alone in x, so
-# that beside it neither x nor the hyperbolic tangent has to be kept.
+# Of the result alone in x, so that beside it neither x nor the hyperbolic tangent has to be kept:
+# docs/derivation.md equations (52) and (53).
 @_capped.defjvp
 def _capped_jvp(primals, tangents):
     (x, cap), (dx, dcap) = primals, tangents

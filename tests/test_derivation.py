@@ -1021,6 +1021,47 @@ def test_error_of_the_loss_elsewhere():
                 assert _err(_nll32(row, t), nll) <= bound * SLACK
 
 
+CAPS = [(x, c) for x in (-40.0, -3.0, -1e-3, 0.0, 0.7, 12.0) for c in (0.5, 5.0, 30.0)]
+
+
+def _capped(x, c):
+    return c * mpmath.tanh(x / c)
+
+
+@pytest.mark.parametrize(("x", "c"), CAPS)
+@equation(51, r"z = c \tanh(x / c)")
+def test_soft_cap(x, c):
+    assert c * np.tanh(x / c) == pytest.approx(float(_capped(x, c)), rel=1e-15)
+
+
+@pytest.mark.parametrize(("x", "c"), CAPS)
+@equation(
+    52, r"\frac{\partial z}{\partial x} = \Big(1 - \frac{z}{c}\Big) \Big(1 + \frac{z}{c}\Big)"
+)
+def test_slope_of_the_soft_cap(x, c):
+    t = _capped(mpmath.mpf(x), c) / c
+    truth = mpmath.diff(lambda x: _capped(x, c), mpmath.mpf(x))
+    assert abs((1 - t) * (1 + t) - truth) <= 1e-100 * truth
+    # In float64, with the roundings that the text counts.
+    t = float(c * np.tanh(x / c)) / c
+    if abs(t) < 1:
+        bound = 2 * (3 + 1) / (1 - abs(t)) * 2.0**-53
+        assert (1 - t) * (1 + t) == pytest.approx(float(truth), rel=bound)
+
+
+@pytest.mark.parametrize(("x", "c"), CAPS)
+@equation(
+    53,
+    r"\frac{\partial z}{\partial c} = \frac{z}{c} - \frac{x}{c} \frac{\partial z}{\partial x}",
+)
+def test_derivative_in_the_cap(x, c):
+    x, c = mpmath.mpf(x), mpmath.mpf(c)
+    z = _capped(x, c)
+    slope = (1 - z / c) * (1 + z / c)
+    truth = mpmath.diff(lambda c: _capped(x, c), c)
+    assert abs((z / c - x / c * slope) - truth) <= 1e-100 * max(abs(truth), 1)
+
+
 # What the document computes in passing.
 
 
