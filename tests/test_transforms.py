@@ -322,6 +322,7 @@ def tolerated(function):
     return float(function.name == "softmax_jacobian")
 
 
+@pytest.mark.wide
 @every_function
 def test_vmap_over_every_choice_of_arguments(function, classes):
     arguments = function.arguments(classes)
@@ -481,6 +482,7 @@ def test_export(function, classes):
     assert_close(jax.jit(exported.call)(*arguments), compute(*arguments), ulps=4)
 
 
+@pytest.mark.wide
 @every_function
 def test_export_with_a_symbolic_number_of_rows(function, classes):
     arguments = function.arguments(classes)
