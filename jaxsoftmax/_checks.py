@@ -211,23 +211,23 @@ def as_axis_name(
             f"{function}: axis_name must name axes that an enclosing shard_map makes manual, here "
             f"{here}, each once; got {value!r}"
         )
-    for name, array in (*parts.items(), *whole.items()):
-        varies = manual_axes() if array is None else manual_axes(array)
-        if name in parts and array is not None and not set(names) <= varies:
+    for name, array in parts.items():
+        if array is not None and not set(names) <= manual_axes(array):
             raise ValueError(
                 f"{function}: {name} must vary over axis_name {value!r}, as what in_specs shard "
-                f"does in a shard_map with check_vma=True; got {_varying(varies)}"
+                f"does in a shard_map with check_vma=True; got {_varying(array)}"
             )
-        if name in whole and set(names) & varies:
+    for name, array in whole.items():
+        if set(names) & manual_axes(array):
             raise ValueError(
                 f"{function}: {name} must be the same on all devices along axis_name {value!r}, "
-                f"which shards the classes; got {_varying(varies)}"
+                f"which shards the classes; got {_varying(array)}"
             )
     return value  # pyright: ignore[reportReturnType] - a str or a tuple of them
 
 
-def _varying(axes: frozenset[str]) -> str:
-    return f"one that varies over {tuple(sorted(axes))}"
+def _varying(array: jax.Array) -> str:
+    return f"one that varies over {tuple(sorted(manual_axes(array)))}"
 
 
 def check_mesh(function: str, *arrays: jax.Array) -> None:
