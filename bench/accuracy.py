@@ -84,10 +84,7 @@ def command(
     console = terminal.output()
     for table in accuracy_tables.tables(section):
         console.print(table, "")
-    if path:
-        key = KEY.format(labels) if complete else results.key(section)
-        results.save(path, key, section)
-        terminal.notes.print(f"written: {path}")
+    results.keep(path, section, KEY.format(labels) if complete else None)
 
 
 def measure(

@@ -99,6 +99,10 @@ class Logits(NamedTuple):
         """The shape alone."""
         return f"{self.tokens}x{self.classes}"
 
+    def __str__(self) -> str:
+        """As the tables say it."""
+        return f"{self.shape} {self.dtype}"
+
     def bytes(self, mode: Mode) -> int:
         """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
         arrays = 2 if self.labels is Labels.DENSE else 1
@@ -180,6 +184,12 @@ class Head(NamedTuple):
 
 
 Case = Logits | Head
+
+
+def head_of(row: dict[str, Any]) -> Head:
+    """Read the head of a row of a results file."""
+    return Head(row["tokens"], row["hidden"], row["classes"], Dtype(row["dtype"]))
+
 
 BYTES_MODEL = {
     Labels.INTEGER: "forward reads the logits once; value-and-grad and training-step read them "

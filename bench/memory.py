@@ -25,7 +25,7 @@ from bench import (
     terminal,
     timing,
 )
-from bench.cases import Dtype, Head, Mode, Size, choose
+from bench.cases import Dtype, Head, Mode, Size, head_of
 
 KEY = "memory"
 HERE = "here"
@@ -86,26 +86,12 @@ def command(
         )
     if sum(map(bool, (targets, meshes, peaks))) > 1:
         raise typer.BadParameter("expected one of them", param_hint="--target, --mesh, --peak")
-    chosen = {
-        "tokens": tokens,
-        "hidden": hidden,
-        "vocab": vocab,
-        "dtype": dtypes,
-        "model": models,
-        "size": size if size is not Size.REGULAR else None,
-    }
+    selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
+    chosen = selection.given()
     what = {"target": targets, "mesh": meshes, "peak": peaks}
     complete = not (any(chosen.values()) or targets or meshes)
     path = results.destination(json, complete=complete)
-    cases = choose(
-        peak.CASES if peaks else CASES,
-        tokens=tokens,
-        hidden=hidden,
-        vocab=vocab,
-        dtypes=dtypes,
-        models=models,
-        size=size,
-    )
+    cases = selection.cases(peak.CASES if peaks else CASES)
     if meshes:
         if len(cases) != 1:
             raise typer.BadParameter(f"expected one head; got {len(cases)}", param_hint="--mesh")
@@ -121,10 +107,8 @@ def command(
     section["command"] = results.command_line("memory", what | chosen)
     layout = sharding.table if meshes else peak.table if peaks else table
     terminal.output().print(layout(section), "")
-    if path:
-        key = (peak.KEY if peaks else KEY) if complete else results.key(section)
-        results.save(path, key, section)
-        terminal.notes.print(f"written: {path}")
+    key = peak.KEY if peaks else KEY
+    results.keep(path, section, key if complete else None)
 
 
 def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
@@ -257,7 +241,7 @@ def _columns(section: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
         found = {row["name"]: row["temp_bytes"] for row in case["contenders"]}
         for name, cells in rows.items():
             cells.append(markdown.megabytes(found.get(name)))
-    headings = [f"{_target(case, section)}: {_head(case)}" for case in cases]
+    headings = [f"{_target(case, section)}: {head_of(case)}" for case in cases]
     return headings, rows
 
 
@@ -265,12 +249,8 @@ def _target(case: dict[str, Any], section: dict[str, Any]) -> str:
     return section["environment"]["platform"] if case["target"] == HERE else case["target"]
 
 
-def _head(case: dict[str, Any]) -> Head:
-    return Head(case["tokens"], case["hidden"], case["classes"], Dtype(case["dtype"]))
-
-
 def rows_of(section: dict[str, Any]) -> Iterator[tuple[str, Head, str, int | None]]:
     """Yield every number of a section: target, head, contender, bytes."""
     for case in section["cases"]:
         for row in case["contenders"]:
-            yield case["target"], _head(case), row["name"], row["temp_bytes"]
+            yield case["target"], head_of(case), row["name"], row["temp_bytes"]

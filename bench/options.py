@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options that the commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from bench import environment, results
-from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Dtype, Size
+from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Case, Dtype, Size, choose
 
 Tokens = Annotated[
     list[int] | None,
@@ -54,3 +55,29 @@ Json = Annotated[
         help="The results file; its other sections are kept.", show_default=results.DEFAULT
     ),
 ]
+
+
+class Selection(NamedTuple):
+    """The cases that a command line asks for."""
+
+    tokens: list[int] | None
+    hidden: list[int] | None
+    vocab: list[int] | None
+    dtypes: list[Dtype] | None
+    models: list[str] | None
+    size: Size
+
+    def given(self) -> dict[str, Any]:
+        """What `results.command_line` writes; None for what was left out."""
+        return {
+            "tokens": self.tokens,
+            "hidden": self.hidden,
+            "vocab": self.vocab,
+            "dtype": self.dtypes,
+            "model": self.models,
+            "size": self.size if self.size is not Size.REGULAR else None,
+        }
+
+    def cases(self, default: Sequence[Case]) -> list[Any]:
+        """See `choose`."""
+        return choose(default, **self._asdict())

@@ -69,9 +69,7 @@ def command(
     chosen = {"steps": None if complete else steps}
     section["command"] = results.command_line("overtraining", chosen)
     terminal.output().print(as_table(section))
-    if path:
-        results.save(path, KEY if complete else results.key(section), section)
-        terminal.notes.print(f"written: {path}")
+    results.keep(path, section, KEY if complete else None)
 
 
 class State(NamedTuple):

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from bench import contenders, environment, markdown, terminal, timing
-from bench.cases import HEADS, Dtype, Head, Mode
+from bench.cases import HEADS, Dtype, Head, Mode, head_of
 
 KEY = "memory/peak"
 CASES = HEADS
@@ -82,10 +82,7 @@ def _rows(section: dict[str, Any]) -> list[list[str]]:
 
 
 def _headings(section: dict[str, Any]) -> list[str]:
-    return [
-        f"{case['tokens']}x{case['hidden']}x{case['classes']} {case['dtype']}"
-        for case in section["cases"]
-    ]
+    return [str(head_of(case)) for case in section["cases"]]
 
 
 def table(section: dict[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from typing import Any
 
 import typer
 
-from bench import environment
+from bench import environment, terminal
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROGRAM = "python -m bench"
@@ -95,9 +95,18 @@ def command_line(name: str, options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def key(section: dict[str, Any]) -> str:
-    """Name a section by the command of its selection: `memory --peak --model gpt-2`."""
-    return section["command"].removeprefix(f"{PROGRAM} ")
+def keep(path: Path | None, section: dict[str, Any], name: str | None) -> None:
+    """Save what a command measured, and say so; nothing without a path.
+
+    Args:
+        path: from `destination`.
+        section: with its command.
+        name: of a complete run's section; None for a selection, which its command names:
+            `memory --peak --model gpt-2`.
+    """
+    if path:
+        save(path, name or section["command"].removeprefix(f"{PROGRAM} "), section)
+        terminal.notes.print(f"written: {path}")
 
 
 def geometric_mean(numbers: Iterable[float]) -> float:

@@ -10,7 +10,7 @@ import jax
 import typer
 
 from bench import contenders, environment, options, results, roofs, speed_tables, terminal, timing
-from bench.cases import DTYPES, HEADS, SHAPES, Case, Labels, Logits, Mode, Op, Size, choose
+from bench.cases import DTYPES, HEADS, SHAPES, Case, Labels, Logits, Mode, Op, Size
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 PROFILED_CALLS = 3
@@ -59,27 +59,11 @@ def command(
     integer = labels is Labels.INTEGER
     if op is Op.LINEAR and not integer:
         raise typer.BadParameter("--op linear takes integer labels", param_hint="--labels")
-    chosen = {
-        "tokens": tokens,
-        "hidden": hidden,
-        "vocab": vocab,
-        "dtype": dtypes,
-        "model": models,
-        "size": size if size is not Size.REGULAR else None,
-        "mode": modes,
-        "repeats": repeats,
-    }
+    selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
+    chosen = {**selection.given(), "mode": modes, "repeats": repeats}
     complete = not any(chosen.values())
     path = results.destination(json, complete=complete)
-    cases = choose(
-        HEADS if op is Op.LINEAR else logits(labels),
-        tokens=tokens,
-        hidden=hidden,
-        vocab=vocab,
-        dtypes=dtypes,
-        models=models,
-        size=size,
-    )
+    cases = selection.cases(HEADS if op is Op.LINEAR else logits(labels))
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
     )
@@ -92,10 +76,7 @@ def command(
     for table in speed_tables.tables(section):
         console.print(table)
     console.print(speed_tables.notes(section), markup=False)
-    if path:
-        key = KEYS[op, labels] if complete else results.key(section)
-        results.save(path, key, section)
-        terminal.notes.print(f"written: {path}")
+    results.keep(path, section, KEYS[op, labels] if complete else None)
 
 
 KEYS = {
@@ -150,10 +131,10 @@ def measure(
         measured_roofs = roofs.measure(dtypes)
         for case in cases:
             # One rotation of inputs at a time: the largest is near a gigabyte.
-            progress.update(task, description=f"{case.shape} {case.dtype}", refresh=True)
+            progress.update(task, description=str(case), refresh=True)
             rotation = case.inputs()
             for mode in modes:
-                words = f"{case.shape} {case.dtype} {mode}"
+                words = f"{case} {mode}"
                 progress.update(task, description=words, refresh=True)
                 call = timing.caller(rotation, donated=_donated(case, mode))
                 ready = _prepare(
@@ -217,11 +198,10 @@ def _prepare(
         except Exception as error:  # a peer that cannot do a case must not end the run
             if entry.module == "ours":
                 raise
-            words = f"{case.shape} {case.dtype} {mode}"
-            left_out.append(contenders.failure(words, name, error))
+            left_out.append(contenders.failure(f"{case} {mode}", name, error))
         else:
             if entry.module != "ours" and first_s > PATIENCE_S:
-                left_out.append(f"{case.shape} {case.dtype} {mode}: {name}: {first_s:.0f} s a call")
+                left_out.append(f"{case} {mode}: {name}: {first_s:.0f} s a call")
             else:
                 ready[name] = one
     return ready
