@@ -88,7 +88,10 @@ def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any, sp
 
         blocks, rest = divmod(classes, size)
         total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)
-        return step(blocks * size, rest, total) if rest else total
+        if not rest:
+            return total
+        # Of a start that XLA knows it makes a plain slice, and then goes over all of `total`.
+        return step(lax.optimization_barrier(jnp.int32(blocks * size)), rest, total)
 
     if is_local(a, b):
         return lax.platform_dependent(total, a, b, cpu=by_block, default=whole)

@@ -19,7 +19,7 @@ import pytest
 from assertions import accumulation
 
 import jaxsoftmax
-from jaxsoftmax import _numerics
+from jaxsoftmax import _numerics, _products
 
 # Around 16 and 2048 the CPU formulation changes; 128 is its block. The others are awkward.
 SIZES = (1, 2, 16, 17, 127, 130, 300, 2048, 2049, 50257)
@@ -254,7 +254,8 @@ def on_device(name: str) -> Iterator[str]:
     Which formulation a function takes is decided while tracing, so traces must not survive.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_numerics, "is_local", lambda *_: name == "one CPU device")
+        for module in (_numerics, _products):
+            patch.setattr(module, "is_local", lambda *_: name == "one CPU device")
         jax.clear_caches()
         yield name
     jax.clear_caches()

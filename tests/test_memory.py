@@ -2,6 +2,7 @@
 """The memory formulas of the docstrings against the compilers, by `bench.memory`."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -140,3 +141,21 @@ def test_logits_made_inside_a_program_are_overwritten_by_their_gradient():
     logits = 4 * tokens * classes
     chunk = 4 << 20  # the rows that the forward pass holds in cache
     assert timing.temporary_bytes(compiled) <= 1.05 * logits + chunk
+
+
+def test_the_last_columns_of_d_kernel_are_added_in_place():
+    """XLA:CPU goes over the whole array instead where it reads what it updates as a plain slice."""
+    tokens, width, classes = 512, 64, 2 * 8192 + 100  # blocks of 8192 at 256 tokens a chunk
+    loss = functools.partial(jaxsoftmax.linear_softmax_cross_entropy, chunk_size=256)
+    shapes = ((tokens, width), (width, classes))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments, labels).compile()
+    updates = [
+        body
+        for body in (compiled.as_text() or "").split("\n\n")
+        if "ROOT %dynamic_update_slice" in body and f"f32[{width},{classes}]" in body
+    ]
+    assert len(updates) == 2, "the blocks' and the last columns'"
+    assert not [body for body in updates if " slice(" in body]

@@ -7,6 +7,7 @@ smooth at ties, where `max` is not. Derivatives are of `Σ w · f(arguments)` wi
 taken in all floating arguments at once, so that mixed second derivatives are seen too.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import on_device
 from jax import export
 
 import jaxsoftmax
@@ -23,8 +25,8 @@ from jaxsoftmax import _numerics
 
 # Formulation and number of classes. On one CPU device (`is_local`) the reductions are by column,
 # plain or by block, according to the number of classes; elsewhere there is one form.
-WORLDS = [("general", 5), ("one device", 3000)]
-MORE_CLASSES = [("one device", 5), ("one device", 40)]
+WORLDS = [("anywhere", 5), ("one CPU device", 3000)]
+MORE_CLASSES = [("one CPU device", 5), ("one CPU device", 40)]
 
 
 class Function(NamedTuple):
@@ -203,11 +205,8 @@ in_every_world = pytest.mark.parametrize(
 @pytest.fixture(scope="module", params=WORLDS, ids=_world)
 def classes(request):
     formulation, classes = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_numerics, "is_local", lambda *arrays: formulation == "one device")
-        jax.clear_caches()
+    with contextlib.contextmanager(on_device)(formulation):
         yield classes
-    jax.clear_caches()
 
 
 def row(arguments, index):
