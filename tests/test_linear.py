@@ -12,7 +12,6 @@ import pytest
 from cases import on_device
 
 import jaxsoftmax
-from jaxsoftmax import _products
 
 SHAPES = [(1, 3, 2), (7, 5, 1), (33, 17, 130), (64, 40, 2049), (5, 300, 257)]
 CHUNKS = {(33, 17, 130): [1, 2, 3, 7, 13, 64, 1000]}
@@ -273,18 +272,21 @@ def test_nothing_unneeded_is_computed(gradients, products):
     assert count(jax.grad(head, (0, 1))) == products
 
 
-@pytest.mark.parametrize("columns", [1, 7, 65, 129, 130, 1000])
-def test_a_product_is_added_by_block_of_columns(monkeypatch, columns):
-    (a, b, c), rng = (4, 5, 130), np.random.default_rng(columns)
-    total, left, right = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((a, c), (b, a), (b, c))
-    )
-    monkeypatch.setattr(_products, "_PRODUCT_BYTES", columns * b * 4)
+def test_d_kernel_is_added_up_by_block_of_columns():
+    """On one CPU device in blocks of 8 MiB of the product, and the columns that are left."""
+    hidden, kernel, bias, _, labels = problem(7, 2048, 2 * 1024 + 3)
+
+    def total(hidden, kernel, bias):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, reduction="sum", chunk_size=4
+        )
+
     with contextlib.contextmanager(on_device)("one CPU device"):
-        got = jax.jit(_products.add_product, static_argnums=(3, 4))(total, left, right, None, None)
-    wide, left, right = (x.astype(np.float64) for x in (total, left, right))
-    magnitude = np.max(np.abs(wide) + np.abs(left).T @ np.abs(right))
-    assert_close(got, wide + left.T @ right, magnitude, (b + 1) / 2)
+        got = jax.jit(jax.grad(total, (0, 1, 2)))(hidden, kernel, bias)
+    g = np.ones(7)
+    _, expected = truth(hidden, kernel, bias, labels, g)
+    for d, expected_d, size in zip(got, expected, magnitudes(hidden, kernel, g), strict=True):
+        assert_close(d, expected_d, size, 40 * np.sqrt(2048))
 
 
 def test_d_kernel_of_a_float32_mean_is_finished_by_the_loop():
