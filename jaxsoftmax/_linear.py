@@ -299,7 +299,7 @@ def linear_log_probs(
         float32 operands   4·N·b + 4·N·H + 8·H·b
         half precision     6·N·b + 8·N·H + 6·H·b
 
-    On a CPU with JAX 0.10, bfloat16 adds a copy of the kernel, `2·H·V`.
+    On a CPU with JAX 0.10, bfloat16 keeps a copy of d_kernel, `2·H·V`, beside half of that or more.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ._sharding import is_local, restored, sliceable
+from ._sharding import is_local, slice_in_loop
 
 # XLA:CPU: up to _FEW classes go column by column, from _MANY on block by block (see `_on_cpu`).
 # A chunk of rows of _CHUNK_BYTES stays in cache between its two passes: 1, 2, 4, 8, 16 MiB took
@@ -122,11 +122,10 @@ def _in_chunks(form, x, *numbers):
     rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
     if not isinstance(n, int) or n <= rows:  # n: symbolic in an export
         return tuple(s.reshape(batch) for s in form(x, *numbers))
-    source = sliceable(x)
 
     def chunk(i):
         start = jnp.minimum(i * rows, n - rows)
-        part = restored(lax.dynamic_slice_in_dim(source, start, rows), x.dtype)
+        part = slice_in_loop(x, start, rows, axis=0)
         return form(part, *(lax.dynamic_slice_in_dim(a, start, rows) for a in numbers))
 
     chunks = -(-n // rows)

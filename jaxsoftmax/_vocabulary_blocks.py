@@ -12,12 +12,13 @@ from ._numerics import accumulation_dtype
 from ._products import dot, opened, product, times, without_scale
 from ._sharding import (
     Layout,
+    as_bits,
+    from_bits,
     laid_out,
     laid_out_like,
     manual_axes,
-    restored,
     shard_start,
-    sliceable,
+    slice_in_loop,
     summed_as,
     varying,
 )
@@ -122,7 +123,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     of_hidden = layout.spec(tokens, None, unreduced=classes)
     of_kernel = layout.spec(None, *_of_shards(plan), None, unreduced=tokens)
     of_bias = layout.spec(*_of_shards(plan), None, unreduced=tokens)
-    as_slices = sliceable if not layout.sharded else lambda x: x  # no bits of a sum to come
+    as_slices = as_bits if not layout.sharded else lambda x: x  # no bits of a sum to come
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
@@ -146,7 +147,9 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
             d = _split(plan, d, of_kernel)
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=-1)
         if asked.hidden:
-            block = _joined(plan, _columns(kernel, start, size), layout.spec(None, classes))
+            block = _joined(
+                plan, slice_in_loop(kernel, start, size, axis=-1), layout.spec(None, classes)
+            )
             d = dot(d_raw, block, ((1,), (1,)), plan.precision, of_hidden)
             d_hidden = d_hidden + d
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
@@ -161,7 +164,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     sums = _over_blocks(plan, step, jax.tree.map(everywhere, start), kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
     d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
-    d_kernel = None if d_kernel is None else restored(d_kernel, kernel.dtype)
+    d_kernel = None if d_kernel is None else from_bits(d_kernel, kernel.dtype)
     d_kernel = _joined(plan, d_kernel, layout.spec(None, classes, unreduced=tokens))
     d_bias = _joined(plan, d_bias, layout.spec(classes, unreduced=tokens))
     d_weights = _joined(plan, d_weights, layout.spec(classes))
@@ -242,7 +245,7 @@ def _over_blocks(plan, step, carry, classes):
 def _block_logits(plan, operands, start, size):
     layout = plan.layout
     of_classes = layout.spec(None, layout.classes)
-    block = _joined(plan, _columns(operands.kernel, start, size), of_classes)
+    block = _joined(plan, slice_in_loop(operands.kernel, start, size, axis=-1), of_classes)
     logits = product(operands.hidden, block, None, plan.precision)
     logits = _split(plan, logits, layout.spec(layout.token_axes, layout.classes, None))
     bias = _part(operands.bias, start, size)
@@ -251,8 +254,3 @@ def _block_logits(plan, operands, start, size):
 
 def _part(vector, start, size):
     return None if vector is None else lax.dynamic_slice_in_dim(vector, start, size, axis=-1)
-
-
-def _columns(kernel, start, size):
-    block = lax.dynamic_slice_in_dim(sliceable(kernel), start, size, axis=-1)
-    return restored(block, kernel.dtype)
