@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every function's value against 80-digit arithmetic, over the shared cases and every option."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from cases import (
     ROW_KINDS,
     Case,
     generator,
+    on_device,
     promised,
     rows,
     targets_of,
@@ -31,9 +34,9 @@ def test_the_device_fixture_chooses_what_runs(device, monkeypatch):
     calls = []
     monkeypatch.setattr(_numerics, "_by_block", lambda x: calls.append(x.shape) or (x[:, 0],) * 2)
     jax.clear_caches()
-    js.logsumexp(jnp.zeros((3, 4096)), axis=-1)
+    js.logsumexp(jnp.zeros((3, 4099)), axis=-1)
     jax.clear_caches()
-    assert calls == ([] if device == "anywhere" else [(3, 4096)])
+    assert calls == ([] if device == "anywhere" else [(3, 4099)])
 
 
 def test_the_two_engines_of_the_oracle_agree():
@@ -79,6 +82,56 @@ def test_the_promise_for_losses(device, classes):
     }
     for name, got in results.items():
         assert (relative_error(got, true) <= allowed).all(), name
+
+
+@pytest.mark.parametrize("confident", [True, False])
+@pytest.mark.parametrize("classes", [512, 1000, 2048, 3000, 4097, 50257])
+def test_the_remainder_where_the_exponentials_sum_to_about_two(classes, confident):
+    """On CPU it is taken anew for rows whose exponentials sum to less than 2, if there is any.
+
+    At 2 no accuracy is to be lost on either side, and ties stay on theirs.
+    """
+    assert _numerics._whole_block(classes) is not None
+    rng = generator("about two", classes)
+    rows = [rng.standard_normal(classes), np.zeros(classes)]
+    if confident:
+        for rest in (1e-30, 1e-6, 0.5, 1 - 1e-6, 1 - 1e-7, 1.0, 1 + 1e-7, 1 + 1e-6, 1.5):
+            parts = rng.dirichlet(np.ones(classes - 1)) * rest
+            top = rng.integers(classes)
+            rows.append(np.insert(np.log(parts), top, 0.0) + 3.0)
+    for places in ((0, 1), (0, classes - 1), (classes // 2, classes - 1, classes - 2)):
+        ties = np.full(classes, -40.0)
+        ties[list(places)] = 1.5
+        rows.append(ties)
+    z = np.stack(rows).astype(np.float32)
+    if not confident:
+        assert (np.exp(z.astype(np.float64) - z.max(-1, keepdims=True)).sum(-1) >= 2).all()
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        m, r = jax.jit(_numerics.max_and_remainder)(z)
+    np.testing.assert_array_equal(m, z.max(-1))
+    # exp(z − max) exactly, of the difference as float32 rounds it; all but one maximum.
+    e = np.exp((z - z.max(-1, keepdims=True)).astype(np.float64))
+    e[np.arange(len(z)), z.argmax(-1)] = 0
+    true = e.sum(-1)
+    # An exponential of XLA's is within 2 ulps; sums of blocks, then of √(2C) numbers or fewer in
+    # turn, round to within log2 of as many; s − 1 doubles both.
+    assert (np.abs(r - true) <= 2 * (2 + np.log2(classes)) * ULP * true).all()
+
+
+@pytest.mark.parametrize("classes", [512, 2048, 50257])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_what_is_not_finite_stays_in_its_row_of_whole_blocks(classes, where):
+    z = np.array(generator("not finite", classes).standard_normal((6, classes)), np.float32)
+    at = 0 if where == "first" else -1
+    z[0, at], z[1, at], z[2] = np.nan, np.inf, -np.inf
+    z[3, at], z[4, at] = np.inf, -np.inf
+    z[3, 5] = np.nan
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        m, r = jax.jit(_numerics.max_and_remainder)(z)
+    np.testing.assert_array_equal(m[:4], [np.nan, np.inf, -np.inf, np.nan])
+    assert np.isnan(r[:4]).all()
+    assert np.isfinite(m[4:]).all()
+    assert np.isfinite(r[4:]).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -214,7 +267,8 @@ def test_a_program_is_no_longer_for_more_classes(device, dtype):
         loss = jax.value_and_grad(lambda z, y: jnp.sum(js.label_log_probs(z, y).log_probs))
         return jax.jit(loss).lower(z, y).as_text().count("\n")
 
-    assert lines(2000) == lines(300)
+    assert lines(500) == lines(300)
+    assert lines(2000) == lines(1000)
 
 
 def test_dense_labels_over_all_axes_and_broadcast_labels():
