@@ -145,16 +145,22 @@ def _by_whole_block(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
     def without_top():
         top_sum = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
-        index = jnp.arange(classes // size, dtype=jnp.int32).reshape((1,) * len(batch) + (-1,))
-        top = jnp.min(jnp.where(sums == top_sum, index, index[..., -1:]), axis=-1, keepdims=True)
-        block = jnp.take_along_axis(blocks, top[..., None], axis=-2, mode="clip")[..., 0, :]
-        rest = jnp.where(block == m[..., None], 0, shifted_exp(block, _shift(m)))
-        rest = jnp.sum(lax.optimization_barrier(rest), axis=-1)
-        return jnp.sum(jnp.where(index == top, 0, sums), axis=-1) + rest
+        top, others = _without_block(sums, sums == top_sum)
+        block = jnp.take_along_axis(blocks, top[..., None, None], axis=-2, mode="clip")[..., 0, :]
+        return others + _remainder(block, m)
 
     confident = s < 2
     r = lax.cond(jnp.any(confident), without_top, lambda: s)
     return m, jnp.where(confident, r, s - 1)
+
+
+def _without_block(sums: jax.Array, is_top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first of each row's blocks that `is_top`, the last if none, and the sum of the others."""
+    count = sums.shape[-1]
+    index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (sums.ndim - 1) + (-1,))
+    # XLA:CPU's argmax is ten times slower than this. A NaN row finds no block, and stays NaN.
+    top = jnp.min(jnp.where(is_top, index, count - 1), axis=-1)
+    return top, jnp.sum(jnp.where(one_hot(top, count), 0, sums), axis=-1)
 
 
 def _in_chunks(form, x, *numbers):
@@ -241,16 +247,13 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     m = jnp.max(block_max, axis=-1)
     shift = _shift(m)[:, None]
     sums = jnp.concatenate([jnp.sum(shifted_exp(z, shift), axis=-1) for z in parts], axis=-1)
-    index = jnp.arange(sums.shape[-1], dtype=jnp.int32).reshape(1, -1)
-    # XLA:CPU's argmax is ten times slower than this. A NaN row finds no block, and stays NaN.
-    top = jnp.min(jnp.where(block_max == m[:, None], index, sums.shape[-1] - 1), axis=-1)
-    others = jnp.where(index == top[:, None], 0, sums)
+    top, others = _without_block(sums, block_max == m[:, None])
     # The last block may be short: read _BLOCK classes that end with the row, mask what is not it.
     start = jnp.minimum(top * _BLOCK, classes - _BLOCK)
     at = start[:, None] + jnp.arange(_BLOCK, dtype=jnp.int32).reshape(1, -1)
     block = upcast(jnp.take_along_axis(x, at, axis=-1, mode="clip"))
     block = jnp.where(at < (top * _BLOCK)[:, None], -jnp.inf, block)
-    return m, jnp.sum(others, axis=-1) + _remainder(block, m)
+    return m, others + _remainder(block, m)
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
