@@ -147,7 +147,9 @@ def _by_whole_block(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         top_sum = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
         top, others = _without_block(sums, sums == top_sum)
         block = jnp.take_along_axis(blocks, top[..., None, None], axis=-2, mode="clip")[..., 0, :]
-        return others + _remainder(block, m)
+        # `_remainder` would count ties, of which there are none: 40 against 26 ms at [65536, 1000].
+        rest = jnp.where(block == m[..., None], 0, shifted_exp(block, _shift(m)))
+        return others + jnp.sum(lax.optimization_barrier(rest), axis=-1)
 
     confident = s < 2
     r = lax.cond(jnp.any(confident), without_top, lambda: s)
