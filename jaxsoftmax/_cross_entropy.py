@@ -13,7 +13,14 @@ from jaxtyping import Array, Float
 
 from . import _checks
 from ._numerics import to_index, to_rows
-from ._options import as_options, ignored_tokens, label_weights, target_losses, token_losses
+from ._options import (
+    as_options,
+    ignored_tokens,
+    label_weights,
+    target_losses,
+    token_losses,
+    wanted_by,
+)
 from ._sharding import AxisName, shard_count, sum_over
 from ._statistics import Statistics, Wanted, as_transform, target_statistics, token_statistics
 
@@ -94,7 +101,7 @@ def softmax_cross_entropy_with_integer_labels(
     )
     with jax.named_scope(f"jaxsoftmax.{name}"):
         (logits, where), axes = _one_axis(axes, logits, where)
-        wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
+        wanted = wanted_by(options, axis_name)
         summed = token_statistics(wanted).now()
         return _integer_labels(summed, wanted, logits, labels, where, options, axes, ignore_index)
 
@@ -191,7 +198,7 @@ def softmax_cross_entropy(
     with jax.named_scope(f"jaxsoftmax.{name}"):
         labels = jnp.broadcast_to(labels, logits.shape)
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
-        wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
+        wanted = wanted_by(options, axis_name)
         summed = target_statistics(wanted).now()
         return _dense_labels(summed, axis_name, logits, labels, where, options, axes)
 
@@ -269,7 +276,7 @@ def label_log_probs(
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
     with jax.named_scope(f"jaxsoftmax.{name}"):
         (logits,), axes = _one_axis(axes, logits)
-        wanted = Wanted(entropy=with_entropy, axis_name=axis_name)
+        wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         summed = token_statistics(wanted).now()
         return _label_log_probs(summed, axis_name, logits, labels, transform, axes)
 

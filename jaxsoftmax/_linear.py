@@ -18,7 +18,7 @@ from . import _checks, _token_chunks, _vocabulary_blocks
 from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
-from ._options import as_options, label_weights, token_losses
+from ._options import as_options, label_weights, token_losses, wanted_by
 from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
 from ._statistics import Wanted, as_transform, token_statistics
 
@@ -231,7 +231,7 @@ def linear_softmax_cross_entropy(
     head = head._replace(counts=counts)
     of_labels = [] if options.class_weights is None else [counts]
     u = options.class_weights if options.label_smoothing is not None else None
-    wanted = Wanted(spread=options.label_smoothing is not None, axis_name=axis_name)
+    wanted = wanted_by(options, axis_name)
 
     def losses(statistics, labels, weights=None):
         return token_losses(statistics, labels, weights, ignore_index, options)
@@ -321,7 +321,7 @@ def linear_log_probs(
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        wanted = Wanted(entropy=with_entropy, axis_name=axis_name)
+        wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
         statistics = _token_statistics(plan, head, labels, transform, None)
         return as_log_probs(jax.tree.map(head.unreduced, statistics))

@@ -4,7 +4,8 @@
     m = max_k z_k        r = Σ_{k ≠ argmax} exp(z_k − m)        e_k = exp(z_k − m)
 
 With ties `r` counts all but one of the maxima. Everything else follows: lse = m + log1p(r),
-ŷ_k = e_k / (1 + r). See docs/derivation.md.
+ŷ_k = e_k / (1 + r). For a label's loss m may be the label's logit instead, and r the sum over all
+others. See docs/derivation.md.
 
 Rows are the last axis here; the modules above bring the class axes there.
 """
@@ -12,6 +13,8 @@ Rows are the last axis here; the modules above bring the class axes there.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,8 @@ from ._sharding import is_local, slice_in_loop
 # 79, 67, 57, 58, 130 ms at [4096, 32000] float32 on 2 cores with 1 MiB L2 each and 32 MiB L3.
 _FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
 _CHUNK_BYTES = 4 << 20
+# A row is measured from its label only while the others sum to less than this: the loss below 16.6.
+_NEAR = 2.0**24
 
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
@@ -57,25 +62,42 @@ def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.exp(upcast(x) - m[..., None])
 
 
-def max_and_remainder(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(m, r) of each row of `x [..., C]`, in the accumulation dtype, named for remat policies."""
-    m, r = _max_and_remainder(x)
+def max_and_remainder(x: jax.Array, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+    """(m, r) of each row of `x [..., C]`, in the accumulation dtype, named for remat policies.
+
+    With `labels [...]` (from `to_index`) m may be the label's logit and r the sum over all others,
+    where r < 2²⁴: as good for the loss and its gradient, and found without a pass over the row.
+    """
+    m, r = _max_and_remainder(x, labels)
     return checkpoint_name(m, "jaxsoftmax.max"), checkpoint_name(r, "jaxsoftmax.remainder")
 
 
 @jax.custom_jvp
-def _max_and_remainder(x):
+def _max_and_remainder(x, labels):
     # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
     # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
     # right second derivatives at ties too, where max has none.
-    if is_local(x):
-        m, r = lax.platform_dependent(x, cpu=_on_cpu, default=_plain)
-    else:
-        m, r = _plain(x)
+    m, r = _local_max_and_remainder(x, labels) if is_local(x) else _plain(x)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
     # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
     m = jnp.where(jnp.isnan(r), jnp.nan, m)
     return m, jnp.where(jnp.isfinite(m), r, jnp.nan)
+
+
+@jax.custom_batching.custom_vmap
+def _local_max_and_remainder(x, labels):
+    return lax.platform_dependent(x, labels, cpu=_on_cpu, default=lambda x, _: _plain(x))
+
+
+# A mapped axis is one more axis of rows: what is skipped where no row needs it stays skipped.
+@_local_max_and_remainder.def_vmap
+def _local_max_and_remainder_vmap(size, batched, x, labels):
+    of_rows, of_labels = batched
+    if not of_rows:
+        return _local_max_and_remainder(x, None), (False, False)
+    if of_labels is False:
+        labels = jnp.broadcast_to(labels, (size, *labels.shape))
+    return _local_max_and_remainder(x, labels), (True, True)
 
 
 def _shift(m: jax.Array) -> jax.Array:
@@ -85,8 +107,8 @@ def _shift(m: jax.Array) -> jax.Array:
 
 @_max_and_remainder.defjvp
 def _max_and_remainder_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    m, r = _max_and_remainder(x)
+    (x, labels), (dx, _) = primals, tangents
+    m, r = _max_and_remainder(x, labels)
     return (m, r), (jnp.zeros_like(m), jnp.sum(shifted_exp(x, m) * upcast(dx), axis=-1))
 
 
@@ -101,17 +123,64 @@ def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(top, 0, shifted_exp(x, _shift(m))), axis=-1) + ties
 
 
-def _on_cpu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _on_cpu(x: jax.Array, labels: Any = None) -> tuple[jax.Array, jax.Array]:
     """The same at the speed of XLA:CPU's plain log-sum-exp, or better."""
-    if x.shape[-1] <= _FEW:
-        *batch, classes = x.shape
-        m, r = _by_column(x.reshape(math.prod(batch), classes))
-        return m.reshape(batch), r.reshape(batch)
-    block = _whole_block(x.shape[-1])
-    if block and x.dtype.itemsize >= 4:
-        return _by_whole_block(x, block)
-    m, r = _in_chunks(_plain if x.shape[-1] < _MANY else _by_block, x)
+    *batch, classes = x.shape
+    size = _whole_block(classes)
+    if classes <= _FEW:
+        rest, form = _rest_by_column, _by_column
+    elif size and x.dtype.itemsize >= 4:
+        rest, form = partial(_rest_by_whole_block, size), partial(_by_whole_block, size)
+    else:
+        rest, form = _rest_in_chunks, partial(_in_chunks, _plain if classes < _MANY else _by_block)
+        if classes >= _MANY or x.dtype.itemsize < 4:
+            labels = None
+    x = x.reshape(math.prod(batch), classes)
+    m, r = form(x) if labels is None else _from_label(rest, form, x, labels.reshape(x.shape[:-1]))
+    return m.reshape(batch), r.reshape(batch)
+
+
+def _from_label(rest, form, x, labels):
+    """(m, r) from the label's logit; rows where it is too small, or none, by `form`.
+
+    `rest(x, m, labels)` gives r. What is left is taken anew, some rows at a time, until nothing is.
+    """
+    n, classes = x.shape
+    labels = jnp.maximum(labels, 0)
+    m = _pick_on_cpu(x, labels)
+    r = rest(x, m, labels)
+    far = ~(r < _NEAR)  # NaN and ∞ too: a label at −∞, or a row with either
+    rows = max(1, _CHUNK_BYTES // (classes * m.dtype.itemsize))
+    if isinstance(n, int) and n <= rows:  # n: symbolic in an export
+
+        def all_anew():
+            m_form, r_form = form(x)
+            return jnp.where(far, m_form, m), jnp.where(far, r_form, r)
+
+        return lax.cond(_any(far), all_anew, lambda: (m, r))
+
+    def some_anew(state):
+        (at,) = jnp.nonzero(state[2], size=rows, fill_value=n)
+        done = (*form(x.at[at].get(mode="clip")), False)
+        return tuple(a.at[at].set(b, mode="drop") for a, b in zip(state, done, strict=True))
+
+    m, r, _ = lax.while_loop(lambda state: _any(state[2]), some_anew, (m, r, far))
     return m, r
+
+
+def _rest_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+    """The r of each row, from its label's logit."""
+
+    def form(x, m, labels):
+        others = jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m))
+        return (jnp.sum(lax.optimization_barrier(others), axis=-1),)
+
+    return _in_chunks(form, x, m, labels)[0]
+
+
+def _any(flags):
+    """`jnp.any`, as the sum that XLA:CPU is faster at."""
+    return jnp.sum(flags, dtype=jnp.float32) > 0
 
 
 def _whole_block(classes: int) -> int | None:
@@ -128,41 +197,55 @@ def _whole_block(classes: int) -> int | None:
     return even[-1] if even else odd[0] if odd else None
 
 
-def _by_whole_block(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _by_whole_block(size: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Blocks that divide the classes: plain sums of all rows, without a loop.
 
-    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses nothing, ties included. Below there is
-    one maximum, in the block with the largest sum, which is taken anew without it. The barriers
-    keep XLA from merging sums of sums into sums of whole rows, which are slower.
+    The barrier keeps XLA from merging the maximum of maxima into one of whole rows, which is slow.
     """
-    *batch, classes = x.shape
-    blocks = x.reshape(*batch, classes // size, size)
-    block_max = jnp.max(blocks, axis=-1) if classes >= _MANY else x
-    m = jnp.max(lax.optimization_barrier(block_max), axis=-1)
-    sums = jnp.sum(shifted_exp(blocks, _shift(m)[..., None]), axis=-1)
+    n, classes = x.shape
+    maxima = jnp.max(x.reshape(n, classes // size, size), axis=-1) if classes >= _MANY else x
+    m = jnp.max(lax.optimization_barrier(maxima), axis=-1)
+    return m, _rest_by_whole_block(size, x, _shift(m))
+
+
+def _rest_by_whole_block(size: int, x: jax.Array, m: jax.Array, labels: Any = None) -> jax.Array:
+    """The r of each row, from the logit m of its label, or its maximum.
+
+    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses nothing, ties included. Below there is
+    one maximum, m, whose block is taken anew without it: the label's, or that with the largest sum.
+    The barriers keep XLA from merging sums of sums into sums of whole rows, which are slower.
+    """
+    n, classes = x.shape
+    blocks = x.reshape(n, classes // size, size)
+    sums = jnp.sum(shifted_exp(blocks, m[:, None]), axis=-1)
     sums = lax.optimization_barrier(sums)
     s = jnp.sum(sums, axis=-1)
 
     def without_top():
-        top_sum = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
-        top, others = _without_block(sums, sums == top_sum)
-        block = jnp.take_along_axis(blocks, top[..., None, None], axis=-2, mode="clip")[..., 0, :]
+        if labels is None:
+            largest = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
+            top = _first(sums == largest)
+        else:
+            top = labels // size
+        block = jnp.take_along_axis(blocks, top[:, None, None], axis=1, mode="clip")[:, 0]
         # `_remainder` would count ties, of which there are none: 40 against 26 ms at [65536, 1000].
-        rest = jnp.where(block == m[..., None], 0, shifted_exp(block, _shift(m)))
-        return others + jnp.sum(lax.optimization_barrier(rest), axis=-1)
+        rest = jnp.where(block == m[:, None], 0, shifted_exp(block, m))
+        return _sum_without(sums, top) + jnp.sum(lax.optimization_barrier(rest), axis=-1)
 
     confident = s < 2
-    r = lax.cond(jnp.any(confident), without_top, lambda: s)
-    return m, jnp.where(confident, r, s - 1)
+    r = lax.cond(_any(confident), without_top, lambda: s)
+    return jnp.where(confident, r, s - 1)
 
 
-def _without_block(sums: jax.Array, is_top: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first of each row's blocks that `is_top`, the last if none, and the sum of the others."""
-    count = sums.shape[-1]
-    index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (sums.ndim - 1) + (-1,))
-    # XLA:CPU's argmax is ten times slower than this. A NaN row finds no block, and stays NaN.
-    top = jnp.min(jnp.where(is_top, index, count - 1), axis=-1)
-    return top, jnp.sum(jnp.where(one_hot(top, count), 0, sums), axis=-1)
+def _first(flags: jax.Array) -> jax.Array:
+    """The first of each row that is True, the last if none: a tenth of XLA:CPU's argmax's time."""
+    count = flags.shape[-1]
+    index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (flags.ndim - 1) + (-1,))
+    return jnp.min(jnp.where(flags, index, count - 1), axis=-1)
+
+
+def _sum_without(terms: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(one_hot(index, terms.shape[-1]), 0, terms), axis=-1)
 
 
 def _in_chunks(form, x, *numbers):
@@ -222,13 +305,22 @@ def row_sums(
 
 def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Few classes: elementwise over the rows, where a reduction of a short axis is slow."""
-    z = lax.optimization_barrier(upcast(x))
-    columns = [z[:, k] for k in range(x.shape[-1])]
+    columns = _columns(x)
     m = functools.reduce(jnp.maximum, columns)
     e = [jnp.exp(z_k - _shift(m)) for z_k in columns]
     tops = [(z_k == m).astype(m.dtype) for z_k in columns]
     others = [e_k - top for e_k, top in zip(e, tops, strict=True)]
     return m, functools.reduce(jnp.add, others) + (functools.reduce(jnp.add, tops) - 1)
+
+
+def _rest_by_column(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+    others = [jnp.where(labels == k, 0, jnp.exp(z - m)) for k, z in enumerate(_columns(x))]
+    return functools.reduce(jnp.add, others)
+
+
+def _columns(x: jax.Array) -> list[jax.Array]:
+    z = lax.optimization_barrier(upcast(x))
+    return [z[:, k] for k in range(x.shape[-1])]
 
 
 def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -249,13 +341,13 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     m = jnp.max(block_max, axis=-1)
     shift = _shift(m)[:, None]
     sums = jnp.concatenate([jnp.sum(shifted_exp(z, shift), axis=-1) for z in parts], axis=-1)
-    top, others = _without_block(sums, block_max == m[:, None])
+    top = _first(block_max == m[:, None])  # a NaN row finds none, and stays NaN
     # The last block may be short: read _BLOCK classes that end with the row, mask what is not it.
     start = jnp.minimum(top * _BLOCK, classes - _BLOCK)
     at = start[:, None] + jnp.arange(_BLOCK, dtype=jnp.int32).reshape(1, -1)
     block = upcast(jnp.take_along_axis(x, at, axis=-1, mode="clip"))
     block = jnp.where(at < (top * _BLOCK)[:, None], -jnp.inf, block)
-    return m, others + _remainder(block, m)
+    return m, _sum_without(sums, top) + _remainder(block, m)
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -264,22 +356,21 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
     def compare(x, labels):
         return jnp.sum(jnp.where(one_hot(labels, x.shape[-1]), upcast(x), 0), axis=-1)
 
-    def gather(x, labels):
-        return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
+    at = jnp.maximum(labels, 0)
+    if is_local(x, labels):
+        z = lax.platform_dependent(x, at, cpu=_pick_on_cpu, default=compare)
+    else:
+        z = compare(x, at)
+    return jnp.where(labels < 0, 0, z)
 
-    def select(x, labels):
+
+def _pick_on_cpu(x, labels):
+    if x.dtype.itemsize < 4 and x.shape[-1] <= _FEW:
+        # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
         z = lax.optimization_barrier(upcast(x))
         columns = (jnp.where(labels == k, z[..., k], 0) for k in range(x.shape[-1]))
         return functools.reduce(jnp.add, columns)
-
-    if is_local(x, labels):
-        # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
-        half_of_few = x.dtype.itemsize < 4 and x.shape[-1] <= _FEW
-        on_cpu = select if half_of_few else gather
-        z = lax.platform_dependent(x, labels, cpu=on_cpu, default=compare)
-    else:
-        z = compare(x, labels)
-    return jnp.where(labels < 0, 0, z)
+    return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
 
 
 def to_index(labels: jax.Array, classes: int) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from . import _checks
 from ._numerics import to_index
 from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
-from ._statistics import Statistics, Transform, as_transform, local
+from ._statistics import Statistics, Transform, Wanted, as_transform, local
 
 
 class Options(NamedTuple):
@@ -51,6 +51,15 @@ def _unless_zero(function, name, value, most):
     if isinstance(value, (int, float)) and value == 0 and value is not False:
         return None
     return _checks.as_fraction(function, name, value, most)
+
+
+def wanted_by(options: Options, axis_name: AxisName | None) -> Wanted:
+    """What `target_losses` takes beside the loss."""
+    return Wanted(
+        lse=options.z_loss is not None,
+        spread=options.label_smoothing is not None,
+        axis_name=axis_name,
+    )
 
 
 def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | None:

@@ -47,8 +47,9 @@ class Statistics(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which statistics beside loss and lse, and of what; fixed while tracing."""
+    """Which statistics beside the loss, and of what; fixed while tracing."""
 
+    lse: bool = False
     entropy: bool = False
     spread: bool = False
     axis_name: AxisName | None = None  # the manual mesh axes that shard the classes
@@ -125,11 +126,14 @@ def _capped_jvp(primals, tangents):
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(wanted, x, labels, transform, weights):
     z = transformed(x, transform)
-    rows = block_rows(wanted, z, labels, shard_start(wanted.axis_name, z.shape[-1]), weights)
+    if wanted == Wanted():
+        rows = Rows(*max_and_remainder(z, labels), pick(z, labels))
+    else:
+        rows = block_rows(wanted, z, labels, shard_start(wanted.axis_name, z.shape[-1]), weights)
     if wanted.axis_name is not None:
         rows = over_shards(wanted.axis_name, rows)
     rows = with_label(rows, labels)
-    return outputs(rows), (x, labels, transform, weights, rows._replace(costs=None))
+    return outputs(wanted, rows), (x, labels, transform, weights, rows._replace(costs=None))
 
 
 def _token_bwd(wanted, residuals, cotangents):
@@ -178,7 +182,7 @@ def _target_fwd(wanted, x, y, transform):
         cost, total = target_sums(rows.m)
     else:
         rows, (cost, total) = over_shards(wanted.axis_name, rows, target_sums)
-    out = outputs(rows)._replace(loss=cost + total * jnp.log1p(rows.r))
+    out = outputs(wanted, rows)._replace(loss=cost + total * jnp.log1p(rows.r))
     return out, (x, y, transform, total, rows._replace(costs=None))
 
 
@@ -274,13 +278,13 @@ def with_label(rows: Rows, labels: jax.Array) -> Rows:
     return rows._replace(z_label=jnp.where(labels >= 0, rows.z_label, jnp.nan))
 
 
-def outputs(rows: Rows) -> Statistics:
+def outputs(wanted: Wanted, rows: Rows) -> Statistics:
     """The statistics of whole rows; the loss of a label, where there is one."""
     m, r, z_label, gaps, classes, mass, costs = rows
     log1p_r = jnp.log1p(r)
     return Statistics(
         None if z_label is None else (m - z_label) + log1p_r,
-        log_sum_exp(m, r),
+        log_sum_exp(m, r) if wanted.lse else None,
         None if gaps is None else log1p_r + gaps / (1 + r),
         None if classes is None else (costs + mass * log1p_r) / classes,
     )

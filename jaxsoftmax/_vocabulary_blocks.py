@@ -64,7 +64,7 @@ class Operands(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_statistics(plan, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
-    return outputs(_forward(plan, operands))
+    return outputs(plan.wanted, _forward(plan, operands))
 
 
 def _forward(plan, operands):
@@ -103,7 +103,7 @@ def _sums(axis):
 def _linear_statistics_fwd(plan, operands):
     operands, live_operands = opened(operands)
     rows = _forward(plan, operands)
-    return outputs(rows), (operands, rows._replace(costs=None), live_operands)
+    return outputs(plan.wanted, rows), (operands, rows._replace(costs=None), live_operands)
 
 
 def _linear_statistics_bwd(plan, residuals, cotangents):

@@ -431,6 +431,106 @@ def test_cpu_statistics(monkeypatch, classes, dtype, n):
     assert_within(r, true, bound, f"{dtype} {classes}")
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [*CPU_CASES, ("float32", 512), ("float64", 2176)])
+@pytest.mark.parametrize("rows_anew", [1, 100], ids=["a row at a time", "all rows at once"])
+def test_cpu_statistics_from_the_label(monkeypatch, classes, dtype, rows_anew):
+    """(m, r) from the label's logit, where that is near enough; else from the maximum.
+
+    Equation (41) and (42) with the distances to m in place of the gaps.
+    """
+    rng = generator("from the label", classes, dtype)
+    n = 13
+    z = (3 * rng.standard_normal((n, classes))).astype(jnp.dtype(dtype))
+    labels = rng.integers(0, classes, n, dtype=np.int32)
+    rows = np.arange(n)
+    z[1:5, 0] = 8
+    z[rows[1:5], labels[1:5]] = [30, 8, -7, -11]  # leads, ties, is near, is too far
+    z[5, 0], z[5, labels[5]] = 60, -60  # exp(120) is no float32
+    if classes > 1:
+        z[6, labels[6]] = -np.inf
+    labels[7:9] = -1
+    z[7, 0], z[8] = -30, 3e4
+    z[9], z[9, labels[9]] = -1e4, 0
+    z[10] = 5
+    wide = z.astype(np.longdouble)
+    itemsize = 8 if dtype == "float64" else 4
+    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", rows_anew * classes * itemsize)
+    with x64(dtype):
+        m, r = jax.jit(_numerics._on_cpu)(jnp.asarray(z), jnp.asarray(labels))
+    m, r = np.asarray(m, np.longdouble), np.asarray(r)
+    of_label, top = wide[rows, np.maximum(labels, 0)], wide.max(-1)
+    from_top = m == top
+    assert (from_top | (m == of_label)).all()
+    # The columns, the blocks and the short rows are measured from the label while that is near.
+    if classes <= 16 or (itemsize == z.itemsize and (classes < 2048 or classes == 2176)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            rest = np.exp(wide - of_label[:, None]).sum(-1) - 1
+        assert (m == of_label)[rest < 2.0**24 * 0.999].all()
+        assert from_top[~(rest < 2.0**24 * 1.001)].all()
+    taken = np.where(m == of_label, np.maximum(labels, 0), wide.argmax(-1))
+    inside = np.isfinite(wide) & (np.arange(classes) != taken[:, None])
+    distance = np.where(inside, np.abs(wide - m[:, None]), 0)
+    e = np.where(inside, np.exp(np.where(inside, wide - m[:, None], 0)), 0)
+    true = e.sum(-1)
+    mean = (e * distance).sum(-1) / np.maximum(true, 1e-300)
+    chain = max(10.0, classes**0.5)
+    info = np.finfo(accumulation(dtype))
+    bound = (mean + 2 + chain) * float(info.eps) / 2 * true + classes * float(info.tiny)
+    assert_within(r, true, bound, f"{dtype} {classes}")
+
+
+@pytest.mark.parametrize("classes", [3, 100, 2049, 4096])
+@pytest.mark.parametrize("label", [0, 1])
+def test_cpu_statistics_from_the_label_of_rows_that_are_not_finite(classes, label):
+    z = np.zeros((11, classes), np.float32)
+    z[2, classes // 2] = np.nan
+    z[3, label] = np.nan
+    z[4, -1] = np.nan
+    z[5, label] = np.inf
+    z[6, classes // 2 + 1] = np.inf
+    z[7, label] = -np.inf
+    z[8] = -np.inf
+    labels = jnp.full(11, label, jnp.int32)
+    m, r = (np.asarray(s) for s in jax.jit(_numerics._max_and_remainder)(z, labels))
+    good = np.isin(np.arange(11), range(2, 9), invert=True)
+    np.testing.assert_array_equal(m[good], 0)
+    np.testing.assert_array_equal(r[good], classes - 1)
+    np.testing.assert_array_equal(m[2:9], [np.nan] * 3 + [np.inf] * 2 + [0, -np.inf])
+    np.testing.assert_array_equal(r[2:9], [np.nan] * 5 + [classes - 2, np.nan])
+
+
+@pytest.mark.parametrize("classes", [10, 100, 4096])
+def test_a_mapped_axis_is_one_more_axis_of_rows(classes):
+    """Nothing that a condition skips is computed under vmap: the same program, the same memory."""
+    rng = generator("mapped", classes)
+    z = jnp.asarray(5 * rng.standard_normal((6, 40, classes)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, classes, (6, 40)), jnp.int32)
+    z = z.at[0, 0, 1].set(90)
+
+    def together(f, z, labels):
+        program = jax.jit(f).lower(z, labels).compile()
+        return program(z, labels), program.memory_analysis().temp_size_in_bytes
+
+    form = _numerics._max_and_remainder
+    expected, memory = together(form, z, labels)
+    for got, temporary in (
+        together(jax.vmap(form), z, labels),
+        together(jax.vmap(jax.vmap(form)), z, labels),
+        together(jax.vmap(form, in_axes=1, out_axes=1), z, labels),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+        assert temporary <= memory + z.nbytes // 10 + 4096
+    form_of_rows = together(jax.vmap(form, (0, None)), z, labels[0])[0]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        form_of_rows,
+        form(z, jnp.broadcast_to(labels[0], labels.shape)),
+    )
+    of_labels = jax.vmap(form, (None, 0))(z[0], labels)
+    for got, expected in zip(of_labels, form(z[0], None), strict=True):
+        np.testing.assert_array_equal(got, np.broadcast_to(expected, got.shape))
+
+
 @pytest.mark.parametrize("classes", [3, 100, 2049, 4096])
 def test_cpu_statistics_of_rows_that_are_not_finite(monkeypatch, classes):
     z = np.zeros((11, classes), np.float32)
