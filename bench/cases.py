@@ -18,6 +18,7 @@ import typer
 ROTATION_BYTES = 256 * 2**20
 MOST_COPIES = 512
 LEARNING_RATE = 0.1  # of a training step
+LEAD, LED = 20, 3  # of confident logits: what is added to the label's, in one row of how many
 
 
 class Dtype(StrEnum):
@@ -91,6 +92,7 @@ class Logits(NamedTuple):
     classes: int
     dtype: Dtype
     labels: Labels = Labels.INTEGER
+    confident: bool = False
 
     parameters = 1  # leading inputs that are differentiated
 
@@ -117,6 +119,8 @@ class Logits(NamedTuple):
     def inputs(self) -> list[tuple[Any, ...]]:
         """Draw normal logits of scale 1 and random labels, as many copies as outgrow the caches.
 
+        Confident ones are random too, but in each third row the label's is raised by 20.
+
         Returns:
             Pairs `(logits, labels)`: logits `[tokens, classes]` of `dtype`; labels `[tokens]`
             int32, or `[tokens, classes]` of `dtype` whose rows are distributions.
@@ -125,12 +129,16 @@ class Logits(NamedTuple):
         shape = self.tokens, self.classes
 
         def draw() -> tuple[jax.Array, jax.Array]:
-            logits = jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+            logits = rng.standard_normal(shape, np.float32)
             if self.labels is Labels.INTEGER:
-                return logits, jnp.asarray(rng.integers(self.classes, size=self.tokens), jnp.int32)
+                labels = rng.integers(self.classes, size=self.tokens)
+                if self.confident:
+                    led = np.arange(0, self.tokens, LED)
+                    logits[led, labels[led]] += LEAD
+                return jnp.asarray(logits, self.dtype), jnp.asarray(labels, jnp.int32)
             weights = rng.random(shape, np.float32)
             weights /= weights.sum(axis=-1, keepdims=True)
-            return logits, jnp.asarray(weights, self.dtype)
+            return jnp.asarray(logits, self.dtype), jnp.asarray(weights, self.dtype)
 
         size = math.prod(shape) * jnp.dtype(self.dtype).itemsize
         return _copies(draw, size)

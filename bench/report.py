@@ -17,6 +17,7 @@ from bench import (
     peak,
     results,
     sharding,
+    speed,
     speed_tables,
     terminal,
 )
@@ -31,6 +32,7 @@ ACCURACY = accuracy.KEY.format(Labels.INTEGER)
 SPEED_BY_MODEL = (
     "speed --op linear --tokens 512 --hidden 256 --dtype float32 --model all --mode value-and-grad"
 )
+SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
 
 # A block of a document: the command behind it, its section of a results file, who lays it out.
@@ -53,6 +55,8 @@ MESH_BLOCKS: Blocks = {
 }
 BENCHMARKS_BLOCKS: Blocks = {
     "speed": ("speed/integer", speed_tables.details),
+    "speed --confident": (speed.CONFIDENT_KEY, speed_tables.ratios),
+    SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
     "speed --op linear": ("speed/linear", speed_tables.details),
     SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
     "memory": ("memory", memory.as_markdown),

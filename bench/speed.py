@@ -10,7 +10,7 @@ import jax
 import typer
 
 from bench import contenders, environment, options, results, roofs, speed_tables, terminal, timing
-from bench.cases import DTYPES, HEADS, SHAPES, Case, Labels, Logits, Mode, Op, Size
+from bench.cases import DTYPES, HEADS, LEAD, SHAPES, Case, Labels, Logits, Mode, Op, Size
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 PROFILED_CALLS = 3
@@ -35,6 +35,14 @@ def command(
         Labels,
         typer.Option(help="Targets as class numbers, or as one distribution a row."),
     ] = Labels.INTEGER,
+    confident: Annotated[
+        bool,
+        typer.Option(
+            "--confident",
+            help=f"Logits as of a trained model: the label leads by {LEAD} nats in a third of the "
+            "rows.",
+        ),
+    ] = False,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds a case.", show_default="by --size")
     ] = None,
@@ -59,24 +67,30 @@ def command(
     integer = labels is Labels.INTEGER
     if op is Op.LINEAR and not integer:
         raise typer.BadParameter("--op linear takes integer labels", param_hint="--labels")
+    if confident and (op is Op.LINEAR or not integer):
+        raise typer.BadParameter(
+            "expected logits and integer labels with it", param_hint="--confident"
+        )
     selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
     chosen = {**selection.given(), "mode": modes, "repeats": repeats}
     complete = not any(chosen.values())
     path = results.destination(json, complete=complete)
-    cases = selection.cases(HEADS if op is Op.LINEAR else logits(labels))
+    cases = selection.cases(HEADS if op is Op.LINEAR else logits(labels, confident=confident))
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
     )
     what = {
         "op": op if op is not Op.LOGITS else None,
         "labels": labels if not integer else None,
+        "confident": confident,
     }
     section["command"] = results.command_line("speed", what | chosen)
     console = terminal.output()
     for table in speed_tables.tables(section):
         console.print(table)
     console.print(speed_tables.notes(section), markup=False)
-    results.keep(path, section, KEYS[op, labels] if complete else None)
+    name = CONFIDENT_KEY if confident else KEYS[op, labels]
+    results.keep(path, section, name if complete else None)
 
 
 KEYS = {
@@ -84,12 +98,13 @@ KEYS = {
     (Op.LOGITS, Labels.DENSE): "speed/dense",
     (Op.LINEAR, Labels.INTEGER): "speed/linear",
 }
+CONFIDENT_KEY = "speed/confident"
 
 
-def logits(labels: Labels) -> list[Logits]:
+def logits(labels: Labels, *, confident: bool = False) -> list[Logits]:
     """Return the cases of a complete run."""
     return [
-        Logits(tokens, classes, dtype, labels)
+        Logits(tokens, classes, dtype, labels, confident)
         for (tokens, classes), dtype in itertools.product(SHAPES, DTYPES)
     ]
 
@@ -117,7 +132,11 @@ def measure(
     first, dtypes = cases[0], dict.fromkeys(case.dtype for case in cases)
     if isinstance(first, Logits):
         entries = contenders.LOGITS[first.labels] + contenders.TORCH_LOGITS[first.labels]
-        what = {"op": Op.LOGITS.value, "labels": first.labels.value}
+        what = {
+            "op": Op.LOGITS.value,
+            "labels": first.labels.value,
+            "confident": first.confident,
+        }
     else:
         entries = contenders.HEAD + contenders.OPTIONS
         what = {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}

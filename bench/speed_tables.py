@@ -196,7 +196,9 @@ def _model(section: dict[str, Any]) -> str:
 
 
 def _what(section: dict[str, Any]) -> str:
-    return "linear head" if section["op"] == Op.LINEAR else f"{section['labels']} labels"
+    if section["op"] == Op.LINEAR:
+        return "linear head"
+    return f"{section['labels']} labels" + (", confident" if section["confident"] else "")
 
 
 def _names(cases: list[dict[str, Any]]) -> list[str]:

@@ -22,7 +22,8 @@ from ._options import (
     wanted_by,
 )
 from ._sharding import AxisName, shard_count, sum_over
-from ._statistics import Statistics, Wanted, as_transform, target_statistics, token_statistics
+from ._statistics import Statistics, Wanted, target_statistics, token_statistics
+from ._transform import as_transform
 
 
 def softmax_cross_entropy_with_integer_labels(

@@ -20,7 +20,8 @@ from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype, to_index
 from ._options import as_options, label_weights, token_losses, wanted_by
 from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
-from ._statistics import Wanted, as_transform, token_statistics
+from ._statistics import Wanted, token_statistics
+from ._transform import as_transform
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens

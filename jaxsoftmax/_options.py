@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from . import _checks
 from ._numerics import to_index
 from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
-from ._statistics import Statistics, Transform, Wanted, as_transform, local
+from ._statistics import Statistics, Wanted, local
+from ._transform import Transform, as_transform
 
 
 class Options(NamedTuple):

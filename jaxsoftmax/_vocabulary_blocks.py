@@ -33,10 +33,10 @@ from ._statistics import (
     outputs,
     over_shards,
     poisoned,
-    transformed,
     used_rows,
     with_label,
 )
+from ._transform import transformed
 
 
 class Plan(NamedTuple):

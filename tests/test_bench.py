@@ -213,6 +213,10 @@ WRONG = {
     "a model": (["speed", "--model", "gpt-9"], "expected llama-2, gpt-2, .*, all; got 'gpt-9'"),
     "a size": (["speed", "--size", "huge"], "'huge' is not one of 'fast', 'regular', 'large'"),
     "dense heads": (["speed", "--op", "linear", "--labels", "dense"], "takes integer labels"),
+    "confident heads": (
+        ["speed", "--op", "linear", "--confident"],
+        "expected logits and integer labels with it",
+    ),
     "a target": (["memory", "--target", "v9"], "expected here, v5e, v5p, v6e; got 'v9'"),
     "two kinds of memory": (["memory", "--peak", "--target", "here"], "expected one of them"),
     "a mesh of several heads": (
@@ -307,6 +311,13 @@ def test_small_inputs_rotate_and_dense_labels_are_distributions():
     logits, labels = pairs[-1]
     assert logits.dtype == labels.dtype == jnp.bfloat16
     np.testing.assert_allclose(f64(labels).sum(-1), 1, rtol=0.01)
+
+
+def test_the_labels_of_confident_logits_lead_in_a_third_of_the_rows():
+    logits, labels = Logits(300, 50, Dtype.FLOAT32, confident=True).inputs()[0]
+    share = f64(jax.nn.softmax(logits))[np.arange(300), labels]
+    assert (share[::3] > 0.999).all()
+    assert np.delete(share, np.s_[::3]).max() < 0.5
 
 
 def test_dense_labels_count_as_bytes():
@@ -499,6 +510,14 @@ def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "forward, float32, dense labels" in printed
     assert "both twice" in " ".join(printed.split())
+
+
+def test_tables_say_that_logits_are_confident(capsys: pytest.CaptureFixture[str]):
+    case = Logits(4, 8, Dtype.FLOAT32, confident=True)
+    section = speed.measure([case], [Mode.FORWARD], repeats=2)
+    for table in speed_tables.tables(section):
+        terminal.output().print(table)
+    assert "forward, float32, integer labels, confident" in capsys.readouterr().out
 
 
 def test_readme_and_docs_show_the_committed_results():

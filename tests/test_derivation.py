@@ -1062,6 +1062,121 @@ def test_derivative_in_the_cap(x, c):
     assert abs((z / c - x / c * slope) - truth) <= 1e-100 * max(abs(truth), 1)
 
 
+# 13. From the label.
+
+
+@equation(54, r"r_t = \sum_{k \ne t} e^{z_k - z_t}")
+@exact
+def test_remainder_from_the_label(case):
+    for t in range(len(case.z)):
+        r_t = np.delete(np.exp(case.z - case.z[t]), t).sum()
+        truth = 1 / _softmax(_mp(case.z))[t] - 1
+        assert_close(r_t, truth, units=_stats(case.z).units)
+
+
+@equation(
+    55,
+    r"\mathrm{nll}_t = \mathrm{log1p}(r_t), \qquad"
+    r"\frac{\partial\, \mathrm{nll}_t}{\partial z_i} = \frac{e^{z_i - z_t}}{1 + r_t}"
+    r"\quad (i \ne t), \qquad"
+    r"\frac{\partial\, \mathrm{nll}_t}{\partial z_t} = -\frac{r_t}{1 + r_t}",
+)
+@exact
+def test_loss_and_gradient_from_the_label(case):
+    units = _stats(case.z).units
+    for t in range(len(case.z)):
+        one_hot = _one_hot(len(case.z), t)
+        e = np.exp(case.z - case.z[t])
+        r_t = np.delete(e, t).sum()
+        assert_close(np.log1p(r_t), _loss(_mp(case.z), _mp(one_hot)), units=units)
+        gradient = e / (1 + r_t)
+        gradient[t] = -r_t / (1 + r_t)
+        assert_close(gradient, _loss_gradient(Case(case.z, one_hot)), units=units)
+
+
+class FromLabel(NamedTuple):
+    e: np.ndarray  # computed in float32, as is r
+    r: np.float32
+    d: int
+    distance: np.ndarray  # the truth in float64, as are the rest
+    true_e: np.ndarray
+    true_r: np.float64
+    mean_of_rest: np.float64  # bar tau
+    mean: np.float64  # tau
+    t: int
+
+
+def _from_label(z: np.ndarray, t: int) -> FromLabel:
+    e = _rounded(np.exp, z - z[t])
+    assert z.dtype == e.dtype == np.float32
+    r, d = _tree_sum(np.delete(e, t))
+    difference = z.astype(np.float64) - np.float64(z[t])
+    distance, true_e = abs(difference), np.exp(difference)
+    true_r = np.delete(true_e, t).sum()
+    total = (true_e * distance).sum()
+    return FromLabel(e, r, d, distance, true_e, true_r, total / true_r, total / (1 + true_r), t)
+
+
+LABELLED = [(row, _from_label(row.z, t)) for row in ROWS for t in _labels(row)]
+
+
+@equation(
+    56,
+    r"\mathrm{err}(r_t) \le (\bar\tau + \alpha + d) u, \qquad"
+    r"\bar\tau = \frac{1}{r_t} \sum_{k \ne t} e^{z_k - z_t} \tau_k",
+)
+def test_error_of_the_remainder_from_the_label():
+    for _, row in LABELLED:
+        assert _err(row.r, row.true_r) <= (row.mean_of_rest + ALPHA + row.d) * SLACK
+
+
+@equation(
+    57,
+    r"\mathrm{err}(\hat y_i) \le"
+    r"\Big(\tau_i + \tau + \alpha + \frac{r_t}{1 + r_t} (\alpha + d) + 2\Big) u",
+)
+def test_error_of_a_probability_from_the_label():
+    for _, row in LABELLED:
+        weight = row.true_r / (1 + row.true_r)
+        bound = row.distance + row.mean + ALPHA + weight * (ALPHA + row.d) + 2
+        error = _err(row.e / (np.float32(1) + row.r), row.true_e / (1 + row.true_r))
+        assert (error <= bound * SLACK).all()
+
+
+@equation(
+    58,
+    r"\mathrm{err}(\hat y_t - 1) \le \Big(\frac{\bar\tau + \alpha + d}{1 + r_t} + 2\Big) u",
+)
+def test_error_of_the_target_from_the_label():
+    for _, row in LABELLED:
+        bound = (row.mean_of_rest + ALPHA + row.d) / (1 + row.true_r) + 2
+        got, truth = -row.r / (np.float32(1) + row.r), -row.true_r / (1 + row.true_r)
+        assert _err(got, truth) <= bound * SLACK
+
+
+@equation(
+    59,
+    r"\mathrm{err}(\mathrm{nll}_t) \le"
+    r"\Big(\frac{r_t (\bar\tau + \alpha + d)}{(1 + r_t)\, \mathrm{nll}_t} + \lambda\Big) u",
+)
+def test_error_of_the_loss_from_the_label():
+    for _, row in LABELLED:
+        nll = np.log1p(row.true_r)
+        error_of_r = row.mean_of_rest + ALPHA + row.d
+        bound = row.true_r * error_of_r / ((1 + row.true_r) * nll) + LAMBDA
+        assert _err(_rounded(np.log1p, row.r), nll) <= bound * SLACK
+
+
+@equation(60, r"\tau_k \le \max(\gamma_k, \log r_t)")
+def test_distances_from_the_label():
+    for row, of_label in LABELLED:
+        others = np.arange(len(row.z)) != of_label.t
+        limit = np.maximum(row.gap, np.log(of_label.true_r))
+        assert (of_label.distance <= limit * (1 + 1e-12))[others].all()
+    assert 16.6 < 24 * np.log(2) < 16.7
+    assert 2 * 16.7 * U32 < 2e-6
+
+
 # What the document computes in passing.
 
 

@@ -33,6 +33,7 @@ LAYERS = [
     "_numerics",
     "_rules",
     "_softmax",
+    "_transform",
     "_statistics",
     "_options",
     "_cross_entropy",

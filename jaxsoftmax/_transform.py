@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done to raw logits before anything else: soft cap and temperature."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import _checks
+from ._numerics import upcast
+
+
+class Transform(NamedTuple):
+    """What is done to raw logits: scalars, or None for nothing at all."""
+
+    soft_cap: jax.Array | None = None
+    temperature: jax.Array | None = None
+
+
+def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> Transform:
+    """Check both."""
+    if soft_cap is not None:
+        soft_cap = _checks.as_positive(function, "soft_cap", soft_cap)
+    if isinstance(temperature, (int, float)) and temperature == 1 and temperature is not True:
+        return Transform(soft_cap)
+    return Transform(soft_cap, _checks.as_positive(function, "temperature", temperature))
+
+
+def transformed(x: jax.Array, transform: Transform) -> jax.Array:
+    """The logits z = soft_cap · tanh(x / soft_cap) / temperature; without either, `x` as it came.
+
+    An infinity stays one: a class left out is not brought back by the cap.
+    """
+    soft_cap, temperature = transform
+    if soft_cap is not None:
+        x = upcast(x)
+        x = _capped(x, soft_cap.astype(x.dtype))
+    if temperature is not None:
+        x = upcast(x)
+        x = x / temperature.astype(x.dtype)
+    return x
+
+
+@jax.custom_jvp
+def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isinf(x), x, cap * jnp.tanh(x / cap))
+
+
+# Of the result alone in x, so that beside it neither x nor the hyperbolic tangent has to be kept:
+# docs/derivation.md equations (52) and (53).
+@_capped.defjvp
+def _capped_jvp(primals, tangents):
+    (x, cap), (dx, dcap) = primals, tangents
+    z = _capped(x, cap)
+    capped = jnp.isfinite(z)
+    t = jnp.where(capped, z, 0) / cap
+    slope = (1 - t) * (1 + t)
+    in_cap = t - slope * (jnp.where(capped, x, 0) / cap)
+    return z, jnp.where(capped, slope, 1) * dx + in_cap * dcap
