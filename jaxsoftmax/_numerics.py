@@ -30,7 +30,10 @@ from ._sharding import is_local, slice_in_loop
 _FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
 _CHUNK_BYTES = 4 << 20
 # A row is measured from its label only while the others sum to less than this: the loss below 16.6.
+# The others are taken again, 1 MiB of rows at a time: with 4 MiB one such row costs more, with less
+# many do.
 _NEAR = 2.0**24
+_AGAIN_BYTES = 1 << 20
 
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
@@ -58,7 +61,7 @@ def upcast(x: jax.Array) -> jax.Array:
 
 
 def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
-    """e_k = exp(z_k − m), exactly 1 at the maximum."""
+    """e_k = exp(z_k − m), exactly 1 where z_k is m."""
     return jnp.exp(upcast(x) - m[..., None])
 
 
@@ -77,7 +80,8 @@ def _max_and_remainder(x, labels):
     # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
     # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
     # right second derivatives at ties too, where max has none.
-    m, r = _local_max_and_remainder(x, labels) if is_local(x) else _plain(x)
+    local = is_local(x) if labels is None else is_local(x, labels)
+    m, r = _local_max_and_remainder(x, labels) if local else _plain(x)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
     # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
     m = jnp.where(jnp.isnan(r), jnp.nan, m)
@@ -93,9 +97,9 @@ def _local_max_and_remainder(x, labels):
 @_local_max_and_remainder.def_vmap
 def _local_max_and_remainder_vmap(size, batched, x, labels):
     of_rows, of_labels = batched
-    if not of_rows:
+    if not of_rows:  # the same rows for all labels: from their maximum
         return _local_max_and_remainder(x, None), (False, False)
-    if of_labels is False:
+    if labels is not None and not of_labels:
         labels = jnp.broadcast_to(labels, (size, *labels.shape))
     return _local_max_and_remainder(x, labels), (True, True)
 
@@ -123,62 +127,74 @@ def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(top, 0, shifted_exp(x, _shift(m))), axis=-1) + ties
 
 
-def _on_cpu(x: jax.Array, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+def _on_cpu(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The same at the speed of XLA:CPU's plain log-sum-exp, or better."""
     *batch, classes = x.shape
-    size = _whole_block(classes)
+    wide = x.dtype.itemsize >= 4
+    block = _whole_block(classes)
     if classes <= _FEW:
-        rest, form = _rest_by_column, _by_column
-    elif size and x.dtype.itemsize >= 4:
-        rest, form = partial(_rest_by_whole_block, size), partial(_by_whole_block, size)
+        from_maximum, others = _by_column, _others_by_column
+    elif block and wide:
+        from_maximum = partial(_by_whole_block, block=block)
+        others = partial(_others_by_whole_block, block=block)
     else:
-        rest, form = _rest_in_chunks, partial(_in_chunks, _plain if classes < _MANY else _by_block)
-        if classes >= _MANY or x.dtype.itemsize < 4:
-            labels = None
+        from_maximum = partial(_in_chunks, _plain if classes < _MANY else _by_block)
+        others = _others_in_chunks if classes < _MANY and wide else None
     x = x.reshape(math.prod(batch), classes)
-    m, r = form(x) if labels is None else _from_label(rest, form, x, labels.reshape(x.shape[:-1]))
+    if labels is None or others is None:
+        m, r = from_maximum(x)
+    else:
+        m, r = _from_label(x, labels.reshape(x.shape[:-1]), others, from_maximum)
     return m.reshape(batch), r.reshape(batch)
 
 
-def _from_label(rest, form, x, labels):
-    """(m, r) from the label's logit; rows where it is too small, or none, by `form`.
+def _from_label(x, labels, others, from_maximum):
+    """(m, r) from the label's logit; from the maximum where that is too far below the others.
 
-    `rest(x, m, labels)` gives r. What is left is taken anew, some rows at a time, until nothing is.
+    `others(x, m, labels)` is r. A row whose label is no class has no loss: it is not looked at
+    again, and gets an m and r that are finite.
     """
     n, classes = x.shape
-    labels = jnp.maximum(labels, 0)
+    none, labels = labels < 0, jnp.maximum(labels, 0)
     m = _pick_on_cpu(x, labels)
-    r = rest(x, m, labels)
-    far = ~(r < _NEAR)  # NaN and ∞ too: a label at −∞, or a row with either
-    rows = max(1, _CHUNK_BYTES // (classes * m.dtype.itemsize))
-    if isinstance(n, int) and n <= rows:  # n: symbolic in an export
+    r = others(x, m, labels)
+    far = ~(r < _NEAR) & ~none  # NaN too: a label at −∞, or a row with +∞ or NaN
+    rows = max(1, _AGAIN_BYTES // (classes * m.dtype.itemsize))
 
-        def all_anew():
-            m_form, r_form = form(x)
-            return jnp.where(far, m_form, m), jnp.where(far, r_form, r)
+    def all_again():
+        m_max, r_max = from_maximum(x)
+        return jnp.where(far, m_max, m), jnp.where(far, r_max, r)
 
-        return lax.cond(_any(far), all_anew, lambda: (m, r))
+    def some_again():
+        (index,) = jnp.nonzero(far, size=n, fill_value=n)
 
-    def some_anew(state):
-        (at,) = jnp.nonzero(state[2], size=rows, fill_value=n)
-        done = (*form(x.at[at].get(mode="clip")), False)
-        return tuple(a.at[at].set(b, mode="drop") for a, b in zip(state, done, strict=True))
+        def chunk(i, statistics):
+            at = lax.dynamic_slice_in_dim(index, i * rows, rows)
+            found = from_maximum(x.at[at].get(mode="clip"))
+            return tuple(
+                s.at[at].set(f, mode="drop") for s, f in zip(statistics, found, strict=True)
+            )
 
-    m, r, _ = lax.while_loop(lambda state: _any(state[2]), some_anew, (m, r, far))
-    return m, r
+        chunks = (jnp.sum(far, dtype=jnp.int32) + (rows - 1)) // rows
+        return lax.fori_loop(0, chunks, chunk, (m, r))
 
-
-def _rest_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
-    """The r of each row, from its label's logit."""
-
-    def form(x, m, labels):
-        others = jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m))
-        return (jnp.sum(lax.optimization_barrier(others), axis=-1),)
-
-    return _in_chunks(form, x, m, labels)[0]
+    # n is symbolic in an export.
+    in_one = classes <= _FEW or not isinstance(n, int) or n <= rows
+    m, r = lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
+    return jnp.where(none, jnp.finfo(m.dtype).max, m), jnp.where(none, 0, r)
 
 
-def _any(flags):
+def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+    """Rows of medium width: without the label's term, no maximum and no ties to count."""
+
+    def of_chunk(x, m, labels):
+        e = jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m))
+        return (jnp.sum(lax.optimization_barrier(e), axis=-1),)
+
+    return _in_chunks(of_chunk, x, m, labels)[0]
+
+
+def _any(flags: jax.Array) -> jax.Array:
     """`jnp.any`, as the sum that XLA:CPU is faster at."""
     return jnp.sum(flags, dtype=jnp.float32) > 0
 
@@ -197,43 +213,46 @@ def _whole_block(classes: int) -> int | None:
     return even[-1] if even else odd[0] if odd else None
 
 
-def _by_whole_block(size: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_whole_block(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Blocks that divide the classes: plain sums of all rows, without a loop.
 
     The barrier keeps XLA from merging the maximum of maxima into one of whole rows, which is slow.
     """
     n, classes = x.shape
-    maxima = jnp.max(x.reshape(n, classes // size, size), axis=-1) if classes >= _MANY else x
+    maxima = jnp.max(x.reshape(n, classes // block, block), axis=-1) if classes >= _MANY else x
     m = jnp.max(lax.optimization_barrier(maxima), axis=-1)
-    return m, _rest_by_whole_block(size, x, _shift(m))
+    return m, _others_by_whole_block(x, _shift(m), None, block)
 
 
-def _rest_by_whole_block(size: int, x: jax.Array, m: jax.Array, labels: Any = None) -> jax.Array:
-    """The r of each row, from the logit m of its label, or its maximum.
+def _others_by_whole_block(
+    x: jax.Array, m: jax.Array, labels: jax.Array | None, block: int
+) -> jax.Array:
+    """r, from the logit m of the label, or from the maximum.
 
     Where a row's exponentials sum to s ≥ 2, r = s − 1 loses nothing, ties included. Below there is
     one maximum, m, whose block is taken anew without it: the label's, or that with the largest sum.
     The barriers keep XLA from merging sums of sums into sums of whole rows, which are slower.
     """
     n, classes = x.shape
-    blocks = x.reshape(n, classes // size, size)
+    blocks = x.reshape(n, classes // block, block)
     sums = jnp.sum(shifted_exp(blocks, m[:, None]), axis=-1)
     sums = lax.optimization_barrier(sums)
     s = jnp.sum(sums, axis=-1)
 
-    def without_top():
+    def without_m():
         if labels is None:
             largest = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
-            top = _first(sums == largest)
+            at = _first(sums == largest)
         else:
-            top = labels // size
-        block = jnp.take_along_axis(blocks, top[:, None, None], axis=1, mode="clip")[:, 0]
+            at = labels // block
+        z = jnp.take_along_axis(blocks, at[:, None, None], axis=1, mode="clip")[:, 0]
         # `_remainder` would count ties, of which there are none: 40 against 26 ms at [65536, 1000].
-        rest = jnp.where(block == m[:, None], 0, shifted_exp(block, m))
-        return _sum_without(sums, top) + jnp.sum(lax.optimization_barrier(rest), axis=-1)
+        is_m = z == m[:, None] if labels is None else one_hot(labels % block, block)
+        e = jnp.where(is_m, 0, shifted_exp(z, m))
+        return _sum_without(sums, at) + jnp.sum(lax.optimization_barrier(e), axis=-1)
 
     confident = s < 2
-    r = lax.cond(_any(confident), without_top, lambda: s)
+    r = lax.cond(_any(confident), without_m, lambda: s)
     return jnp.where(confident, r, s - 1)
 
 
@@ -313,7 +332,7 @@ def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return m, functools.reduce(jnp.add, others) + (functools.reduce(jnp.add, tops) - 1)
 
 
-def _rest_by_column(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+def _others_by_column(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
     others = [jnp.where(labels == k, 0, jnp.exp(z - m)) for k, z in enumerate(_columns(x))]
     return functools.reduce(jnp.add, others)
 

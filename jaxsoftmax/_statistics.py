@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     """What blocks of classes are put together by, one number a row; None where not wanted.
 
     Labels and whole rows are spread over blocks: each holds its part of every sum, relative to its
-    own maximum.
+    own maximum. Whole rows whose loss alone is wanted may have their label's logit for m.
     """
 
     m: Any

@@ -431,6 +431,18 @@ def test_a_mesh_axis_of_one_device(gradients, shape):
         np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
 
 
+@pytest.mark.parametrize("classes", [12, 100, 1024])
+def test_labels_sharded_over_one_device_beside_whole_logits(monkeypatch, classes):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        labels = jax.device_put(np.zeros(8, np.int32), NamedSharding(mesh, P("data")))
+        losses = jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            jnp.zeros((8, classes)), labels
+        )
+        np.testing.assert_allclose(losses, np.full(8, np.log(classes)), rtol=1e-6)
+
+
 def test_a_mesh_that_is_partly_automatic_is_refused():
     """JAX itself sums wrongly over an explicit axis there."""
     kinds = (AxisType.Explicit, AxisType.Auto)

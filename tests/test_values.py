@@ -432,8 +432,8 @@ def test_cpu_statistics(monkeypatch, classes, dtype, n):
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [*CPU_CASES, ("float32", 512), ("float64", 2176)])
-@pytest.mark.parametrize("rows_anew", [1, 100], ids=["a row at a time", "all rows at once"])
-def test_cpu_statistics_from_the_label(monkeypatch, classes, dtype, rows_anew):
+@pytest.mark.parametrize("again", [1, 2, 100], ids=["row by row", "by pairs", "all rows at once"])
+def test_cpu_statistics_from_the_label(monkeypatch, classes, dtype, again):
     """(m, r) from the label's logit, where that is near enough; else from the maximum.
 
     Equation (41) and (42) with the distances to m in place of the gaps.
@@ -448,13 +448,13 @@ def test_cpu_statistics_from_the_label(monkeypatch, classes, dtype, rows_anew):
     z[5, 0], z[5, labels[5]] = 60, -60  # exp(120) is no float32
     if classes > 1:
         z[6, labels[6]] = -np.inf
-    labels[7:9] = -1
-    z[7, 0], z[8] = -30, 3e4
+    z[7] = 3e4
     z[9], z[9, labels[9]] = -1e4, 0
     z[10] = 5
     wide = z.astype(np.longdouble)
     itemsize = 8 if dtype == "float64" else 4
-    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", rows_anew * classes * itemsize)
+    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", 5 * classes * itemsize)
+    monkeypatch.setattr(_numerics, "_AGAIN_BYTES", again * classes * itemsize)
     with x64(dtype):
         m, r = jax.jit(_numerics._on_cpu)(jnp.asarray(z), jnp.asarray(labels))
     m, r = np.asarray(m, np.longdouble), np.asarray(r)
@@ -491,12 +491,25 @@ def test_cpu_statistics_from_the_label_of_rows_that_are_not_finite(classes, labe
     z[7, label] = -np.inf
     z[8] = -np.inf
     labels = jnp.full(11, label, jnp.int32)
-    m, r = (np.asarray(s) for s in jax.jit(_numerics._max_and_remainder)(z, labels))
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        m, r = (np.asarray(s) for s in jax.jit(_numerics.max_and_remainder)(z, labels))
     good = np.isin(np.arange(11), range(2, 9), invert=True)
     np.testing.assert_array_equal(m[good], 0)
     np.testing.assert_array_equal(r[good], classes - 1)
     np.testing.assert_array_equal(m[2:9], [np.nan] * 3 + [np.inf] * 2 + [0, -np.inf])
     np.testing.assert_array_equal(r[2:9], [np.nan] * 5 + [classes - 2, np.nan])
+
+
+@pytest.mark.parametrize("classes", [3, 100, 4096])
+def test_a_row_whose_label_is_no_class_has_finite_statistics(classes):
+    """Whatever its first class is, which takes the label's place."""
+    z = np.zeros((5, classes), np.float32)
+    z[:4, 0] = [-100, -np.inf, np.inf, np.nan]
+    labels = jnp.array([-1, -1, -1, -1, 1], jnp.int32)
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        m, r = jax.jit(_numerics.max_and_remainder)(z, labels)
+    np.testing.assert_array_equal(m, [np.finfo(np.float32).max] * 4 + [0])
+    np.testing.assert_array_equal(r, [0] * 4 + [classes - 1])
 
 
 @pytest.mark.parametrize("classes", [10, 100, 4096])
@@ -511,15 +524,14 @@ def test_a_mapped_axis_is_one_more_axis_of_rows(classes):
         program = jax.jit(f).lower(z, labels).compile()
         return program(z, labels), program.memory_analysis().temp_size_in_bytes
 
-    form = _numerics._max_and_remainder
+    form = _numerics._local_max_and_remainder
     expected, memory = together(form, z, labels)
-    for got, temporary in (
-        together(jax.vmap(form), z, labels),
-        together(jax.vmap(jax.vmap(form)), z, labels),
-        together(jax.vmap(form, in_axes=1, out_axes=1), z, labels),
-    ):
+    for mapped in (jax.vmap(form), jax.vmap(jax.vmap(form))):
+        got, temporary = together(mapped, z, labels)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
         assert temporary <= memory + z.nbytes // 10 + 4096
+    of_second_axis = together(jax.vmap(form, in_axes=1, out_axes=1), z, labels)[0]
+    jax.tree.map(np.testing.assert_array_equal, of_second_axis, expected)
     form_of_rows = together(jax.vmap(form, (0, None)), z, labels[0])[0]
     jax.tree.map(
         np.testing.assert_array_equal,
