@@ -266,19 +266,20 @@ def label_cotangents(  # noqa: PLR0917
     Every entry as if it were not the label's, then the label's own in its place: one number a row,
     so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000] float32,
     in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would keep
-    logits that are not an argument, and so twice their memory).
+    logits that are not an argument, and so twice their memory). Rounded once, at the end: selected
+    in bfloat16, a training step in place of [16384, 10] takes 2.5 times as long.
     """
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
     dz, d_weights = _cotangents(z, targets, weights, rows, g, used)
     if g.loss is None:
-        return dz, d_weights
+        return dz.astype(z.dtype), d_weights
     own_weight = None
     if weights is not None:
         own_weight = pick(jnp.broadcast_to(_as_row(weights, z.ndim), z.shape), labels)[..., None]
     targets = [(g.loss, lambda e, r: (e - 1) - r[..., None])]
     own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g, used)
     at_label = one_hot(labels, z.shape[-1])
-    return jnp.where(at_label, own.astype(z.dtype), dz), d_weights
+    return jnp.where(at_label, own, dz).astype(z.dtype), d_weights
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
@@ -308,8 +309,8 @@ def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
         mean_gap = rows.gaps * scale
         terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
     if not terms:
-        return jnp.zeros_like(z), d_weights
-    return _where_used(used, functools.reduce(jnp.add, terms)).astype(z.dtype), d_weights
+        return jnp.zeros_like(upcast(z)), d_weights
+    return _where_used(used, functools.reduce(jnp.add, terms)), d_weights
 
 
 def _where_used(used, d):
