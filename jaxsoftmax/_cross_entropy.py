@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
-from ._numerics import to_index, to_rows
 from ._options import (
     as_options,
     ignored_tokens,
@@ -21,6 +20,7 @@ from ._options import (
     token_losses,
     wanted_by,
 )
+from ._rows import to_index, to_rows
 from ._sharding import AxisName, shard_count, sum_over
 from ._statistics import Statistics, Wanted, target_statistics, token_statistics
 from ._transform import as_transform

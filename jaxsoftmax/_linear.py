@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from . import _checks, _token_chunks, _vocabulary_blocks
 from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
-from ._numerics import accumulation_dtype, to_index
+from ._numerics import accumulation_dtype
 from ._options import as_options, label_weights, token_losses, wanted_by
+from ._rows import to_index
 from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
 from ._statistics import Wanted, token_statistics
 from ._transform import as_transform

@@ -7,12 +7,12 @@ With ties `r` counts all but one of the maxima. Everything else follows: lse = m
 ŷ_k = e_k / (1 + r). For a label's loss m may be the label's logit instead, and r the sum over all
 others. See docs/derivation.md.
 
-Rows are the last axis here; the modules above bring the class axes there.
+Rows are the last axis here; `_rows` brings the class axes there.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,20 +39,6 @@ _AGAIN_BYTES = 1 << 20
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype sums are taken in: float32 for half precision and float32, else float64."""
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
-
-
-def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Moves `axes` to the end, in the given order, and merges them into one."""
-    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-    batch = x.shape[: x.ndim - len(axes)]
-    return x if len(axes) == 1 else x.reshape(*batch, math.prod(x.shape[len(batch) :]))
-
-
-def from_rows(rows: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """Undoes `to_rows` for an array of the given `shape`."""
-    ndim = len(shape)
-    rows = rows.reshape(*rows.shape[:-1], *(shape[a] for a in axes)) if len(axes) != 1 else rows
-    return jnp.moveaxis(rows, range(ndim - len(axes), ndim), axes)
 
 
 def upcast(x: jax.Array) -> jax.Array:
@@ -390,13 +376,6 @@ def _pick_on_cpu(x, labels):
         columns = (jnp.where(labels == k, z[..., k], 0) for k in range(x.shape[-1]))
         return functools.reduce(jnp.add, columns)
     return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
-
-
-def to_index(labels: jax.Array, classes: int) -> jax.Array:
-    """Labels of any integer dtype as int32, with −1 for every label outside [0, C)."""
-    last = min(classes - 1, jnp.iinfo(labels.dtype).max)
-    valid = (labels >= 0) & (labels <= last)
-    return jnp.where(valid, jnp.where(valid, labels, 0).astype(jnp.int32), -1)
 
 
 def one_hot(index: jax.Array, size: int) -> jax.Array:

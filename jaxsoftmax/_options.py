@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._numerics import to_index
+from ._rows import to_index
 from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
 from ._statistics import Statistics, Wanted, local
 from ._transform import Transform, as_transform

@@ -10,16 +10,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
-from ._numerics import (
-    excess,
-    from_rows,
-    log_sum_exp,
-    max_and_remainder,
-    one_hot,
-    shifted_exp,
-    to_rows,
-    upcast,
-)
+from ._numerics import excess, log_sum_exp, max_and_remainder, one_hot, shifted_exp, upcast
+from ._rows import from_rows, to_rows
 from ._rules import rule
 
 Axis = int | Sequence[int] | None

@@ -30,6 +30,7 @@ SOURCES = sorted(
 LAYERS = [
     "_sharding",
     "_checks",
+    "_rows",
     "_numerics",
     "_rules",
     "_softmax",

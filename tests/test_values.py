@@ -522,7 +522,9 @@ def test_a_mapped_axis_is_one_more_axis_of_rows(classes):
 
     def together(f, z, labels):
         program = jax.jit(f).lower(z, labels).compile()
-        return program(z, labels), program.memory_analysis().temp_size_in_bytes
+        memory = program.memory_analysis()
+        assert memory is not None
+        return program(z, labels), memory.temp_size_in_bytes
 
     form = _numerics._local_max_and_remainder
     expected, memory = together(form, z, labels)
