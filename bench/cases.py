@@ -119,7 +119,7 @@ class Logits(NamedTuple):
     def inputs(self) -> list[tuple[Any, ...]]:
         """Draw normal logits of scale 1 and random labels, as many copies as outgrow the caches.
 
-        Confident ones are random too, but in each third row the label's is raised by 20.
+        Confident ones are random too, but in one row of `LED` the label's is raised by `LEAD`.
 
         Returns:
             Pairs `(logits, labels)`: logits `[tokens, classes]` of `dtype`; labels `[tokens]`

@@ -17,7 +17,6 @@ from bench import (
     peak,
     results,
     sharding,
-    speed,
     speed_tables,
     terminal,
 )
@@ -55,7 +54,7 @@ MESH_BLOCKS: Blocks = {
 }
 BENCHMARKS_BLOCKS: Blocks = {
     "speed": ("speed/integer", speed_tables.details),
-    "speed --confident": (speed.CONFIDENT_KEY, speed_tables.ratios),
+    "speed --confident": ("speed/confident", speed_tables.ratios),
     SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
     "speed --op linear": ("speed/linear", speed_tables.details),
     SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),

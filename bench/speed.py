@@ -89,16 +89,15 @@ def command(
     for table in speed_tables.tables(section):
         console.print(table)
     console.print(speed_tables.notes(section), markup=False)
-    name = CONFIDENT_KEY if confident else KEYS[op, labels]
-    results.keep(path, section, name if complete else None)
+    results.keep(path, section, KEYS[op, labels, confident] if complete else None)
 
 
 KEYS = {
-    (Op.LOGITS, Labels.INTEGER): "speed/integer",
-    (Op.LOGITS, Labels.DENSE): "speed/dense",
-    (Op.LINEAR, Labels.INTEGER): "speed/linear",
+    (Op.LOGITS, Labels.INTEGER, False): "speed/integer",
+    (Op.LOGITS, Labels.INTEGER, True): "speed/confident",
+    (Op.LOGITS, Labels.DENSE, False): "speed/dense",
+    (Op.LINEAR, Labels.INTEGER, False): "speed/linear",
 }
-CONFIDENT_KEY = "speed/confident"
 
 
 def logits(labels: Labels, *, confident: bool = False) -> list[Logits]:

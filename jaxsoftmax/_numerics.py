@@ -14,7 +14,6 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +50,7 @@ def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.exp(upcast(x) - m[..., None])
 
 
-def max_and_remainder(x: jax.Array, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+def max_and_remainder(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """(m, r) of each row of `x [..., C]`, in the accumulation dtype, named for remat policies.
 
     With `labels [...]` (from `to_index`) m may be the label's logit and r the sum over all others,
@@ -66,7 +65,7 @@ def _max_and_remainder(x, labels):
     # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
     # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
     # right second derivatives at ties too, where max has none.
-    local = is_local(x) if labels is None else is_local(x, labels)
+    local = is_local(*jax.tree.leaves((x, labels)))
     m, r = _local_max_and_remainder(x, labels) if local else _plain(x)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
     # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
@@ -173,11 +172,10 @@ def _from_label(x, labels, others, from_maximum):
 def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
     """Rows of medium width: without the label's term, no maximum and no ties to count."""
 
-    def of_chunk(x, m, labels):
-        e = jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m))
-        return (jnp.sum(lax.optimization_barrier(e), axis=-1),)
+    def others(x, m, labels):
+        return (jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m)),)
 
-    return _in_chunks(of_chunk, x, m, labels)[0]
+    return _in_chunks(partial(_written_sums, others), x, m, labels)[0]
 
 
 def _any(flags: jax.Array) -> jax.Array:
@@ -284,28 +282,28 @@ def _in_chunks(form, x, *numbers):
 def row_sums(
     terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The sum over each row's classes of each of `terms(x, m)`, arrays `[..., C]`.
-
-    XLA:CPU adds up numbers that lie there several times faster than numbers it selects on the way,
-    so there the terms of a chunk of rows are written to cache first.
-    """
+    """The sum over each row's classes of each of `terms(x, m)`, arrays `[..., C]`."""
 
     def plain(x, m):
         return tuple(jnp.sum(t, axis=-1) for t in terms(x, m))
-
-    def written(x, m):
-        return tuple(jnp.sum(t, axis=-1) for t in lax.optimization_barrier(terms(x, m)))
 
     @jax.custom_jvp
     def sums(x, m):
         if not is_local(x):
             return plain(x, m)
-        return lax.platform_dependent(
-            x, m, cpu=lambda x, m: _in_chunks(written, x, m), default=plain
-        )
+        on_cpu = partial(_in_chunks, partial(_written_sums, terms))
+        return lax.platform_dependent(x, m, cpu=on_cpu, default=plain)
 
     sums.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return sums(x, m)
+
+
+def _written_sums(terms, *rows):
+    """The sums of `terms(*rows)`, of a chunk of rows, whose terms are written to cache first.
+
+    XLA:CPU adds up numbers that lie there several times faster than numbers it selects on the way.
+    """
+    return tuple(jnp.sum(t, axis=-1) for t in lax.optimization_barrier(terms(*rows)))
 
 
 def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -325,7 +323,7 @@ def _others_by_column(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Arra
 
 def _columns(x: jax.Array) -> list[jax.Array]:
     z = lax.optimization_barrier(upcast(x))
-    return [z[:, k] for k in range(x.shape[-1])]
+    return [z[..., k] for k in range(x.shape[-1])]
 
 
 def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -372,9 +370,8 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 def _pick_on_cpu(x, labels):
     if x.dtype.itemsize < 4 and x.shape[-1] <= _FEW:
         # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
-        z = lax.optimization_barrier(upcast(x))
-        columns = (jnp.where(labels == k, z[..., k], 0) for k in range(x.shape[-1]))
-        return functools.reduce(jnp.add, columns)
+        own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
+        return functools.reduce(jnp.add, own)
     return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
 
 
