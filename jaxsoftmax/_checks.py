@@ -5,6 +5,7 @@ A message names the function, the argument, what was expected with its numbers,
 and what came.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,16 @@ def check_has_classes(function: str, name: str, shape: Sequence[int], axes: Sequ
         )
 
 
+def check_labels_fit(function: str, shape: Sequence[int], axes: Sequence[int]) -> None:
+    """No more classes than int32, the dtype of labels within, can count."""
+    classes = math.prod(shape[a] for a in axes)
+    if isinstance(classes, int) and classes > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"{function}: logits must have at most {jnp.iinfo(jnp.int32).max} classes, the largest "
+            f"label of int32; got shape {tuple(shape)} with {classes} along axis {tuple(axes)}"
+        )
+
+
 def check_shape(
     function: str, name: str, shape: Sequence[int], expected: Sequence[int], meaning: str
 ) -> None:
@@ -150,6 +161,8 @@ def check_broadcasts(
 
 def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
     """A real floating scalar; a boolean is a switch, and no number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # which may be more than an integer dtype holds
     array = as_array(function, name, value)
     if array.dtype == jnp.bool_:
         raise TypeError(f"{function}: {name} must be a real number; got {_describe(value)}")

@@ -18,8 +18,7 @@ from . import _checks, _token_chunks, _vocabulary_blocks
 from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype
-from ._options import as_options, label_weights, token_losses, wanted_by
-from ._rows import to_index
+from ._options import as_options, label_index, label_weights, token_losses, wanted_by
 from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
 from ._statistics import Wanted, token_statistics
 from ._transform import as_transform
@@ -239,7 +238,7 @@ def linear_softmax_cross_entropy(
         return token_losses(statistics, labels, weights, ignore_index, options)
 
     def loss_fn(logits, labels, *of_labels):
-        index = to_index(labels, logits.shape[-1] * shard_count(axis_name))
+        index = label_index(labels, logits.shape[-1] * shard_count(axis_name), ignore_index)
         summed = token_statistics(wanted).reverse
         return losses(summed(logits, index, options.transform, u), labels, *of_labels)
 
@@ -247,7 +246,7 @@ def linear_softmax_cross_entropy(
         if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
             return _linear_loss(loss_fn, head, [labels, *of_labels], chunk_size, precision)
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, options.transform, u)
+        statistics = _token_statistics(plan, head, labels, ignore_index, options.transform, u)
         out = losses(statistics, labels, *of_labels)
         return head.unreduced(out) if reduction is None else head.reduced(out)
 
@@ -325,7 +324,7 @@ def linear_log_probs(
     with jax.named_scope(f"jaxsoftmax.{name}"):
         wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, transform, None)
+        statistics = _token_statistics(plan, head, labels, None, transform, None)
         return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
@@ -368,8 +367,8 @@ def _tokens_in_a_chunk(classes):
     return min(max(budget // (4 * classes), _LEAST), _MOST)
 
 
-def _token_statistics(plan, head, labels, transform, class_weights):
-    index = to_index(labels, head.kernel.shape[1] * shard_count(head.axis_name))
+def _token_statistics(plan, head, labels, ignore_index, transform, class_weights):  # noqa: PLR0917
+    index = label_index(labels, head.kernel.shape[1] * shard_count(head.axis_name), ignore_index)
     return _vocabulary_blocks.linear_statistics(
         plan,
         _vocabulary_blocks.Operands(

@@ -14,11 +14,14 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from ._sharding import is_local, slice_in_loop
 
@@ -45,6 +48,12 @@ def upcast(x: jax.Array) -> jax.Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+@partial(jax.jit, static_argnames="shape")
+def broadcast_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` in this shape; its cotangent is summed in the accumulation dtype and rounded once."""
+    return jnp.broadcast_to(upcast(x), shape).astype(x.dtype)
+
+
 def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
     """e_k = exp(z_k − m), exactly 1 where z_k is m."""
     return jnp.exp(upcast(x) - m[..., None])
@@ -56,37 +65,70 @@ def max_and_remainder(x: jax.Array, labels: jax.Array | None = None) -> tuple[ja
     With `labels [...]` (from `to_index`) m may be the label's logit and r the sum over all others,
     where r < 2²⁴: as good for the loss and its gradient, and found without a pass over the row.
     """
-    m, r = _max_and_remainder(x, labels)
+    local = is_local(*jax.tree.leaves((x, labels)))
+    rows = (x,) if labels is None or not local else (x, labels)
+    m, r = _max_and_remainder.bind(*rows, local=local)
     return checkpoint_name(m, "jaxsoftmax.max"), checkpoint_name(r, "jaxsoftmax.remainder")
 
 
-@jax.custom_jvp
-def _max_and_remainder(x, labels):
-    # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
-    # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
-    # right second derivatives at ties too, where max has none.
-    local = is_local(*jax.tree.leaves((x, labels)))
-    m, r = _local_max_and_remainder(x, labels) if local else _plain(x)
+# A primitive of its own: a function with its derivative and its batching, which JAX never looks
+# into. (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+_max_and_remainder = Primitive("max_and_remainder")
+_max_and_remainder.multiple_results = True
+
+
+@partial(jax.jit, static_argnames="local")
+def _compute(x, labels=None, *, local):
+    m, r = lax.platform_dependent(x, labels, cpu=_on_cpu, default=_plain) if local else _plain(x)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
     # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
-    m = jnp.where(jnp.isnan(r), jnp.nan, m)
-    return m, jnp.where(jnp.isfinite(m), r, jnp.nan)
+    m = jnp.where(jnp.isnan(r), r, m)
+    return m, r + (m - m)  # NaN where m is not finite; no NaN written down, for `jax_debug_nans`
 
 
-@jax.custom_batching.custom_vmap
-def _local_max_and_remainder(x, labels):
-    return lax.platform_dependent(x, labels, cpu=_on_cpu, default=lambda x, _: _plain(x))
+@_max_and_remainder.def_abstract_eval
+def _abstract(x, *labels, local):
+    del labels, local
+    return [out.aval for out in jax.make_jaxpr(_plain)(x).jaxpr.outvars]
 
 
-# A mapped axis is one more axis of rows: what is skipped where no row needs it stays skipped.
-@_local_max_and_remainder.def_vmap
-def _local_max_and_remainder_vmap(size, batched, x, labels):
-    of_rows, of_labels = batched
-    if not of_rows:  # the same rows for all labels: from their maximum
-        return _local_max_and_remainder(x, None), (False, False)
-    if labels is not None and not of_labels:
-        labels = jnp.broadcast_to(labels, (size, *labels.shape))
-    return _local_max_and_remainder(x, labels), (True, True)
+def _batched(rows, axes, *, local):
+    """A mapped axis is one more axis of rows: what no row needs is skipped, as without it."""
+    (x, *labels), (of_x, *of_labels) = rows, axes
+    if of_x is None:  # the same rows for all labels: from their maximum
+        return _max_and_remainder.bind(x, local=local), (None, None)
+    x = jnp.moveaxis(x, of_x, 0)
+    if labels and of_labels[0] is None:
+        labels = [jnp.broadcast_to(labels[0], x.shape[:-1])]
+    elif labels:
+        labels = [jnp.moveaxis(labels[0], of_labels[0], 0)]
+    return _max_and_remainder.bind(x, *labels, local=local), (0, 0)
+
+
+# The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the shift,
+# and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the right second
+# derivatives at ties too, where max has none.
+def _differentiated(rows, tangents, *, local):
+    m, r = _max_and_remainder.bind(*rows, local=local)
+    has_sum, x, shift = rows_with_sum(rows[0], m)
+    dx = ad.instantiate_zeros(tangents[0])
+    dr = jnp.sum(shifted_exp(x, shift) * upcast(dx), axis=-1)
+    return (m, r), (jnp.zeros_like(m), jnp.where(has_sum, dr, 0))
+
+
+_max_and_remainder.def_impl(_compute)
+ad.primitive_jvps[_max_and_remainder] = _differentiated
+batching.primitive_batchers[_max_and_remainder] = _batched
+mlir.register_lowering(_max_and_remainder, mlir.lower_fun(_compute, multiple_results=True))
+
+
+def rows_with_sum(x: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which rows have a log-sum-exp, and (x, m) with finite numbers in place of all others.
+
+    A derivative of any order meets them with cotangents of 0, and 0 · NaN would be NaN.
+    """
+    has_sum = jnp.isfinite(m)
+    return has_sum, jnp.where(has_sum[..., None], x, 0), jnp.where(has_sum, m, 0)
 
 
 def _shift(m: jax.Array) -> jax.Array:
@@ -94,14 +136,8 @@ def _shift(m: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(m), 0, m)
 
 
-@_max_and_remainder.defjvp
-def _max_and_remainder_jvp(primals, tangents):
-    (x, labels), (dx, _) = primals, tangents
-    m, r = _max_and_remainder(x, labels)
-    return (m, r), (jnp.zeros_like(m), jnp.sum(shifted_exp(x, m) * upcast(dx), axis=-1))
-
-
-def _plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _plain(x: jax.Array, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+    del labels
     m = jnp.max(upcast(x), axis=-1)
     return m, _remainder(x, m)
 
@@ -115,6 +151,8 @@ def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
 def _on_cpu(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The same at the speed of XLA:CPU's plain log-sum-exp, or better."""
     *batch, classes = x.shape
+    if not isinstance(classes, int) or classes > jnp.iinfo(jnp.int32).max:
+        return _plain(x)  # symbolic, in an export; or more than int32 counts
     wide = x.dtype.itemsize >= 4
     block = _whole_block(classes)
     if classes <= _FEW:
@@ -258,6 +296,8 @@ def _in_chunks(form, x, *numbers):
     moved back to end with the last row, so that any number of rows fits.
     """
     *batch, classes = x.shape
+    if not isinstance(classes, int):
+        return form(x, *numbers)
     n = math.prod(batch)
     x, *numbers = (a.reshape(n, *a.shape[len(batch) :]) for a in (x, *numbers))
     rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
@@ -294,7 +334,12 @@ def row_sums(
         on_cpu = partial(_in_chunks, partial(_written_sums, terms))
         return lax.platform_dependent(x, m, cpu=on_cpu, default=plain)
 
-    sums.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    @sums.defjvp
+    def _(primals, tangents):
+        has_sum, *finite = rows_with_sum(*primals)
+        changes = jax.jvp(plain, tuple(finite), tangents)[1]
+        return sums(*primals), tuple(jnp.where(has_sum, change, 0) for change in changes)
+
     return sums(x, m)
 
 
@@ -368,7 +413,8 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _pick_on_cpu(x, labels):
-    if x.dtype.itemsize < 4 and x.shape[-1] <= _FEW:
+    classes = x.shape[-1]
+    if x.dtype.itemsize < 4 and isinstance(classes, int) and classes <= _FEW:
         # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
         own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
         return functools.reduce(jnp.add, own)
@@ -387,6 +433,23 @@ def excess(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Array) -> jax.Ar
     nothing cancels either (docs/derivation.md, equation 27).
     """
     return (total[..., None] * e - y) - y * r[..., None]
+
+
+def nan_where(invalid: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """NaN there and 0 elsewhere; without a NaN while nothing is invalid, for `jax_debug_nans`."""
+    return jnp.log(jnp.where(invalid, -1, 1).astype(dtype))
+
+
+def outputs(wanted: Wanted, rows: Rows) -> Statistics:
+    """The statistics of whole rows; the loss of a label, where there is one."""
+    m, r, z_label, gaps, classes, mass, costs = rows
+    log1p_r = jnp.log1p(r)
+    return Statistics(
+        None if z_label is None else (m - z_label) + log1p_r,
+        log_sum_exp(m, r) if wanted.lse else None,
+        None if gaps is None else log1p_r + gaps / (1 + r),
+        None if classes is None else (costs + mass * log1p_r) / classes,
+    )
 
 
 def log_sum_exp(m: jax.Array, r: jax.Array) -> jax.Array:
