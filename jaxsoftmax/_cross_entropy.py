@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax cross-entropy on logits: each loss, its rule below it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +25,7 @@ from ._options import (
     wanted_by,
 )
 from ._rows import masked, to_index, to_rows
+from ._rules import ON_LOGITS, scope
 from ._sharding import AxisName, shard_count
 from ._statistics import Statistics, Wanted, target_statistics, token_statistics
 from ._transform import as_transform
@@ -102,7 +105,7 @@ def softmax_cross_entropy_with_integer_labels(
         axis_name=axis_name,
         classes=math.prod(logits.shape[a] for a in axes),
     )
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, ON_LOGITS):
         (logits, where), axes = _one_axis(axes, logits, where)
         wanted = wanted_by(options, axis_name)
         summed = token_statistics(wanted).now()
@@ -198,7 +201,7 @@ def softmax_cross_entropy(
         soft_cap=soft_cap,
         temperature=temperature,
     )
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, ON_LOGITS):
         labels = broadcast_to(labels, logits.shape)
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
         wanted = wanted_by(options, axis_name)
@@ -279,7 +282,7 @@ def label_log_probs(
     axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
     transform = as_transform(name, soft_cap, temperature)
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, ON_LOGITS):
         (logits,), axes = _one_axis(axes, logits)
         wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         summed = token_statistics(wanted).now()
@@ -343,4 +346,3 @@ def _class_mask(function, where, shape, axes, axis_name):
         _checks.as_axis_name(function, axis_name, {"where": where}, {})
     _checks.check_broadcasts(function, "where", where.shape, shape, "the shape of logits")
     return jnp.broadcast_to(where, shape)
-

@@ -5,6 +5,8 @@ The public functions, their arguments, and the choice between the two orders of 
 _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._numerics import accumulation_dtype
 from ._options import as_options, label_index, label_weights, token_losses, wanted_by
+from ._rules import OF_HEADS, scope
 from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
 from ._statistics import Wanted, token_statistics
 from ._transform import as_transform
@@ -118,7 +121,7 @@ def linear_loss(
         precision=precision,
     )
     args = [as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         return _linear_loss(loss_fn, head, args, chunk_size, precision)
 
 
@@ -242,7 +245,7 @@ def linear_softmax_cross_entropy(
         summed = token_statistics(wanted).reverse
         return losses(summed(logits, index, options.transform, u), labels, *of_labels)
 
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
             return _linear_loss(loss_fn, head, [labels, *of_labels], chunk_size, precision)
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
@@ -321,7 +324,7 @@ def linear_log_probs(
     )
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
         statistics = _token_statistics(plan, head, labels, None, transform, None)

@@ -102,7 +102,7 @@ def label_weights(
     return weights if ignored is None else jnp.where(ignored, 0, weights)
 
 
-def token_losses(
+def token_losses(  # noqa: PLR0917
     statistics: Statistics,
     labels: jax.Array,
     weights: jax.Array | None,

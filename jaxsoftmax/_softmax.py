@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """softmax, log_softmax, logsumexp and the softmax Jacobian: each function, its rule below it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +23,7 @@ from ._numerics import (
     upcast,
 )
 from ._rows import from_rows, masked, to_rows
-from ._rules import rule
+from ._rules import ON_LOGITS, rule, scope
 
 Axis = int | Sequence[int] | None
 
@@ -37,8 +39,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
 
     Returns:
       Probabilities with the shape and dtype of `x`, computed in float32 or wider. A row that
-      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros; no classes are
-      an empty array.
+      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros; of no classes
+      there is nothing.
 
     Raises:
       TypeError: `x` is not real or `where` not boolean.
@@ -54,7 +56,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
       [0.5 0.5 0. ]
     """
     x, axes, where = _prepare("softmax", x, axis, where)
-    with jax.named_scope("jaxsoftmax.softmax"):
+    with scope("softmax", ON_LOGITS):
         return _masked_apply(_softmax.now(), 0, x, axes, where)
 
 
@@ -107,7 +109,7 @@ def log_softmax(
       -9.357623e-14
     """
     x, axes, where = _prepare("log_softmax", x, axis, where)
-    with jax.named_scope("jaxsoftmax.log_softmax"):
+    with scope("log_softmax", ON_LOGITS):
         return _masked_apply(_log_softmax.now(), -jnp.inf, x, axes, where)
 
 
@@ -179,7 +181,7 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     keepdims = _checks.as_flag("logsumexp", "keepdims", keepdims)
     return_sign = _checks.as_flag("logsumexp", "return_sign", return_sign)
     where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
-    with jax.named_scope("jaxsoftmax.logsumexp"):
+    with scope("logsumexp", ON_LOGITS):
         summed = (_row_logsumexp if b is None else _weighted_logsumexp).now()
         out, sign = _logsumexp_axes(summed, a, b, where, axes)
         if keepdims:
@@ -280,7 +282,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
     """
     x = _checks.as_inexact("softmax_jacobian", "x", x)
     axes = _checks.as_axes("softmax_jacobian", axis, x.ndim, _checks.ONE_AXIS)
-    with jax.named_scope("jaxsoftmax.softmax_jacobian"):
+    with scope("softmax_jacobian", ON_LOGITS):
         return _softmax_jacobian(x, axes)
 
 

@@ -35,7 +35,7 @@ from ._numerics import (
 )
 from ._rules import Rule, rule
 from ._sharding import AxisName, laid_out_like, maximum_over, shard_start, sum_over
-from ._transform import transformed
+from ._transform import Transform, as_function, transformed
 
 
 class Statistics(NamedTuple):
@@ -77,11 +77,13 @@ class Rows(NamedTuple):
 #
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(wanted, x, labels, transform, weights):
-    z = transformed(x, transform)
     if wanted == Wanted():
-        rows = Rows(*max_and_remainder(z, labels), pick(z, labels))
+        of, scalars = as_function(transform)
+        z_label = transformed(pick(x, labels), transform)
+        rows = Rows(*max_and_remainder(x, labels, of, *scalars), z_label)
     else:
-        rows = block_rows(wanted, z, labels, shard_start(wanted.axis_name, z.shape[-1]), weights)
+        start = shard_start(wanted.axis_name, x.shape[-1])
+        rows = block_rows(wanted, x, transform, labels, start, weights)
     if wanted.axis_name is not None:
         rows = over_shards(wanted.axis_name, rows)
     out = with_label(outputs(wanted, rows), labels)
@@ -120,7 +122,7 @@ def token_statistics(wanted: Wanted) -> Rule:
 def _target_fwd(wanted, x, y, transform):
     dtype = accumulation_dtype(x.dtype, y.dtype)
     z = transformed(x, transform)
-    rows = block_rows(wanted, z, None, 0, None)
+    rows = block_rows(wanted, x, transform, None, 0, None)
     rows = jax.tree.map(lambda s: s.astype(dtype), rows)
     z, y_ = z.astype(dtype), y.astype(dtype)
 
@@ -180,16 +182,20 @@ def target_statistics(wanted: Wanted) -> Rule:
     return rule(fwd, bwd, linear=tangents)
 
 
-def block_rows(wanted: Wanted, z: jax.Array, labels: Any, start: Any, weights: Any) -> Rows:
-    """Of logits `z [..., C]`, a block of the classes that begins at number `start`."""
-    m, r = max_and_remainder(z)
+def block_rows(  # noqa: PLR0917
+    wanted: Wanted, x: jax.Array, transform: Transform, labels: Any, start: Any, weights: Any
+) -> Rows:
+    """Of raw logits `x [..., C]`, a block of the classes that begins at number `start`."""
+    of, scalars = as_function(transform)
+    m, r = max_and_remainder(x, None, of, *scalars)
     rows = Rows(m, r)
     if labels is not None:
-        rows = rows._replace(z_label=pick(z, local(labels, start, z.shape[-1])))
+        own = pick(x, local(labels, start, x.shape[-1]))
+        rows = rows._replace(z_label=transformed(own, transform))
     if wanted.entropy:
-        rows = rows._replace(gaps=_gap_sum(z, m))
+        rows = rows._replace(gaps=_gap_sum(of, x, m, *scalars))
     if wanted.spread:
-        classes, mass, costs = _spread_sums(z, m, weights)
+        classes, mass, costs = _spread_sums(weights, of, x, m, *scalars)
         rows = rows._replace(classes=classes, mass=mass, costs=costs)
     return rows
 
@@ -241,6 +247,18 @@ def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
     """The loss is NaN where the label is out of range."""
     loss = statistics.loss
     return statistics._replace(loss=loss + nan_where(labels < 0, loss.dtype))
+
+
+def outputs(wanted: Wanted, rows: Rows) -> Statistics:
+    """The statistics of whole rows; the loss of a label, where there is one."""
+    m, r, z_label, gaps, classes, mass, costs = rows
+    log1p_r = jnp.log1p(r)
+    return Statistics(
+        None if z_label is None else (m - z_label) + log1p_r,
+        log_sum_exp(m, r) if wanted.lse else None,
+        None if gaps is None else log1p_r + gaps / (1 + r),
+        None if classes is None else (costs + mass * log1p_r) / classes,
+    )
 
 
 def live(cotangents: Statistics) -> Statistics:
@@ -331,25 +349,27 @@ def _cotangents(z, targets, weights, rows, g):
     return functools.reduce(jnp.add, terms), d_weights
 
 
-def _gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
-    """Σ_k e_k (m − z_k) of each row; a logit of −inf gives 0."""
+def _gap_sum(of, x, m, *scalars):
+    """Σ_k e_k (m − z_k) of each row of z = of(x); a logit of −inf gives 0."""
 
-    def terms(z, m):
+    def terms(x, m, *scalars):
+        z = of(x, *scalars)
         return (shifted_exp(z, m) * _inside(z, m, None)[1],)
 
-    return row_sums(terms, z, m)[0]
+    return row_sums(terms, x, m, *scalars)[0]
 
 
-def _spread_sums(z: jax.Array, m: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, ...]:
+def _spread_sums(weights, of, x, m, *scalars):
     """Over each row's classes that are not at −inf: their number, Σ u_k, and Σ u_k (m − z_k)."""
     if weights is None:
 
-        def terms(z, m):
-            _, gap, one = _inside(z, m, None)
+        def terms(x, m, *scalars):
+            _, gap, one = _inside(of(x, *scalars), m, None)
             return one, gap
 
-        classes, costs = row_sums(terms, z, m)
+        classes, costs = row_sums(terms, x, m, *scalars)
         return classes, classes, costs
+    z = of(x, *scalars)
     inside, _, u = _inside(z, m, weights)
     has_sum, *finite = rows_with_sum(z, m)  # that another row is NaN, its r says
     costs = jnp.sum(u * _inside(*finite, None)[1], axis=-1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to raw logits before anything else: soft cap and temperature."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._numerics import upcast
+from ._numerics import Elementwise, upcast
 
 
 class Transform(NamedTuple):
@@ -50,9 +51,24 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     return jnp.where(finite, z, x)
 
 
+def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:
+    """`transformed` as a function of raw logits and its scalars: one object for each kind."""
+    names = tuple(name for name, scalar in transform._asdict().items() if scalar is not None)
+    return _function_of(names), tuple(jax.tree.leaves(transform))
+
+
+@functools.cache
+def _function_of(names):
+    if not names:
+        return upcast
+    return lambda x, *scalars: transformed(x, Transform(**dict(zip(names, scalars, strict=True))))
+
+
 @jax.custom_jvp
 def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
-    return cap * jnp.tanh(x / cap)
+    u = x / cap
+    linear = jnp.abs(u) < 2**-12 if x.dtype == jnp.float32 else jnp.abs(u) < 2**-27
+    return jnp.where(linear, x, cap * jnp.tanh(u))  # u²/3 is nothing, and u may be none
 
 
 # Of the result alone in x, so that beside it neither x nor the hyperbolic tangent has to be kept:

@@ -77,9 +77,10 @@ def _forward(plan, operands):
     zeros = laid_out(zeros, layout.spec(layout.token_axes, *_of_shards(plan)))
 
     def step(rows, start, size):
-        z = transformed(_block_logits(plan, operands, start, size), operands.transform)
+        raw = _block_logits(plan, operands, start, size)
         weights = _part(operands.weights, start, size)
-        own = block_rows(wanted, z, labels, _first_class(plan, operands, start), weights)
+        first = _first_class(plan, operands, start)
+        own = block_rows(wanted, raw, operands.transform, labels, first, weights)
         both = jax.tree.map(lambda *pair: jnp.stack(pair), rows, own)
         return combined(both, partial(jnp.max, axis=0, keepdims=True), _sums(0))
 

@@ -48,7 +48,8 @@ MASK[np.arange(N), LABELS] = True
 MASK[_at("nothing included")] = False
 EXAMPLES = ~_at("example masked")
 MASK &= EXAMPLES[:, None]  # one mask of classes holds both
-BIAS = np.where(np.arange(CLASSES) == 2, -inf, 0.1 * np.arange(CLASSES)).astype(np.float32)
+LEFT_OUT = np.arange(CLASSES) == 2
+BIAS = np.where(LEFT_OUT, -inf, 0.1 * np.arange(CLASSES)).astype(np.float32)
 
 
 class Loss(NamedTuple):
@@ -74,7 +75,7 @@ def _integer(module):
 
 def _dense(module):
     # A class at −inf that is not masked costs infinitely much by its target.
-    mask = MASK & (BIAS > -inf)
+    mask = MASK & ~LEFT_OUT
 
     def call(a, options):
         f = module.softmax_cross_entropy
@@ -171,13 +172,13 @@ def arrays(loss: Loss) -> dict[str, np.ndarray]:
         }
     logits = rng.standard_normal((N, CLASSES)) + BIAS
     logits[_at("peaked", "weight 0, peaked"), 1] += 9
-    logits[_at("tied")] = np.where(BIAS == -inf, -inf, 0.25)
+    logits[_at("tied")] = np.where(LEFT_OUT, -inf, 0.25)
     if loss.masks:
         logits[_at("nothing included", "example masked")] = nan
     if loss.ignores:
         logits[_at("ignored, NaN inside")] = nan
     if "dense" in loss.name:
-        targets = rng.uniform(0.1, 1, (N, CLASSES)) * (BIAS > -inf)
+        targets = rng.uniform(0.1, 1, (N, CLASSES)) * ~LEFT_OUT
         out["targets"] = targets.astype(np.float32)
     return out | {"logits": logits.astype(np.float32)}
 
@@ -187,10 +188,10 @@ def definition(loss: Loss, a: dict[str, Any], o: dict[str, Any]) -> jax.Array:
     counts = np.ones(N, bool) if "dense" in loss.name else LABELS != IGNORED
     mask = MASK if loss.masks else np.ones((N, CLASSES), bool)
     counts &= mask.any(-1)
-    inside = mask & (np.arange(CLASSES) != 2)
+    inside = mask & ~LEFT_OUT
     if loss.on == "hidden":
         hidden = jnp.where(counts[:, None], a["hidden"], 0)
-        z = hidden @ a["kernel"] + jnp.where(np.isfinite(BIAS), a["bias"], 0)[None]
+        z = hidden @ a["kernel"] + jnp.where(LEFT_OUT, 0, a["bias"])[None]
     else:
         z = jnp.where(counts[:, None] & inside, a["logits"], 0)
     z = o["soft_cap"] * jnp.tanh(z / o["soft_cap"]) / o["temperature"]
@@ -282,8 +283,9 @@ def truth(loss, operation):
 
 def assert_close(got, want):
     """Of sums over a few hundred terms of the size of the largest entry, 64 ulps of that size."""
-    for (path, a), (_, e) in zip(*map(jax.tree.leaves_with_path, (got, want)), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e)
+    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
+    leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
+    for (path, a), (_, e) in zip(*leaves, strict=True):
         assert np.isfinite(e).all(), path
         size = max(1, np.abs(e).max(initial=0))
         np.testing.assert_allclose(a, e, rtol=0, atol=64 * 2**-24 * size, err_msg=f"{path}")
