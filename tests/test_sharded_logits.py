@@ -25,7 +25,7 @@ LABELS = np.array([3, 0, 5, 47], np.int32)
 WHERE = generator("sharded logits", "where").random(X.shape) < 0.8
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def mesh():
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
