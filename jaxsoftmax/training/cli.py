@@ -3,8 +3,8 @@
 
 import enum
 import math
+import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +18,8 @@ from rich.table import Table
 
 import jaxsoftmax
 from jaxsoftmax.training.errors import ProgramError, as_line, in_words
+from jaxsoftmax.training.interrupts import on_interrupt
+from jaxsoftmax_command import leave
 
 if TYPE_CHECKING:
     from jaxsoftmax.training.loop import Result
@@ -160,6 +162,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
 
     # Imported late: `--help` and a mistyped option should not wait for JAX and optax.
     from jaxsoftmax.training import loop  # noqa: PLC0415
+    from jaxsoftmax.training.checkpoint import holds_run  # noqa: PLC0415
     from jaxsoftmax.training.processes import joined  # noqa: PLC0415
 
     options = loop.Options(
@@ -174,6 +177,8 @@ def train(  # noqa: PLR0917 - typer makes each one an option
     names = ("data", "epochs", "batch_size", "learning_rate", "optimizer", "hidden", "seed")
     given = [name for name in names if _was_given(context, name)]
     console = Console(highlight=False)
+    quiet = bool(process_id)  # process 0 speaks for all
+    bar = console.is_terminal and not quiet
     columns = (
         TextColumn("[bold]epoch"),
         MofNCompleteColumn(),
@@ -181,31 +186,39 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
-    quiet = bool(process_id)  # process 0 speaks for all
-    hidden_bar = quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden_bar) as progress:
-        task = progress.add_task("", total=epochs, status="compiling")
 
-        def on_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
-            status = "compiling" if metrics is None else _status(metrics)
-            progress.update(task, completed=done, total=wanted, status=status)
-            if metrics is not None and not quiet and not console.is_terminal:
-                print(f"epoch {done}/{wanted}  {status}", flush=True)  # a log has no bar
+    def interrupted() -> str:
+        if not holds_run(output):  # what does not exist cannot be continued
+            return "interrupted before anything was written"
+        where = shlex.quote(str(output))
+        return f"interrupted; to continue: jaxsoftmax train --resume --output {where}"
 
+    def stop(_: object) -> None:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # see __main__
-            with joined(*others) if others else nullcontext():
-                result = loop.train(
-                    options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
-                )
-        except KeyboardInterrupt:
-            # Only a run that exists can be resumed; a fresh folder may not be there yet.
-            hint = f"; to continue: jaxsoftmax train --resume --output {shlex.quote(str(output))}"
-            raise ProgramError(
-                f"interrupted{hint if output.exists() else ' before anything was written'}", 130
-            ) from None
-    if not quiet:
-        _show(console, output, result)
+            if bar:  # which hides the cursor
+                os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+        finally:
+            leave(as_line(interrupted()))
+
+    with on_interrupt(stop):
+        with Progress(*columns, console=console, disable=not bar) as progress:
+            task = progress.add_task("", total=epochs, status="compiling")
+
+            def on_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
+                status = "compiling" if metrics is None else _status(metrics)
+                progress.update(task, completed=done, total=wanted, status=status)
+                if metrics is not None and not quiet and not bar:
+                    print(f"epoch {done}/{wanted}  {status}", flush=True)  # a log has no bar
+
+            try:
+                with joined(*others) if others else nullcontext():
+                    result = loop.train(
+                        options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
+                    )
+            except KeyboardInterrupt:
+                raise ProgramError(interrupted(), 130) from None
+        if not quiet:
+            _show(console, output, result)
 
 
 def _axes(text: str) -> dict[str, int]:
