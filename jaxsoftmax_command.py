@@ -9,6 +9,10 @@ is, and native modules that are being imported crash on it or swallow it.
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 _EXTRA = ("matplotlib", "optax", "orbax.checkpoint", "rich", "sklearn", "typer")
 
 
@@ -25,9 +29,12 @@ def main() -> int:
     return _run(sys.argv[1:])
 
 
-def leave(line: str) -> None:
-    """Ends the program on Ctrl-C, wherever it is: a line on stderr and the exit code 130."""
+def leave(line: str) -> "NoReturn":
+    """Ends the program on Ctrl-C, wherever it is: one line on stderr and the exit code 130."""
     try:
+        import signal  # noqa: PLC0415
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one line, however often it is pressed
         os.write(2, f"{line}\n".encode())
     finally:
         os._exit(130)

@@ -104,7 +104,8 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
     options = ("--hidden", "none", "--batch-size", "1000", "--optimizer", "sgd")
     last = 0
     for victim, stop in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT)):
-        arguments = ("--resume", "--output", folder, "--epochs", 50000, *options)
+        resume = ["--resume"] if last else []
+        arguments = (*resume, "--output", folder, "--epochs", 50000, *options)
         with started([arguments] * 2, free_port()) as both:
             deadline = time.monotonic() + BOUNDED
             while newest(folder) < last + 2:
@@ -115,6 +116,9 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
             errors = [process.communicate(timeout=BOUNDED)[1] for process in both]
         assert both[victim].returncode == (130 if stop == signal.SIGINT else -stop), errors
         assert both[1 - victim].returncode not in {0, None}
+        if stop == signal.SIGINT:
+            (line,) = errors[victim].splitlines()
+            assert line.startswith("jaxsoftmax: interrupted")
         # JAX may report what it saw, before that or after.
         (line,) = [line for line in errors[1 - victim].splitlines() if line.startswith(LOST)]
         assert "--resume" in line

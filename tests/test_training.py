@@ -26,7 +26,9 @@ def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def start_and_stop_after(epochs: int, signal_number: int, *arguments: object, folder: Path) -> str:
+def start_and_stop_after(
+    epochs: int, signal_number: int, *arguments: object, folder: Path, times: int = 1
+) -> str:
     """Starts a run too long to end by itself, signals it once it wrote some epochs."""
     with subprocess.Popen(
         command("train", "--output", folder, *arguments),
@@ -40,7 +42,9 @@ def start_and_stop_after(epochs: int, signal_number: int, *arguments: object, fo
             assert process.poll() is None, "ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.send_signal(signal_number)
+        for _ in range(times):
+            process.send_signal(signal_number)
+            time.sleep(0.001)
         _, errors = process.communicate(timeout=60)
     expected = 130 if signal_number == signal.SIGINT else -signal_number
     assert process.returncode == expected, errors
@@ -83,23 +87,82 @@ def test_killed_run_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path: P
     assert_same_run(killed, whole, epochs)
 
 
-def test_ctrl_c_ends_cleanly_and_resumes(tmp_path: Path) -> None:
+# At the end of the epoch, and at once.
+@pytest.mark.parametrize("times", [1, 5])
+def test_ctrl_c_ends_cleanly_and_resumes(tmp_path: Path, times: int) -> None:
     folder, whole = tmp_path / "it's", tmp_path / "whole"
-    errors = start_and_stop_after(1, signal.SIGINT, "--epochs", 5000, *SMALL, folder=folder)
+    options = ("--epochs", 5000, *SMALL)
+    errors = start_and_stop_after(1, signal.SIGINT, *options, folder=folder, times=times)
     assert len(errors.splitlines()) == 1
     assert "--resume" in errors
-    epochs = len(metrics(folder)) + 1  # an epoch is written wholly or not at all
+    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+        epochs = (manager.latest_step() or 0) + 1
+    # An epoch is written wholly or not at all; at once, its metrics may be there already.
+    assert len(metrics(folder)) in range(epochs - 1, epochs + (times > 1))
     trained("--output", folder, "--resume", "--epochs", epochs)
     trained("--output", whole, "--epochs", epochs, *SMALL)
     assert_same_run(folder, whole, epochs)
+
+
+MOMENTS = [*np.arange(0, 1.5, 0.05), *np.arange(1.5, 4, 0.1)]
+
+
+@pytest.mark.parametrize(
+    "moments", [[0.1, 0.4, 1.0], pytest.param(MOMENTS, marks=pytest.mark.wide)], ids=len
+)
+def test_ctrl_c_at_any_moment(tmp_path: Path, moments: list[float]) -> None:
+    """While everything is imported, read, compiled, …: in the same folder, which stays whole."""
+    folder = tmp_path / "run"
+    begun = 0
+    for moment in moments:
+        resume = ["--resume"] if folder.exists() and any(folder.iterdir()) else []
+        process = subprocess.Popen(
+            command(
+                *("train", "--output", folder, "--epochs", 5000, *SMALL, *resume),
+                first="os.write(1, b'.')",
+            ),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        if not output.startswith("."):  # Python itself had not begun, and ends in its own way
+            assert process.returncode
+            continue
+        begun += 1
+        assert process.returncode == 130, (moment, errors)
+        assert len(errors.splitlines()) == 1, (moment, errors)
+    assert begun >= len(moments) / 2
+
+
+def test_ctrl_c_is_ignored_in_the_background(tmp_path: Path) -> None:
+    """As a shell starts it there; also while the program would have a handler of its own."""
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    with subprocess.Popen(
+        [*ignoring, *command("train", "--output", tmp_path, "--epochs", 5000, "--hidden", "none")],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "checkpoints" / "3").exists():
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        process.kill()
 
 
 def test_run_is_neither_overwritten_nor_mixed_with_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, examples = tmp_path / "run", save(tmp_path / "own.npz")
-    # Resuming what was killed before it wrote anything starts it.
-    trained("--resume", "--output", folder, "--epochs", 2, *SMALL)
+    line = refused(capsys, "--resume", "--output", str(folder))
+    assert f"{folder}: holds no run to resume" in line
+    assert not folder.exists()
+    trained("--output", folder, "--epochs", 2, *SMALL)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, words in (
         ((), ("already holds a run", "--resume", "--output")),

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -187,20 +187,18 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         TimeRemainingColumn(),
     )
 
-    def interrupted() -> str:
-        if not holds_run(output):  # what does not exist cannot be continued
-            return "interrupted before anything was written"
-        where = shlex.quote(str(output))
-        return f"interrupted; to continue: jaxsoftmax train --resume --output {where}"
-
-    def stop(_: object) -> None:
+    def leave_with_hint(_: object = None) -> NoReturn:
+        line = "interrupted before anything was written"
         try:
+            if holds_run(output):  # what does not exist cannot be continued
+                where = shlex.quote(str(output))
+                line = f"interrupted; to continue: jaxsoftmax train --resume --output {where}"
             if bar:  # which hides the cursor
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
         finally:
-            leave(as_line(interrupted()))
+            leave(as_line(line))
 
-    with on_interrupt(stop):
+    with on_interrupt(leave_with_hint):
         with Progress(*columns, console=console, disable=not bar) as progress:
             task = progress.add_task("", total=epochs, status="compiling")
 
@@ -216,7 +214,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
                         options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
                     )
             except KeyboardInterrupt:
-                raise ProgramError(interrupted(), 130) from None
+                leave_with_hint()
         if not quiet:
             _show(console, output, result)
 
@@ -324,7 +322,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: what follows the program's name.
 
     Returns:
-        0, 1 (training failed), 2 (bad input) or 130 (interrupted).
+        0, 1 (training failed) or 2 (bad input); on Ctrl-C it ends the process, with 130.
     """
     try:
         code = app(list(arguments) or ["--help"], prog_name="jaxsoftmax", standalone_mode=False)
