@@ -225,7 +225,7 @@ def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
         ],
         (("--mesh", "data=3"), ("--mesh data=3", "devices, 8 (cpu)", "got 3")),
         (("--mesh", "data=4,vocab=4"), ("--mesh data=4,vocab=4", "8", "got 16")),
-        (("--coordinator", "localhost:1234"), ("--processes and --process-id is missing",)),
+        (("--coordinator", "localhost:1234"), ("--processes and --process-id are missing",)),
         (("--processes", "2", "--process-id", "0"), ("--coordinator is missing",)),
         *[
             (

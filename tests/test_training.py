@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jaxsoftmax train`: mostly as a user runs it, in a process of its own."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -266,22 +267,42 @@ def test_bad_arrays(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_of_any_kind_are_renumbered_as_the_error_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for labels in (
+        *(Y - 7, 3 * Y, 1 + Y, Y / 2, 2.0 * Y, (Y + 5).astype(np.int8)),
+        *(Y.astype("U3"), Y.astype("U3").astype(object)),
+    ):
+        path = str(save(tmp_path / "labels.npz", X, labels))
+        line = refused(capsys, "--data", path, "--output", str(tmp_path / "run"))
+        remedy = line.rpartition(": ")[2].partition(" numbers")[0]
+        assert remedy == "np.unique(y, return_inverse=True)[1]"
+        renumbered = eval(remedy, {"np": np, "y": labels})
+        np.testing.assert_array_equal(renumbered, Y)
+        assert data.load(str(save(tmp_path / "good.npz", X, renumbered))).classes == 4
+
+
 def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = save(tmp_path / "good.npz").read_bytes()
+    index = good.index(b"PK\1\2")
     contents = {
-        "empty.npz": b"",
-        "text.npz": b"hello\n",
-        "short.npz": good[:2000],
-        "damaged.npz": good[:300] + b"\0" * 64 + good[364:],
+        "empty.npz": (b"", "not an npz"),
+        "text.npz": (b"hello\n", "not an npz"),
+        **{f"cut {end}.npz": (good[:end], "truncated npz file") for end in (4, 100, 2000, -1)},
+        "damaged.npz": (good[:300] + b"\0" * 64 + good[364:], "array 'x' cannot be read"),
+        "version.npz": (good[: index + 6] + b"\xff" + good[index + 7 :], "damaged or"),
     }
-    for name, content in contents.items():
+    for name, (content, _) in contents.items():
         (tmp_path / name).write_bytes(content)
     np.save(tmp_path / "array.npy", X)
     np.savez(tmp_path / "other.npz", images=X, y=Y)
+    np.savez(tmp_path / "nothing.npz")
     expected = {
-        **dict.fromkeys(contents, ""),
+        **{name: words for name, (_, words) in contents.items()},
         "array.npy": "not an npz",
         "other.npz": "no array 'x'",
+        "nothing.npz": "it has nothing",
         "missing.npz": "No such file",
         ".": "directory",
     }
@@ -334,8 +355,11 @@ def test_help_and_version() -> None:
         "--process-id",
     ):
         assert option in text
+    assert re.search(r"--resume +Continue the run", text)  # and no value
     assert program("--version").stdout.startswith("jaxsoftmax 0.")
-    assert "train" in program().stdout
+    text = program().stdout
+    assert "train" in text
+    assert re.search(r"--version +Show the version", text)
 
 
 def test_without_the_extra() -> None:

@@ -54,7 +54,13 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version",
+            metavar="",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version.",
+        ),
     ] = False,
 ) -> None:
     pass  # a callback keeps `train` a subcommand although it is the only one
@@ -80,6 +86,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         bool,
         typer.Option(
             "--resume",
+            metavar="",  # it takes no value
             help="Continue the run in the output folder from its last checkpoint. Options left "
             "out are the run's own; only --epochs, --mesh and the processes may differ.",
         ),
@@ -142,9 +149,9 @@ def train(  # noqa: PLR0917 - typer makes each one an option
 ) -> None:
     """Train a classifier and show how well it does on held-out examples.
 
-    A multilayer perceptron learns from 80 % of the examples; the other 20 % are held out. The
-    output folder gets [bold]metrics.jsonl[/] (a line an epoch), [bold]loss.png[/],
-    [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs).
+    A multilayer perceptron learns from 80 % of the examples; the other 20 % are
+    held out. The output folder gets [bold]metrics.jsonl[/] (a line an epoch),
+    [bold]loss.png[/], [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs).
     """
     for option, number in (("--epochs", epochs), ("--batch-size", batch_size)):
         if number < 1:
@@ -240,7 +247,10 @@ def _processes(
         missing = [option for option, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
-        raise ProgramError(f"{', '.join(given)} go together; {' and '.join(missing)} is missing")
+        raise ProgramError(
+            f"{', '.join(given)} go together; {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing"
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ProgramError(
