@@ -81,9 +81,8 @@ def command(
     )
     what = {"labels": labels if labels is not Labels.INTEGER else None}
     section["command"] = results.command_line("accuracy", what | chosen)
-    console = terminal.output()
     for table in accuracy_tables.tables(section):
-        console.print(table, "")
+        terminal.show(table)
     results.keep(path, section, KEY.format(labels) if complete else None)
 
 

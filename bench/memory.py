@@ -106,7 +106,7 @@ def command(
         section = measure(cases, targets or (HERE, *TPUS))
     section["command"] = results.command_line("memory", what | chosen)
     layout = sharding.table if meshes else peak.table if peaks else table
-    terminal.output().print(layout(section), "")
+    terminal.show(layout(section))
     key = peak.KEY if peaks else KEY
     results.keep(path, section, key if complete else None)
 
@@ -180,9 +180,7 @@ def table(section: dict[str, Any]) -> Table:
     """Lay a section out for the terminal: one column a case and target."""
     out = Table(
         title="temporary MB of value and gradient, compiled",
-        title_justify="left",
         caption=environment.in_words(section["environment"]),
-        caption_justify="left",
     )
     headings, rows = _columns(section)
     out.add_column("who")

@@ -85,10 +85,9 @@ def command(
         "confident": confident,
     }
     section["command"] = results.command_line("speed", what | chosen)
-    console = terminal.output()
     for table in speed_tables.tables(section):
-        console.print(table)
-    console.print(speed_tables.notes(section), markup=False)
+        terminal.show(table)
+    terminal.output().print(speed_tables.notes(section), markup=False)
     results.keep(path, section, KEYS[op, labels, confident] if complete else None)
 
 
