@@ -55,7 +55,7 @@ def command(
     *,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = STEPS,
     device: options.Device = None,
-    json: options.Json = None,
+    output: options.Output = results.DEFAULT,
 ) -> None:
     """Train a small classifier of digits long after it has every training example right.
 
@@ -64,7 +64,7 @@ def command(
     """
     environment.use(device)
     complete = steps == STEPS
-    path = results.destination(json, complete=complete)
+    path = results.destination(output)
     section = measure(steps)
     chosen = {"steps": None if complete else steps}
     section["command"] = results.command_line("overtraining", chosen)
