@@ -2,9 +2,11 @@
 """The benchmark's commands run end to end on tiny shapes; its arithmetic is checked by hand."""
 
 import inspect
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -64,7 +66,8 @@ def bench(
 ) -> subprocess.CompletedProcess[str]:
     """Start the program in a folder of its own."""
     width = {} if columns is None else {"COLUMNS": f"{columns}"}
-    unset = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    # On one device, whatever conftest asks for.
+    unset = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "XLA_FLAGS")}
     return subprocess.run(
         [sys.executable, "-c", START % list(without), *arguments],
         cwd=folder,
@@ -606,6 +609,60 @@ def test_readme_and_docs_show_the_committed_results():
     for stem in report.FIGURES:
         assert (report.FIGURES_FOLDER / f"{stem}.png").stat().st_size > 10_000
         assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
+
+
+def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
+    if platform.python_version().startswith(f"{environment.PYTHON}."):
+        # With a newer one, the tables are to be measured again.
+        assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
+    captions = [
+        line
+        for path in (report.README, report.SHARDING, report.BENCHMARKS)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("Measured by `python -m bench ")
+    ]
+    assert len(captions) > 10
+    for line in captions:
+        others = f" jax {environment.JAX}," not in line
+        assert ("another JAX than README's commands install on Python 3.11" in line) == others
+
+
+def test_the_committed_accuracy_is_that_of_the_code(tmp_path: Path):
+    """A little of it measured again, on the machine and with the JAX of the committed results."""
+    key, offset = report.ACCURACY, 0.0
+    here = [
+        file[key]
+        for file in report.committed()
+        if key in file
+        and file[key]["environment"]["device"] == environment.device_name()
+        and file[key]["environment"]["versions"]["jax"] == jax.__version__
+    ]
+    if not here:
+        pytest.skip("measured elsewhere, or with another JAX")
+    (committed,) = here
+    leads = [0.0, 5.0, 20.0]
+    chosen = [("--lead", f"{lead:g}") for lead in leads] + [("--offset", f"{offset:g}")]
+    options = [*itertools.chain(*chosen)]
+    done = bench("accuracy", *options, folder=tmp_path, without=["optax", "torch"])
+    assert done.returncode == 0, done.stderr
+    (again,) = json.loads(results.destination(tmp_path / results.DEFAULT).read_text()).values()
+    places = [committed["leads"].index(lead) for lead in leads]
+    for dtype in Dtype:
+        old, new = (
+            next(
+                one
+                for one in section["series"]
+                if (one["name"], one["dtype"], one["offset"]) == (contenders.OURS, dtype, offset)
+            )
+            for section in (committed, again)
+        )
+        for quantity in accuracy_tables.QUANTITIES:
+            for which in ("max", "median"):
+                then = [old[quantity][which][place] for place in places]
+                assert new[quantity][which] == then, (
+                    f"{dtype}, {quantity}: the numerics have changed since {key} was measured; run "
+                    "python -m bench accuracy --output bench/results (see CONTRIBUTING.md)"
+                )
 
 
 def test_every_figure_shown_is_drawn_by_a_command():
