@@ -13,8 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from programs import SMALL, command, environment, metrics, parameters, program, refused, trained
+from programs import (
+    MODULE,
+    PROJECT,
+    SMALL,
+    command,
+    environment,
+    metrics,
+    parameters,
+    program,
+    refused,
+    trained,
+)
 
+import jaxsoftmax
 from jaxsoftmax.training import data, step
 
 
@@ -363,14 +375,13 @@ def test_help_and_version() -> None:
 
 
 def test_without_the_extra() -> None:
-    hide = "import sys; sys.modules['optax'] = None; sys.modules['typer'] = None; "
-    main = "from jaxsoftmax.__main__ import main; sys.argv[1:] = ['{}']; sys.exit(main())"
+    hide = "sys.modules.update(dict.fromkeys(('optax', 'typer')))"
     for argument, code, words in (
         ("train", 2, "pip install 'jaxsoftmax[train]'"),
         ("--version", 0, ""),
     ):
         run = subprocess.run(
-            [sys.executable, "-c", hide + main.format(argument)],
+            command(argument, first=hide),
             env=environment(),
             capture_output=True,
             text=True,
@@ -380,6 +391,23 @@ def test_without_the_extra() -> None:
         assert run.returncode == code
         assert words in run.stderr
         assert run.stderr.count("\n") == (code == 2)
+
+
+def test_the_wheel_has_the_module_that_the_script_imports() -> None:
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    assert included == ["jaxsoftmax", f"{MODULE}.py"]
+
+
+def test_python_runs_the_package_too() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxsoftmax", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"jaxsoftmax {jaxsoftmax.__version__}\n"
 
 
 def test_import_leaves_the_program_alone() -> None:
