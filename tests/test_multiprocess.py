@@ -167,6 +167,29 @@ def test_processes_that_do_not_meet(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path) -> None:
+    port = free_port()
+    with started([("--output", tmp_path / "run")] * 2, port) as (leader, other):
+        other.kill()
+        deadline = time.monotonic() + BOUNDED
+        while not listening(port):  # the leader waits there
+            assert leader.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        leader.send_signal(signal.SIGINT)
+        _, errors = leader.communicate(timeout=BOUNDED)
+    assert leader.returncode == 130, errors
+    assert errors == "jaxsoftmax: interrupted before anything was written\n"
+
+
+def listening(port: int) -> bool:
+    """Whether somebody answers at a port of this machine."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("localhost", port), timeout=1).close()
+        return True
+    return False
+
+
 def test_a_device_holds_its_share() -> None:
     """Of the examples and of the last layer, in memory as well as in the compiled program."""
     digits = data.load(data.DIGITS)

@@ -296,18 +296,19 @@ def _status(metrics: dict[str, float]) -> str:
 def _show(console: Console, folder: Path, result: "Result") -> None:
     options, dataset, history = result.options, result.dataset, result.history
     best = max(history, key=lambda metrics: metrics["test_accuracy"])
+    # A row a number: six columns would not fit every terminal.
     table = Table(title="Cross-entropy (nats) and accuracy", title_justify="left")
-    for column in ("", "epoch", "training loss", "training", "held-out loss", "held out"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, metrics in (("last", history[-1]), ("best", best)):
-        table.add_row(
-            name,
-            str(metrics["epoch"]),
-            f"{metrics['train_loss']:.4f}",
-            f"{metrics['train_accuracy']:.2%}",
-            f"{metrics['test_loss']:.4f}",
-            f"{metrics['test_accuracy']:.2%}",
-        )
+    table.add_column(overflow="fold")
+    for heading in ("last", "best"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for name, key, form in (
+        ("epoch", "epoch", "{}"),
+        ("training loss", "train_loss", "{:.4f}"),
+        ("training accuracy", "train_accuracy", "{:.2%}"),
+        ("held-out loss", "test_loss", "{:.4f}"),
+        ("held-out accuracy", "test_accuracy", "{:.2%}"),
+    ):
+        table.add_row(name, *(form.format(metrics[key]) for metrics in (history[-1], best)))
     print()
     console.print(table)
     layers = (dataset.train_x.shape[1], *options.hidden, dataset.classes)
