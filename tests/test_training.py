@@ -101,7 +101,10 @@ def test_killed_run_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path: P
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 9999, "train_loss": 1.0}\n{"epoch": 10000, "tr')
     with ocp.CheckpointManager((killed / "checkpoints").resolve()) as manager:
+        oldest, *_ = sorted(manager.all_steps())
         epochs = (manager.latest_step() or 0) + 2
+    # And one while the oldest checkpoint was deleted.
+    (killed / "checkpoints" / str(oldest) / "_CHECKPOINT_METADATA").unlink()
     trained("--output", killed, "--resume", "--epochs", epochs)
     trained("--output", whole, "--epochs", epochs, *SMALL)
     assert_same_run(killed, whole, epochs)
