@@ -21,8 +21,8 @@ def origin(section: dict[str, Any]) -> str:
     line = f"Measured by `{section['command']}` on {where}."
     if section["environment"]["versions"]["jax"] != environment.JAX:
         line += (
-            f" That is another JAX than README's commands install on Python {environment.PYTHON}, "
-            f"{environment.JAX}: there the numbers may differ."
+            f" README's commands install jax {environment.JAX} on Python {environment.PYTHON}; "
+            "there the numbers may differ."
         )
     return line
 
