@@ -27,7 +27,7 @@ from programs import (
 )
 
 import jaxsoftmax
-from jaxsoftmax.training import data, step
+from jaxsoftmax.training import checkpoint, data, step
 
 
 def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
@@ -199,6 +199,18 @@ def test_run_is_neither_overwritten_nor_mixed_with_another(
         line = refused(capsys, "--output", str(folder), *arguments)
         assert all(word in line for word in words), line
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whatever_ends_a_run_first_it_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise OSError("ended here")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "__init__", ended)
+    for resume in ([], ["--resume"]):
+        assert "ended here" in refused(capsys, "--output", str(tmp_path / "run"), *resume)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def save(path: Path, x: object = None, y: object = None) -> Path:
