@@ -259,13 +259,8 @@ def vmapped(operation):
     return over_batches
 
 
-ORDERS = [
-    value_and_gradient,
-    forward_over_reverse,
-    reverse_over_reverse,
-    reverse_thrice,
-    vmapped(reverse_over_reverse),
-]
+ORDERS = [value_and_gradient, forward_over_reverse, reverse_over_reverse]
+HIGHER = [reverse_thrice, vmapped(reverse_over_reverse), vmapped(reverse_thrice)]
 
 
 def run(operation, f, loss):
@@ -293,13 +288,27 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, e, rtol=0, atol=64 * 2**-24 * size, err_msg=f"{path}")
 
 
-@pytest.mark.parametrize("operation", ORDERS, ids=lambda o: o.__name__)
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
+
+
+def in_every(orders):
+    return pytest.mark.parametrize("operation", orders, ids=lambda o: o.__name__)
+
+
+@in_every(ORDERS)
+@every_loss
 def test_tokens_that_do_not_count(loss, operation):
     assert_close(run(operation, loss.call, loss), truth(loss, operation))
 
 
-@pytest.mark.parametrize("operation", ORDERS[:3], ids=lambda o: o.__name__)
+@pytest.mark.wide
+@in_every(HIGHER)
+@every_loss
+def test_tokens_that_do_not_count_to_higher_orders(loss, operation):
+    assert_close(run(operation, loss.call, loss), truth(loss, operation))
+
+
+@in_every(ORDERS)
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.ignores], ids=str)
 def test_a_label_out_of_range_is_nan_in_its_token_alone(loss, operation, monkeypatch):
     """In the first derivative and in the second; an unused one, of weight 0, is not NaN."""
