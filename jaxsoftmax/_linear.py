@@ -5,31 +5,20 @@ The public functions, their arguments, and the choice between the two orders of 
 _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from . import _checks, _token_chunks, _vocabulary_blocks
-from ._cross_entropy import LogProbs, as_log_probs
+from . import _checks
+from ._cross_entropy import LogProbs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
-from ._numerics import accumulation_dtype
-from ._options import as_options, label_weights, token_losses, wanted_by
-from ._rows import to_index
-from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
-from ._statistics import Wanted, token_statistics
+from ._head_programs import any_loss, cross_entropy, log_probs
+from ._options import as_options
+from ._sharding import AxisName
 from ._transform import as_transform
-
-# Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
-# reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
-# suffice a CPU, an accelerator wants as many as the budget allows.
-_BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
-_LEAST, _MOST = 256, 4096
-_BLOCK = 2048
 
 
 def linear_loss(
@@ -118,9 +107,9 @@ def linear_loss(
         chunk_size=chunk_size,
         precision=precision,
     )
-    args = [as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
+    args = tuple(as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args))
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        return _linear_loss(loss_fn, head, args, chunk_size, precision)
+        return any_loss(loss_fn, head, args, chunk_size)
 
 
 def linear_softmax_cross_entropy(
@@ -223,33 +212,9 @@ def linear_softmax_cross_entropy(
         axis_name=axis_name,
         classes=head.kernel.shape[1],
     )
-    # The derivative of what is the same on all devices is summed over them once, here.
-    axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
-    options = jax.tree.map(lambda x: varying(x, axes - axis_names(axis_name)), options)
-    if options.class_weights is not None:
-        of_classes = head.layout.spec(head.layout.classes)
-        options = options._replace(class_weights=laid_out(options.class_weights, of_classes))
-    counts = label_weights(labels, ignore_index, options.class_weights, axis_name)
-    head = head._replace(counts=counts)
-    of_labels = [] if options.class_weights is None else [counts]
-    u = options.class_weights if options.label_smoothing is not None else None
-    wanted = wanted_by(options, axis_name)
-
-    def losses(statistics, labels, weights=None):
-        return token_losses(statistics, labels, weights, ignore_index, options)
-
-    def loss_fn(logits, labels, *of_labels):
-        index = to_index(labels, logits.shape[-1] * shard_count(axis_name))
-        summed = token_statistics(wanted).reverse
-        return losses(summed(logits, index, options.transform, u), labels, *of_labels)
-
+    in_forward = gradients == "in_forward" or (gradients == "auto" and reduction is not None)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
-            return _linear_loss(loss_fn, head, [labels, *of_labels], chunk_size, precision)
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, options.transform, u)
-        out = losses(statistics, labels, *of_labels)
-        return head.unreduced(out) if reduction is None else head.reduced(out)
+        return cross_entropy(in_forward, ignore_index, head, labels, options, chunk_size)
 
 
 def linear_log_probs(
@@ -323,56 +288,4 @@ def linear_log_probs(
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
     with jax.named_scope(f"jaxsoftmax.{name}"):
-        wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, transform, None)
-        return as_log_probs(jax.tree.map(head.unreduced, statistics))
-
-
-def _linear_loss(loss_fn, head, args, chunk_size, precision):
-    dtype = accumulation_dtype(head.hidden.dtype)
-    n, classes = head.hidden.shape[0], head.kernel.shape[1]
-    if n == 0:
-        losses = jnp.zeros(0, dtype)
-        return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
-    layout = head.layout
-    n, classes = n // math.prod(layout.token_shards), classes // layout.class_shards
-    chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
-    plan = _token_chunks.Plan(loss_fn, -(-n // chunks), precision, layout)
-    operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), ())
-    example = _token_chunks.example(plan, operands)
-    axes = _checks.loss_axes("linear_loss", loss_fn, example, head.axis_name)
-    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
-    args = tuple(varying(a, axes) if is_real(a) else a for a in args)
-    operands = operands._replace(args=args)
-    example = _token_chunks.example(plan, operands)
-    # What the loss closes over becomes an argument: it may be traced, and differentiated.
-    loss_fn, consts = jax.closure_convert(loss_fn, *example)
-    consts = tuple(map(jnp.asarray, consts))
-    plan, operands = plan._replace(loss_fn=loss_fn), operands._replace(consts=consts)
-    if head.reduction is None:
-        return head.unreduced(_token_chunks.losses(plan, operands))
-    if any(is_real(c) and not axes <= manual_axes(c) for c in consts):
-        # In `shard_map`, of what is the same on all devices: its cotangents come summed over them,
-        # too late for another factor on each.
-        return head.reduced(_token_chunks.losses(plan, operands))
-    weights = head.weights
-    if weights is None:
-        weights = laid_out(jnp.ones(head.hidden.shape[:1], dtype), layout.spec(layout.token_axes))
-    # Divided first, d_kernel is finished by the loop and handed out where it lies.
-    return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
-
-
-def _tokens_in_a_chunk(classes):
-    budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
-    return min(max(budget // (4 * classes), _LEAST), _MOST)
-
-
-def _token_statistics(plan, head, labels, transform, class_weights):
-    index = to_index(labels, head.kernel.shape[1] * shard_count(head.axis_name))
-    return _vocabulary_blocks.linear_statistics(
-        plan,
-        _vocabulary_blocks.Operands(
-            head.hidden, head.kernel, head.bias, transform, class_weights, index
-        ),
-    )
+        return log_probs(with_entropy, head, labels, transform, chunk_size)
