@@ -231,8 +231,14 @@ def _varying(array: jax.Array) -> str:
 
 
 def check_mesh(function: str, *arrays: jax.Array) -> None:
-    """No mesh that is partly automatic: JAX sums wrongly over an explicit axis of such a one."""
+    """No mesh that is partly explicit: JAX sums wrongly there, or XLA ends the process."""
     for mesh in (jax.typeof(array).sharding.mesh for array in arrays):
+        if mesh.explicit_axes and mesh.manual_axes:
+            raise ValueError(
+                f"{function}: inside shard_map the mesh must be manual or automatic along all axes "
+                f"(name the others in axis_names as well); got {mesh.manual_axes} manual and "
+                f"{mesh.explicit_axes} explicit"
+            )
         if mesh.explicit_axes and mesh.auto_axes:
             raise ValueError(
                 f"{function}: the mesh must be explicit or automatic along all axes (see "

@@ -20,7 +20,15 @@ from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Head
 from ._options import Options, ignored_tokens, label_weights, token_losses, wanted_by
 from ._rows import to_index
-from ._sharding import axis_names, laid_out, manual_axes, merged_tokens, shard_count, varying
+from ._sharding import (
+    axis_names,
+    laid_out,
+    manual_axes,
+    merged_tokens,
+    shard_count,
+    unseen_devices,
+    varying,
+)
 from ._statistics import Wanted, token_statistics
 from ._transform import Transform
 
@@ -214,12 +222,25 @@ def _is_real(x):
 
 
 def _chunk_tokens(head, most):
-    """Tokens in a chunk, of each shard: as many as allowed, and as few chunks of equal size."""
+    """Tokens in a chunk, of each shard: as few chunks as `most` allows, of equal size.
+
+    Where an automatic mesh may spread the tokens, a multiple of its devices: otherwise XLA gathers
+    all of `hidden`, and every device does the whole head.
+    """
     layout = head.layout
     classes = head.kernel.shape[1] // layout.class_shards
     n = math.prod(head.shape) // math.prod(layout.token_shards)
+    devices = 1 if layout.sharded else unseen_devices()
     if most is None:
         budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
-        most = min(max(budget // (4 * classes), _LEAST), _MOST)
-    chunks = -(-n // most)
-    return -(-n // chunks)
+        most = max(min(max(budget // (4 * classes), _LEAST), _MOST), devices)
+    if most < devices:
+        devices = 1  # it cannot be
+    chunks = _ceil(n, most // devices * devices)
+    size = _ceil(n, chunks)
+    # All tokens at once are spread as they come.
+    return size if isinstance(n, int) and chunks == 1 else _ceil(size, devices) * devices
+
+
+def _ceil(n, size):
+    return -(-n // size)
