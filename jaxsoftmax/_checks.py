@@ -5,6 +5,9 @@ A message names the function, the argument, what was expected with its numbers,
 and what came.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +31,12 @@ def _describe(value: object) -> str:
 def _typed(value: object) -> str:
     """What came, with its type first."""
     return f"{type(value).__name__} {_describe(value)}"
+
+
+def _untraced(value: object) -> str:
+    """What came in place of a value that decides what is computed, and what to do if traced."""
+    remedy = ", which is traced: name it in static_argnames of jax.jit, or bind it with partial"
+    return _typed(value) + (remedy if isinstance(value, Tracer) else "")
 
 
 def _no_array(function: str, name: str, value: object) -> TypeError:
@@ -92,7 +101,7 @@ ANY_AXES = "an integer, a tuple of integers or None"
 
 def _one_axis(function: str, axis: object, ndim: int, allowed: str) -> int:
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"{function}: axis must be {allowed}; got {_typed(axis)}")
+        raise TypeError(f"{function}: axis must be {allowed}; got {_untraced(axis)}")
     if not -ndim <= axis < ndim:
         raise ValueError(
             f"{function}: axis must be in [{-ndim}, {ndim}) for an array with {ndim} axes; "
@@ -124,6 +133,16 @@ def check_has_classes(function: str, name: str, shape: Sequence[int], axes: Sequ
         )
 
 
+def check_labels_fit(function: str, shape: Sequence[int], axes: Sequence[int]) -> None:
+    """No more classes than int32, the dtype of labels within, can count."""
+    classes = math.prod(shape[a] for a in axes)
+    if isinstance(classes, int) and classes > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"{function}: logits must have at most {jnp.iinfo(jnp.int32).max} classes, the largest "
+            f"label of int32; got shape {tuple(shape)} with {classes} along axis {tuple(axes)}"
+        )
+
+
 def check_shape(
     function: str, name: str, shape: Sequence[int], expected: Sequence[int], meaning: str
 ) -> None:
@@ -150,7 +169,7 @@ def check_broadcasts(
 
 def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
     """A real floating scalar; a boolean is a switch, and no number."""
-    array = as_array(function, name, value)
+    array = as_array(function, name, _as_float(value))
     if array.dtype == jnp.bool_:
         raise TypeError(f"{function}: {name} must be a real number; got {_describe(value)}")
     array = as_inexact(function, name, array)
@@ -159,12 +178,22 @@ def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
     return array
 
 
+def _as_float(value: ArrayLike) -> ArrayLike:
+    """A Python integer as a number, which may be more than an integer dtype holds."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return np.inf
+
+
 def _known(value: ArrayLike, array: jax.Array) -> float | None:
     """The number in `array`, which was made of `value`: 1e-60 is 0 there. None if traced."""
     if isinstance(value, Tracer):
         return None
     with np.errstate(over="ignore", under="ignore"):
-        return float(np.asarray(value).astype(array.dtype))
+        return float(np.asarray(_as_float(value)).astype(array.dtype))
 
 
 def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
@@ -190,7 +219,7 @@ def as_ignore_index(function: str, value: object) -> int | None:
     """A Python integer, or None."""
     if value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
         return None if value is None else int(value)
-    raise TypeError(f"{function}: ignore_index must be an integer or None; got {_typed(value)}")
+    raise TypeError(f"{function}: ignore_index must be an integer or None; got {_untraced(value)}")
 
 
 def as_axis_name(
@@ -251,13 +280,16 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str 
     """`value` is one of `choices`."""
     if not (value is None or isinstance(value, str)) or value not in choices:
         listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{function}: {name} must be one of {listed}; got {_describe(value)}")
+        came = _describe(value)
+        if None in choices and isinstance(value, str) and value.lower() == "none":
+            came += ", a string in place of None itself"
+        raise ValueError(f"{function}: {name} must be one of {listed}; got {came}")
 
 
 def as_flag(function: str, name: str, value: object) -> bool:
     """A Python boolean: it decides what is computed."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {name} must be True or False; got {_typed(value)}")
+        raise TypeError(f"{function}: {name} must be True or False; got {_untraced(value)}")
     return bool(value)
 
 
@@ -307,7 +339,7 @@ def check_losses(
 def check_count(function: str, name: str, value: object) -> None:
     """`value` is a Python integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} must be an integer; got {_typed(value)}")
+        raise TypeError(f"{function}: {name} must be an integer; got {_untraced(value)}")
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1; got {value}")
 

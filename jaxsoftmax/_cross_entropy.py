@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax cross-entropy on logits: each loss, its rule below it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -12,16 +14,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
+from ._numerics import accumulation_dtype, broadcast_to
 from ._options import (
     as_options,
     ignored_tokens,
+    label_index,
     label_weights,
     target_losses,
     token_losses,
     wanted_by,
 )
-from ._rows import to_index, to_rows
-from ._sharding import AxisName, shard_count, sum_over
+from ._rows import masked, to_index, to_rows
+from ._rules import ON_LOGITS, scope
+from ._sharding import AxisName, shard_count
 from ._statistics import Statistics, Wanted, target_statistics, token_statistics
 from ._transform import as_transform
 
@@ -100,7 +105,7 @@ def softmax_cross_entropy_with_integer_labels(
         axis_name=axis_name,
         classes=math.prod(logits.shape[a] for a in axes),
     )
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, ON_LOGITS):
         (logits, where), axes = _one_axis(axes, logits, where)
         wanted = wanted_by(options, axis_name)
         summed = token_statistics(wanted).now()
@@ -111,20 +116,21 @@ def softmax_cross_entropy_with_integer_labels(
 def _integer_labels(  # noqa: PLR0917
     summed, wanted, logits, labels, where, options, axes, ignore_index
 ):
+    included = None
     if where is not None:
-        logits = jnp.where(where, logits, -jnp.inf)
+        logits, included = masked(logits, where, axes, wanted.axis_name)
+        labels = jnp.where(included, labels, 0)
     rows = to_rows(logits, axes)
-    index = to_index(labels, rows.shape[-1] * shard_count(wanted.axis_name))
+    index = label_index(labels, rows.shape[-1] * shard_count(wanted.axis_name), ignore_index)
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None and summed is token_statistics(wanted).forward:
         # A linear map cannot see that a token is not used: 0 · NaN would be NaN.
-        rows, index = jnp.where(ignored[..., None], 0, rows), jnp.where(ignored, 0, index)
+        rows = jnp.where(ignored[..., None], 0, rows)
     weights = options.class_weights
     statistics = summed(rows, index, options.transform, weights if wanted.spread else None)
     if weights is not None:
         weights = label_weights(labels, ignore_index, weights, wanted.axis_name)
-    losses = token_losses(statistics, labels, weights, ignore_index, options)
-    return _zero_where_nothing(losses, where, axes, wanted.axis_name)
+    return token_losses(statistics, labels, weights, ignore_index, options, included)
 
 
 def softmax_cross_entropy(
@@ -150,7 +156,7 @@ def softmax_cross_entropy(
       where: boolean. With the number of axes of `logits` (and a shape that broadcasts to it): the
         classes to include; logits and labels of the others do not count. With the shape of
         `logits` without `axis`: the examples to include. The loss of an example with nothing
-        included is 0, its gradient 0.
+        included, or of no classes at all, is 0, its gradient 0.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C`, over the C classes that
         are neither masked nor at −inf.
       z_loss: λ ≥ 0: adds `λ·lse²` with the log-sum-exp of the example.
@@ -168,8 +174,8 @@ def softmax_cross_entropy(
     Raises:
       TypeError: logits not floating, labels not real, `where` not boolean, or an option of the
         wrong type.
-      ValueError: shapes that do not match, an axis out of range, no classes, or an option out of
-        its range (where its value is known: it may be traced).
+      ValueError: shapes that do not match, an axis out of range, or an option out of its range
+        (where its value is known: it may be traced).
 
     Differentiable in `logits`, in floating `labels` (`lse − z_k`) and in the options, in reverse
     mode, to any order; forward mode over reverse works. docs/derivation.md equations (16) and (27).
@@ -186,7 +192,6 @@ def softmax_cross_entropy(
     axes = _checks.as_axes(name, axis, logits.ndim)
     parts = {"logits": logits, "labels": labels}
     axis_name = _checks.as_axis_name(name, axis_name, parts, {})
-    _checks.check_has_classes(name, "logits", logits.shape, axes)
     _checks.check_broadcasts(name, "labels", labels.shape, logits.shape, "the shape of logits")
     where = _class_mask(name, where, logits.shape, axes, axis_name)
     options = as_options(
@@ -196,8 +201,8 @@ def softmax_cross_entropy(
         soft_cap=soft_cap,
         temperature=temperature,
     )
-    with jax.named_scope(f"jaxsoftmax.{name}"):
-        labels = jnp.broadcast_to(labels, logits.shape)
+    with scope(name, ON_LOGITS):
+        labels = broadcast_to(labels, logits.shape)
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
         wanted = wanted_by(options, axis_name)
         summed = target_statistics(wanted).now()
@@ -206,12 +211,14 @@ def softmax_cross_entropy(
 
 @partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
 def _dense_labels(summed, axis_name, logits, labels, where, options, axes):  # noqa: PLR0917
+    included = None
     if where is not None:
-        logits = jnp.where(where, logits, -jnp.inf)
+        logits, included = masked(logits, where, axes, axis_name)
         labels = jnp.where(where, labels, 0)
     rows, targets = to_rows(logits, axes), to_rows(labels, axes)
-    losses = target_losses(summed(rows, targets, options.transform), options)
-    return _zero_where_nothing(losses, where, axes, axis_name)
+    if rows.shape[-1] == 0:
+        return jnp.zeros(rows.shape[:-1], accumulation_dtype(rows.dtype, targets.dtype))
+    return target_losses(summed(rows, targets, options.transform), options, included)
 
 
 class LogProbs(NamedTuple):
@@ -275,7 +282,7 @@ def label_log_probs(
     axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
     transform = as_transform(name, soft_cap, temperature)
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, ON_LOGITS):
         (logits,), axes = _one_axis(axes, logits)
         wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
         summed = token_statistics(wanted).now()
@@ -299,6 +306,7 @@ def _logits_and_labels(name, logits, labels, axis):
     labels = _checks.as_labels(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim, _checks.SOME_AXES)
     _checks.check_has_classes(name, "logits", logits.shape, axes)
+    _checks.check_labels_fit(name, logits.shape, axes)
     meaning = f"the shape of logits without axis {axis}"
     _checks.check_shape(name, "labels", labels.shape, _batch_shape(logits.shape, axes), meaning)
     return logits, labels, axes
@@ -338,12 +346,3 @@ def _class_mask(function, where, shape, axes, axis_name):
         _checks.as_axis_name(function, axis_name, {"where": where}, {})
     _checks.check_broadcasts(function, "where", where.shape, shape, "the shape of logits")
     return jnp.broadcast_to(where, shape)
-
-
-def _zero_where_nothing(losses, where, axes, axis_name):
-    if where is None:
-        return losses
-    included = jnp.any(where, axis=axes)
-    if axis_name is not None:
-        included = sum_over(axis_name, included.astype(jnp.int32)) > 0
-    return jnp.where(included, losses, 0)

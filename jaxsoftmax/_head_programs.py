@@ -18,7 +18,14 @@ from . import _checks, _token_chunks, _vocabulary_blocks
 from ._closures import Closed, closed
 from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Head
-from ._options import Options, ignored_tokens, label_weights, token_losses, wanted_by
+from ._options import (
+    Options,
+    ignored_tokens,
+    label_index,
+    label_weights,
+    token_losses,
+    wanted_by,
+)
 from ._rows import to_index
 from ._sharding import (
     axis_names,
@@ -102,7 +109,7 @@ def _in_forward(size, ignore_index, head, labels, options):
 
     def loss_fn(logits, labels, weights=None):
         summed = token_statistics(wanted).reverse
-        index = to_index(labels, logits.shape[-1] * shard_count(head.axis_name))
+        index = label_index(labels, _classes(head), ignore_index)
         statistics = summed(logits, index, options.transform, _of_spread(options))
         return token_losses(statistics, labels, weights, ignore_index, options)
 
@@ -115,7 +122,8 @@ def _in_forward(size, ignore_index, head, labels, options):
 def _recomputed(size, ignore_index, head, labels, options):
     head, labels, options = _labelled_rows(ignore_index, head, labels, options)
     wanted, of_spread = wanted_by(options, head.axis_name), _of_spread(options)
-    statistics: Any = _statistics(wanted, size, head, labels, options.transform, of_spread)
+    index = label_index(labels, _classes(head), ignore_index)
+    statistics: Any = _statistics(wanted, size, head, index, options.transform, of_spread)
     weights = None if options.class_weights is None else head.counts
     losses = token_losses(statistics, labels, weights, ignore_index, options)
     return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
@@ -123,11 +131,10 @@ def _recomputed(size, ignore_index, head, labels, options):
 
 def _labelled_rows(ignore_index, head, labels, options):
     head, labels = head.rows(), merged_tokens(head.layout, labels)
-    # The derivative of what is the same on all devices is summed over them once, here, and in the
-    # dtype of all sums.
+    # The derivative of what is the same on all devices is summed over them once, here.
     axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
     axes = axes - axis_names(head.axis_name)
-    options = jax.tree.map(lambda x: varying(x.astype(head.dtype), axes), options)
+    options = jax.tree.map(lambda x: varying(x, axes), options)
     if options.class_weights is not None:
         of_classes = head.layout.spec(head.layout.classes)
         options = options._replace(class_weights=laid_out(options.class_weights, of_classes))
@@ -145,13 +152,16 @@ def _of_spread(options):
 def _log_probs(with_entropy, size, head, labels, transform):
     head, labels = head.rows(), merged_tokens(head.layout, labels)
     wanted = Wanted(lse=True, entropy=with_entropy, axis_name=head.axis_name)
-    transform = jax.tree.map(lambda x: x.astype(head.dtype), transform)
-    statistics = _statistics(wanted, size, head, labels, transform, None)
+    index = to_index(labels, _classes(head))
+    statistics = _statistics(wanted, size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
-def _statistics(wanted, size, head, labels, transform, of_spread):  # noqa: PLR0917
-    index = to_index(labels, head.kernel.shape[1] * shard_count(head.axis_name))
+def _classes(head):
+    return head.kernel.shape[1] * shard_count(head.axis_name)
+
+
+def _statistics(wanted, size, head, index, transform, of_spread):  # noqa: PLR0917
     return _vocabulary_blocks.linear_statistics(
         _vocabulary_blocks.Plan(size, head.precision, wanted, head.layout),
         _vocabulary_blocks.Operands(

@@ -5,6 +5,8 @@ The public functions, their arguments, and the choice between the two orders of 
 _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from ._cross_entropy import LogProbs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
 from ._head_programs import any_loss, cross_entropy, log_probs
 from ._options import as_options
+from ._rules import OF_HEADS, scope
 from ._sharding import AxisName
 from ._transform import as_transform
 
@@ -108,7 +111,7 @@ def linear_loss(
         precision=precision,
     )
     args = tuple(as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args))
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         return any_loss(loss_fn, head, args, chunk_size)
 
 
@@ -213,7 +216,7 @@ def linear_softmax_cross_entropy(
         classes=head.kernel.shape[1],
     )
     in_forward = gradients == "in_forward" or (gradients == "auto" and reduction is not None)
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         return cross_entropy(in_forward, ignore_index, head, labels, options, chunk_size)
 
 
@@ -287,5 +290,5 @@ def linear_log_probs(
     )
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
-    with jax.named_scope(f"jaxsoftmax.{name}"):
+    with scope(name, OF_HEADS):
         return log_probs(with_entropy, head, labels, transform, chunk_size)

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from ._sharding import is_local, slice_in_loop
 
@@ -35,6 +37,10 @@ _NEAR = 2.0**24
 _AGAIN_BYTES = 1 << 20
 
 
+# Raw logits, and scalars, to the logits whose softmax it is, each in the accumulation dtype.
+Elementwise = Callable[..., jax.Array]
+
+
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype sums are taken in: float32 for half precision and float32, else float64."""
     return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
@@ -45,60 +51,113 @@ def upcast(x: jax.Array) -> jax.Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
+@partial(jax.jit, static_argnames="shape")
+def broadcast_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` in this shape; its cotangent is summed in the accumulation dtype and rounded once."""
+    return jnp.broadcast_to(upcast(x), shape).astype(x.dtype)
+
+
 def shifted_exp(x: jax.Array, m: jax.Array) -> jax.Array:
     """e_k = exp(z_k − m), exactly 1 where z_k is m."""
     return jnp.exp(upcast(x) - m[..., None])
 
 
-def max_and_remainder(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """(m, r) of each row of `x [..., C]`, in the accumulation dtype, named for remat policies.
+def max_and_remainder(
+    x: jax.Array, labels: jax.Array | None = None, of: Elementwise = upcast, *scalars: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
 
     With `labels [...]` (from `to_index`) m may be the label's logit and r the sum over all others,
     where r < 2²⁴: as good for the loss and its gradient, and found without a pass over the row.
     """
-    m, r = _max_and_remainder(x, labels)
+    local = is_local(*jax.tree.leaves((x, labels)))
+    labels = labels if local and of is upcast else None
+    rows = (x, *scalars) if labels is None else (x, *scalars, labels)
+    m, r = _max_and_remainder.bind(*rows, of=of, labelled=labels is not None, local=local)
     return checkpoint_name(m, "jaxsoftmax.max"), checkpoint_name(r, "jaxsoftmax.remainder")
 
 
-@jax.custom_jvp
-def _max_and_remainder(x, labels):
-    # The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the
-    # shift, and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the
-    # right second derivatives at ties too, where max has none.
-    local = is_local(*jax.tree.leaves((x, labels)))
-    m, r = _local_max_and_remainder(x, labels) if local else _plain(x)
+# A primitive of its own: a function with its derivative and its batching, which JAX never looks
+# into. (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+_max_and_remainder = Primitive("max_and_remainder")
+_max_and_remainder.multiple_results = True
+
+
+@partial(jax.jit, static_argnames=("of", "labelled", "local"))
+def _compute(x, *rest, of, labelled, local):
+    scalars, labels = (rest[:-1], rest[-1]) if labelled else (rest, None)
+    plain = lambda x, labels, *scalars: _plain(of(x, *scalars))  # noqa: E731
+    on_cpu = partial(_on_cpu, of)
+    if local:
+        m, r = lax.platform_dependent(x, labels, *scalars, cpu=on_cpu, default=plain)
+    else:
+        m, r = plain(x, labels, *scalars)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
     # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
-    m = jnp.where(jnp.isnan(r), jnp.nan, m)
-    return m, jnp.where(jnp.isfinite(m), r, jnp.nan)
+    m = jnp.where(jnp.isnan(r), r, m)
+    return m, r + (m - m)  # NaN where m is not finite; no NaN written down, for `jax_debug_nans`
 
 
-@jax.custom_batching.custom_vmap
-def _local_max_and_remainder(x, labels):
-    return lax.platform_dependent(x, labels, cpu=_on_cpu, default=lambda x, _: _plain(x))
+@_max_and_remainder.def_abstract_eval
+def _abstract(x, *rest, of, labelled, local):
+    del local
+    scalars = rest[:-1] if labelled else rest
+    return [
+        out.aval for out in jax.make_jaxpr(lambda *a: _plain(of(*a)))(x, *scalars).jaxpr.outvars
+    ]
 
 
-# A mapped axis is one more axis of rows: what is skipped where no row needs it stays skipped.
-@_local_max_and_remainder.def_vmap
-def _local_max_and_remainder_vmap(size, batched, x, labels):
-    of_rows, of_labels = batched
-    if not of_rows:  # the same rows for all labels: from their maximum
-        return _local_max_and_remainder(x, None), (False, False)
-    if labels is not None and not of_labels:
-        labels = jnp.broadcast_to(labels, (size, *labels.shape))
-    return _local_max_and_remainder(x, labels), (True, True)
+def _batched(rows, axes, *, of, labelled, local):
+    """A mapped axis is one more axis of rows: what no row needs is skipped, as without it."""
+    bind = partial(_max_and_remainder.bind, local=local)
+    (x, *scalars), labels = (rows[:-1], rows[-1]) if labelled else (rows, None)
+    of_x, *of_scalars = axes[: len(rows) - labelled]
+    if any(axis is not None for axis in of_scalars):
+        z = jax.vmap(of, (of_x, *of_scalars))(x, *scalars)
+        return bind(z, of=upcast, labelled=False), (0, 0)
+    if of_x is None:  # the same rows for all labels: from their maximum
+        return bind(x, *scalars, of=of, labelled=False), (None, None)
+    x = jnp.moveaxis(x, of_x, 0)
+    if labels is None:
+        return bind(x, *scalars, of=of, labelled=False), (0, 0)
+    if axes[-1] is None:
+        labels = jnp.broadcast_to(labels, x.shape[:-1])
+    else:
+        labels = jnp.moveaxis(labels, axes[-1], 0)
+    return bind(x, *scalars, labels, of=of, labelled=True), (0, 0)
+
+
+# The derivative takes m for a constant: whatever is made of (x, m, r) must not depend on the shift,
+# and then r = Σ e − 1 has the derivative Σ_k e_k dz_k over *every* k. That gives the right second
+# derivatives at ties too, where max has none.
+def _differentiated(rows, tangents, *, of, labelled, local):
+    m, r = _max_and_remainder.bind(*rows, of=of, labelled=labelled, local=local)
+    logits = rows[: len(rows) - labelled]
+    changes = tuple(map(ad.instantiate_zeros, tangents[: len(logits)]))
+    z, dz = jax.jvp(of, logits, changes)
+    has_sum, z, shift = rows_with_sum(z, m)
+    dr = jnp.sum(shifted_exp(z, shift) * upcast(dz), axis=-1)
+    return (m, r), (jnp.zeros_like(m), jnp.where(has_sum, dr, 0))
+
+
+_max_and_remainder.def_impl(_compute)
+ad.primitive_jvps[_max_and_remainder] = _differentiated
+batching.primitive_batchers[_max_and_remainder] = _batched
+mlir.register_lowering(_max_and_remainder, mlir.lower_fun(_compute, multiple_results=True))
+
+
+def rows_with_sum(x: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which rows have a log-sum-exp, and (x, m) with finite numbers in place of all others.
+
+    A derivative of any order meets them with cotangents of 0, and 0 · NaN would be NaN.
+    """
+    has_sum = jnp.isfinite(m)
+    return has_sum, jnp.where(has_sum[..., None], x, 0), jnp.where(has_sum, m, 0)
 
 
 def _shift(m: jax.Array) -> jax.Array:
     """What the forms below subtract: r must be NaN only where a logit is."""
     return jnp.where(jnp.isinf(m), 0, m)
-
-
-@_max_and_remainder.defjvp
-def _max_and_remainder_jvp(primals, tangents):
-    (x, labels), (dx, _) = primals, tangents
-    m, r = _max_and_remainder(x, labels)
-    return (m, r), (jnp.zeros_like(m), jnp.sum(shifted_exp(x, m) * upcast(dx), axis=-1))
 
 
 def _plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,9 +171,13 @@ def _remainder(x: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(top, 0, shifted_exp(x, _shift(m))), axis=-1) + ties
 
 
-def _on_cpu(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def _on_cpu(
+    of: Elementwise, x: jax.Array, labels: jax.Array | None, *scalars: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The same at the speed of XLA:CPU's plain log-sum-exp, or better."""
     *batch, classes = x.shape
+    if not isinstance(classes, int) or classes > jnp.iinfo(jnp.int32).max:
+        return _plain(of(x, *scalars))  # symbolic, in an export; or more than int32 counts
     wide = x.dtype.itemsize >= 4
     block = _whole_block(classes)
     if classes <= _FEW:
@@ -126,7 +189,9 @@ def _on_cpu(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, j
         from_maximum = partial(_in_chunks, _plain if classes < _MANY else _by_block)
         others = _others_in_chunks if classes < _MANY and wide else None
     x = x.reshape(math.prod(batch), classes)
-    if labels is None or others is None:
+    if of is not upcast:  # in chunks, so that there is no other array of the logits' size
+        m, r = _in_chunks(lambda x: from_maximum(of(x, *scalars)), x)
+    elif labels is None or others is None:
         m, r = from_maximum(x)
     else:
         m, r = _from_label(x, labels.reshape(x.shape[:-1]), others, from_maximum)
@@ -134,15 +199,21 @@ def _on_cpu(x: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, j
 
 
 def _from_label(x, labels, others, from_maximum):
-    """(m, r) from the label's logit; from the maximum where that is too far below the others.
+    """(m, r) from the label's logit, or from the first few classes' largest where that is higher.
 
-    `others(x, m, labels)` is r. A row whose label is no class has no loss: it is not looked at
-    again, and gets an m and r that are finite.
+    From the maximum where the rest sums to too much even so. `others(x, m, index)` is r without the
+    class m is of. A row whose label is out of range has no loss: it is not looked at again, and
+    gets an m and r that are finite.
     """
     n, classes = x.shape
-    none, labels = labels < 0, jnp.maximum(labels, 0)
-    m = _pick_on_cpu(x, labels)
-    r = others(x, m, labels)
+    none, index = labels < 0, jnp.maximum(labels, 0)
+    m = _pick_on_cpu(x, index)
+    if few := min(_BLOCK, classes // 64):
+        first = upcast(x[:, :few])
+        highest = jnp.max(first, axis=-1)
+        index = jnp.where(highest > m, _first(first == highest[:, None]), index)
+        m = jnp.where(highest > m, highest, m)
+    r = others(x, m, index)
     far = ~(r < _NEAR) & ~none  # NaN too: a label at −∞, or a row with +∞ or NaN
     rows = max(1, _AGAIN_BYTES // (classes * m.dtype.itemsize))
 
@@ -221,7 +292,7 @@ def _others_by_whole_block(
     blocks = x.reshape(n, classes // block, block)
     sums = jnp.sum(shifted_exp(blocks, m[:, None]), axis=-1)
     sums = lax.optimization_barrier(sums)
-    s = jnp.sum(sums, axis=-1)
+    s = _sum_in_lanes(sums)
 
     def without_m():
         if labels is None:
@@ -248,7 +319,20 @@ def _first(flags: jax.Array) -> jax.Array:
 
 
 def _sum_without(terms: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(one_hot(index, terms.shape[-1]), 0, terms), axis=-1)
+    return _sum_in_lanes(jnp.where(one_hot(index, terms.shape[-1]), 0, terms))
+
+
+def _sum_in_lanes(terms: jax.Array) -> jax.Array:
+    """The sum of each row of `terms [n, k]`, eight at a time and these in pairs.
+
+    XLA:CPU adds few terms of few rows one after the other: half an ulp more at 25 terms.
+    """
+    n, count = terms.shape
+    terms = jnp.pad(terms, ((0, 0), (0, -count % 8)))
+    lanes = lax.optimization_barrier(jnp.sum(terms.reshape(n, -(-count // 8), 8), axis=1))
+    for half in (4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
 
 
 def _in_chunks(form, x, *numbers):
@@ -258,6 +342,8 @@ def _in_chunks(form, x, *numbers):
     moved back to end with the last row, so that any number of rows fits.
     """
     *batch, classes = x.shape
+    if not isinstance(classes, int):
+        return form(x, *numbers)
     n = math.prod(batch)
     x, *numbers = (a.reshape(n, *a.shape[len(batch) :]) for a in (x, *numbers))
     rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
@@ -280,22 +366,30 @@ def _in_chunks(form, x, *numbers):
 
 
 def row_sums(
-    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array
+    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array, *scalars: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The sum over each row's classes of each of `terms(x, m)`, arrays `[..., C]`."""
+    """The sum over each row's classes of each of `terms(x, m, *scalars)`, arrays `[..., C]`."""
 
-    def plain(x, m):
-        return tuple(jnp.sum(t, axis=-1) for t in terms(x, m))
+    def plain(x, m, *scalars):
+        return tuple(jnp.sum(t, axis=-1) for t in terms(x, m, *scalars))
+
+    def on_cpu(x, m, *scalars):
+        return _in_chunks(partial(_written_sums, lambda x, m: terms(x, m, *scalars)), x, m)
 
     @jax.custom_jvp
-    def sums(x, m):
+    def sums(x, m, *scalars):
         if not is_local(x):
-            return plain(x, m)
-        on_cpu = partial(_in_chunks, partial(_written_sums, terms))
-        return lax.platform_dependent(x, m, cpu=on_cpu, default=plain)
+            return plain(x, m, *scalars)
+        return lax.platform_dependent(x, m, *scalars, cpu=on_cpu, default=plain)
 
-    sums.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return sums(x, m)
+    @sums.defjvp
+    def _(primals, tangents):
+        x, m, *scalars = primals
+        has_sum, *finite = rows_with_sum(x, m)
+        changes = jax.jvp(plain, (*finite, *scalars), tangents)[1]
+        return sums(*primals), tuple(jnp.where(has_sum, change, 0) for change in changes)
+
+    return sums(x, m, *scalars)
 
 
 def _written_sums(terms, *rows):
@@ -368,7 +462,8 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _pick_on_cpu(x, labels):
-    if x.dtype.itemsize < 4 and x.shape[-1] <= _FEW:
+    classes = x.shape[-1]
+    if x.dtype.itemsize < 4 and isinstance(classes, int) and classes <= _FEW:
         # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
         own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
         return functools.reduce(jnp.add, own)
@@ -387,6 +482,11 @@ def excess(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Array) -> jax.Ar
     nothing cancels either (docs/derivation.md, equation 27).
     """
     return (total[..., None] * e - y) - y * r[..., None]
+
+
+def nan_where(invalid: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """NaN there and 0 elsewhere; without a NaN while nothing is invalid, for `jax_debug_nans`."""
+    return jnp.log(jnp.where(invalid, -1, 1).astype(dtype))
 
 
 def log_sum_exp(m: jax.Array, r: jax.Array) -> jax.Array:

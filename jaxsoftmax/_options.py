@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
+from ._numerics import upcast
 from ._rows import to_index
 from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
 from ._statistics import Statistics, Wanted, local
@@ -36,7 +37,7 @@ def as_options(
 ) -> Options:
     """Check what is the same for every loss."""
     if class_weights is not None:
-        class_weights = _checks.as_inexact(function, "class_weights", class_weights)
+        class_weights = upcast(_checks.as_inexact(function, "class_weights", class_weights))
         meaning = "one weight a class"
         _checks.check_shape(function, "class_weights", class_weights.shape, (classes,), meaning)
         _checks.as_axis_name(function, axis_name, {"class_weights": class_weights}, {})
@@ -51,7 +52,7 @@ def as_options(
 def _unless_zero(function, name, value, most):
     if isinstance(value, (int, float)) and value == 0 and value is not False:
         return None
-    return _checks.as_fraction(function, name, value, most)
+    return upcast(_checks.as_fraction(function, name, value, most))
 
 
 def wanted_by(options: Options, axis_name: AxisName | None) -> Wanted:
@@ -71,6 +72,13 @@ def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | N
     return labels == jnp.asarray(ignore_index, labels.dtype)
 
 
+def label_index(labels: jax.Array, classes: int, ignore_index: int | None) -> jax.Array:
+    """Labels as int32, −1 where out of range; an ignored label is some class: nothing is NaN."""
+    index = to_index(labels, classes)
+    ignored = ignored_tokens(labels, ignore_index)
+    return index if ignored is None else jnp.where(ignored, 0, index)
+
+
 def label_weights(
     labels: jax.Array,
     ignore_index: int | None,
@@ -79,27 +87,28 @@ def label_weights(
 ) -> jax.Array | None:
     """What each token counts in a mean: its class's weight, 0 if ignored; None for 1 each.
 
-    NaN for a label that is no class.
+    1 for a label out of range: its loss is NaN, and whatever it is divided by.
     """
     ignored = ignored_tokens(labels, ignore_index)
     if class_weights is None:
         return None if ignored is None else (~ignored).astype(jnp.float32)
     classes = class_weights.shape[0]
-    index = to_index(labels, classes * shard_count(axis_name))
+    index = label_index(labels, classes * shard_count(axis_name), ignore_index)
     here = local(index, shard_start(axis_name, classes), classes)
     weights = jnp.where(here < 0, 0, taken(class_weights, jnp.maximum(here, 0)))
     if axis_name is not None:
         weights = sum_over(axis_name, weights)
-    weights = jnp.where(index < 0, jnp.nan, weights)
+    weights = jnp.where(index < 0, 1, weights)
     return weights if ignored is None else jnp.where(ignored, 0, weights)
 
 
-def token_losses(
+def token_losses(  # noqa: PLR0917
     statistics: Statistics,
     labels: jax.Array,
     weights: jax.Array | None,
     ignore_index: int | None,
     options: Options,
+    included: jax.Array | None = None,
 ) -> jax.Array:
     """Losses of tokens with integer labels: exactly 0, with gradient 0, where ignored.
 
@@ -107,19 +116,30 @@ def token_losses(
     """
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None:
-        statistics = jax.tree.map(lambda s: jnp.where(ignored, 0, s), statistics)
-    loss = statistics.loss
-    if weights is not None:
-        loss = loss * weights.astype(loss.dtype)
-    return target_losses(statistics._replace(loss=loss), options)
+        included = ~ignored if included is None else included & ~ignored
+    return target_losses(statistics, options, included, weights)
 
 
-def target_losses(statistics: Statistics, options: Options) -> jax.Array:
-    """(1 − ε) · loss + ε · spread + λ · lse²."""
+def target_losses(
+    statistics: Statistics,
+    options: Options,
+    included: jax.Array | None = None,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """(1 − ε) · weights · loss + ε · spread + λ · lse²; exactly 0 where not included."""
+    if included is not None:
+        statistics = jax.tree.map(lambda s: jnp.where(included, s, 0), statistics)
     loss, dtype = statistics.loss, statistics.loss.dtype
+    if weights is not None:
+        loss = _times(weights.astype(dtype), loss)
     if options.label_smoothing is not None:
         epsilon = options.label_smoothing.astype(dtype)
-        loss = (1 - epsilon) * loss + epsilon * statistics.spread
+        loss = _times(1 - epsilon, loss) + epsilon * statistics.spread
     if options.z_loss is not None:
         loss = loss + options.z_loss.astype(dtype) * statistics.lse**2
     return loss
+
+
+def _times(share: jax.Array, loss: jax.Array) -> jax.Array:
+    """Nothing of an infinite loss is nothing: 0 · ∞ counts as 0."""
+    return share * jnp.where((share == 0) & (loss == jnp.inf), 0, loss)

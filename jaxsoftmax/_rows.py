@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ._sharding import AxisName, sum_over
 
 
 def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -24,6 +27,23 @@ def from_rows(rows: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax
 
 def to_index(labels: jax.Array, classes: int) -> jax.Array:
     """Labels of any integer dtype as int32, with −1 for every label outside [0, C)."""
-    last = min(classes - 1, jnp.iinfo(labels.dtype).max)
-    valid = (labels >= 0) & (labels <= last)
-    return jnp.where(valid, jnp.where(valid, labels, 0).astype(jnp.int32), -1)
+    last = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(labels.dtype).max)
+    fits = (labels >= 0) & (labels <= last)
+    index = jnp.where(fits, labels, 0).astype(jnp.int32)
+    return jnp.where(fits & (index < classes), index, -1)
+
+
+def masked(
+    x: jax.Array, where: jax.Array, axes: Sequence[int], axis_name: AxisName | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`x` at −inf outside `where`, and which rows have anything inside.
+
+    A row without anything is of zeros, so that what is made of it is finite until it is dropped.
+    """
+    included = jnp.any(where, axis=axes)
+    if axis_name is not None:
+        included = sum_over(axis_name, included.astype(jnp.int32)) > 0
+    if not np.isinf(np.asarray(-np.inf).astype(x.dtype).astype(np.float32)):
+        x = x.astype(jnp.bfloat16)  # exact: some formats of 8 bits and fewer have no infinity
+    outside = jnp.where(included, -jnp.inf, 0).astype(x.dtype)
+    return jnp.where(where, x, jnp.expand_dims(outside, axes)), included

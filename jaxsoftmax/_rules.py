@@ -24,6 +24,23 @@ def forward_mode() -> Iterator[None]:
         _in_forward_mode.reset(token)
 
 
+@contextlib.contextmanager
+def scope(function: str, remedy: str) -> Iterator[None]:
+    """The name of a public function in profiles; what to do in JAX's error about forward mode."""
+    with jax.named_scope(f"jaxsoftmax.{function}"):
+        try:
+            yield
+        except TypeError as error:
+            if "custom_vjp" in str(error):
+                error.add_note(f"{function}: {remedy}")
+            raise
+
+
+# What `scope` says of functions on logits, and of heads.
+ON_LOGITS = "jaxsoftmax.forward_mode has this function for jvp, jacfwd and linearize"
+OF_HEADS = "forward mode works over reverse mode here: jax.jvp of jax.grad, jax.hessian"
+
+
 class Rule(NamedTuple):
     """The same function twice, with the same derivative."""
 

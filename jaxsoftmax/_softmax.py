@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """softmax, log_softmax, logsumexp and the softmax Jacobian: each function, its rule below it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,9 +12,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
-from ._numerics import excess, log_sum_exp, max_and_remainder, one_hot, shifted_exp, upcast
-from ._rows import from_rows, to_rows
-from ._rules import rule
+from ._numerics import (
+    broadcast_to,
+    excess,
+    log_sum_exp,
+    max_and_remainder,
+    nan_where,
+    one_hot,
+    shifted_exp,
+    upcast,
+)
+from ._rows import from_rows, masked, to_rows
+from ._rules import ON_LOGITS, rule, scope
 
 Axis = int | Sequence[int] | None
 
@@ -28,11 +39,12 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
 
     Returns:
       Probabilities with the shape and dtype of `x`, computed in float32 or wider. A row that
-      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros.
+      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros; of no classes
+      there is nothing.
 
     Raises:
       TypeError: `x` is not real or `where` not boolean.
-      ValueError: an axis out of range or without classes, or a mask that does not broadcast.
+      ValueError: an axis out of range, or a mask that does not broadcast.
 
     Differentiable in `x` in reverse mode, to any order; forward mode over reverse works.
     The derivative is `ŷ_i (g_i − Σ_k g_k ŷ_k)`, docs/derivation.md equation (31): the reference
@@ -44,7 +56,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
       [0.5 0.5 0. ]
     """
     x, axes, where = _prepare("softmax", x, axis, where)
-    with jax.named_scope("jaxsoftmax.softmax"):
+    with scope("softmax", ON_LOGITS):
         return _masked_apply(_softmax.now(), 0, x, axes, where)
 
 
@@ -86,7 +98,7 @@ def log_softmax(
 
     Raises:
       TypeError: `x` is not real or `where` not boolean.
-      ValueError: an axis out of range or without classes, or a mask that does not broadcast.
+      ValueError: an axis out of range, or a mask that does not broadcast.
 
     Differentiable in `x` in reverse mode, to any order; forward mode over reverse works. The
     derivative is `g_i − ŷ_i Σ g`, docs/derivation.md equation (30).
@@ -97,7 +109,7 @@ def log_softmax(
       -9.357623e-14
     """
     x, axes, where = _prepare("log_softmax", x, axis, where)
-    with jax.named_scope("jaxsoftmax.log_softmax"):
+    with scope("log_softmax", ON_LOGITS):
         return _masked_apply(_log_softmax.now(), -jnp.inf, x, axes, where)
 
 
@@ -164,36 +176,38 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
                 f"logsumexp: b must have a shape that broadcasts with {a.shape}, "
                 f"the shape of a; got {b.shape}"
             ) from None
-        a, b = (jnp.broadcast_to(v.astype(dtype), shape) for v in (a, b))
+        a, b = (broadcast_to(v.astype(dtype), shape) for v in (a, b))
     axes = _checks.as_axes("logsumexp", axis, a.ndim)
     keepdims = _checks.as_flag("logsumexp", "keepdims", keepdims)
     return_sign = _checks.as_flag("logsumexp", "return_sign", return_sign)
     where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
-    with jax.named_scope("jaxsoftmax.logsumexp"):
+    with scope("logsumexp", ON_LOGITS):
         summed = (_row_logsumexp if b is None else _weighted_logsumexp).now()
         out, sign = _logsumexp_axes(summed, a, b, where, axes)
         if keepdims:
             out, sign = jnp.expand_dims(out, axes), jnp.expand_dims(sign, axes)
         if return_sign:
             return out, sign
-        return out if b is None else jnp.where(sign < 0, jnp.nan, out)
+        return out if b is None else out + nan_where(sign < 0, out.dtype)
 
 
 @partial(jax.jit, static_argnames=("summed", "axes"))
 def _logsumexp_axes(summed, a, b, where, axes):
+    dtype, included = a.dtype, None
     if where is not None:
-        a = jnp.where(where, a, -jnp.inf)
+        a, included = masked(a, where, axes)
         b = None if b is None else jnp.where(where, b, 0)
     rows = to_rows(a, axes)
     if rows.shape[-1] == 0:
-        out = jnp.full(rows.shape[:-1], -jnp.inf, a.dtype)
+        out = jnp.full(rows.shape[:-1], -jnp.inf, dtype)
         return out, jnp.zeros_like(out)
     if b is None:
         out = summed(rows)
+        out = out if included is None else jnp.where(included, out, -jnp.inf)
         sign = jnp.where(out == -jnp.inf, 0, jnp.where(jnp.isnan(out), out, 1))
     else:
         out, sign = summed(rows, to_rows(b, axes))
-    return out.astype(a.dtype), jax.lax.stop_gradient(sign).astype(a.dtype)
+    return out.astype(dtype), jax.lax.stop_gradient(sign).astype(dtype)
 
 
 def _row_logsumexp_fwd(x):
@@ -256,7 +270,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
 
     Raises:
       TypeError: `x` is not real, or `axis` not an integer.
-      ValueError: `axis` is out of range or has no classes.
+      ValueError: `axis` is out of range.
 
     Differentiable in `x` in every mode. docs/derivation.md equation (29).
 
@@ -268,14 +282,15 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
     """
     x = _checks.as_inexact("softmax_jacobian", "x", x)
     axes = _checks.as_axes("softmax_jacobian", axis, x.ndim, _checks.ONE_AXIS)
-    _checks.check_has_classes("softmax_jacobian", "x", x.shape, axes)
-    with jax.named_scope("jaxsoftmax.softmax_jacobian"):
+    with scope("softmax_jacobian", ON_LOGITS):
         return _softmax_jacobian(x, axes)
 
 
 @partial(jax.jit, static_argnames="axes")
 def _softmax_jacobian(x, axes):
     rows = upcast(to_rows(x, axes))  # once: so is its cotangent, of two uses, cast once
+    if rows.shape[-1] == 0:
+        return jnp.zeros((*rows.shape, 0), x.dtype)
     m, r = max_and_remainder(rows)
     e, r = shifted_exp(rows, m), r[..., None]
     probabilities = e / (1 + r)
@@ -296,14 +311,15 @@ def _broadcast_mask(function, where, shape, meaning):
 def _prepare(function, x, axis, where):
     x = _checks.as_inexact(function, "x", x)
     axes = _checks.as_axes(function, axis, x.ndim)
-    _checks.check_has_classes(function, "x", x.shape, axes)
     return x, axes, _broadcast_mask(function, where, x.shape, "the shape of x")
 
 
 @partial(jax.jit, static_argnames=("rule", "excluded", "axes"))
 def _masked_apply(rule, excluded, x, axes, where):
     """`rule` on the rows of `x`; classes outside `where` enter as −inf, leave as `excluded`."""
+    dtype = x.dtype
     if where is not None:
-        x = jnp.where(where, x, -jnp.inf)
-    out = from_rows(rule(to_rows(x, axes)), axes, x.shape)
+        x, _ = masked(x, where, axes)
+    rows = to_rows(x, axes)
+    out = from_rows(rows if rows.shape[-1] == 0 else rule(rows), axes, x.shape).astype(dtype)
     return out if where is None else jnp.where(where, out, excluded)

@@ -25,15 +25,17 @@ from ._numerics import (
     excess,
     log_sum_exp,
     max_and_remainder,
+    nan_where,
     one_hot,
     pick,
     row_sums,
+    rows_with_sum,
     shifted_exp,
     upcast,
 )
 from ._rules import Rule, rule
 from ._sharding import AxisName, laid_out_like, maximum_over, shard_start, sum_over
-from ._transform import transformed
+from ._transform import Transform, as_function, transformed
 
 
 class Statistics(NamedTuple):
@@ -75,34 +77,36 @@ class Rows(NamedTuple):
 #
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(wanted, x, labels, transform, weights):
-    z = transformed(x, transform)
     if wanted == Wanted():
-        rows = Rows(*max_and_remainder(z, labels), pick(z, labels))
+        of, scalars = as_function(transform)
+        z_label = transformed(pick(x, labels), transform)
+        rows = Rows(*max_and_remainder(x, labels, of, *scalars), z_label)
     else:
-        rows = block_rows(wanted, z, labels, shard_start(wanted.axis_name, z.shape[-1]), weights)
+        start = shard_start(wanted.axis_name, x.shape[-1])
+        rows = block_rows(wanted, x, transform, labels, start, weights)
     if wanted.axis_name is not None:
         rows = over_shards(wanted.axis_name, rows)
-    rows = with_label(rows, labels)
-    return outputs(wanted, rows), (x, labels, transform, weights, rows._replace(costs=None))
+    out = with_label(outputs(wanted, rows), labels)
+    return out, (x, labels, transform, weights, rows._replace(costs=None))
 
 
 def _token_bwd(wanted, residuals, cotangents):
     g = poisoned(live(cotangents), residuals[1])
-    return _token_linear(wanted, residuals, g, used_rows(g))
+    return _token_linear(wanted, residuals, g, unused_rows(g, residuals[-1].r))
 
 
-def _token_linear(wanted, residuals, g, used=None):
+def _token_linear(wanted, residuals, g, unused=None):
     x, labels, transform, weights, rows = residuals
     z, pull = jax.vjp(transformed, x, transform)
-    start = shard_start(wanted.axis_name, z.shape[-1])
-    dz, d_weights = label_cotangents(z, local(labels, start, z.shape[-1]), weights, rows, g, used)
+    index = local(labels, shard_start(wanted.axis_name, z.shape[-1]), z.shape[-1])
+    dz, d_weights = label_cotangents(z, index, weights, rows, g, unused)
     dx, d_transform = pull(dz)
     d_weights = None if d_weights is None else laid_out_like(d_weights, weights)
     return dx, None, d_transform, d_weights
 
 
 def _token_tangents(wanted, residuals, g):
-    factor = jnp.where(residuals[1] >= 0, jnp.ones_like(g.loss), jnp.nan)
+    factor = jnp.ones_like(g.loss) + nan_where(residuals[1] < 0, g.loss.dtype)
     return _token_linear(wanted, residuals, g._replace(loss=factor * g.loss))
 
 
@@ -118,14 +122,15 @@ def token_statistics(wanted: Wanted) -> Rule:
 def _target_fwd(wanted, x, y, transform):
     dtype = accumulation_dtype(x.dtype, y.dtype)
     z = transformed(x, transform)
-    rows = block_rows(wanted, z, None, 0, None)
+    rows = block_rows(wanted, x, transform, None, 0, None)
     rows = jax.tree.map(lambda s: s.astype(dtype), rows)
     z, y_ = z.astype(dtype), y.astype(dtype)
 
     def target_sums(m):
         gap = m[..., None] - z
-        # A gap of ∞ is a logit of −inf, where 0 · ∞ counts as 0; a NaN gap stays NaN.
-        cost = jnp.where((y_ == 0) & (gap == jnp.inf), 0, y_ * gap)
+        # 0 · ∞ counts as 0; what a row without a log-sum-exp costs, log1p(r) says.
+        nothing = ((y_ == 0) & (gap == jnp.inf)) | ~jnp.isfinite(m)[..., None]
+        cost = y_ * jnp.where(nothing, 0, gap)
         return jnp.sum(cost, axis=-1), jnp.sum(y_, axis=-1)
 
     if wanted.axis_name is None:
@@ -138,22 +143,33 @@ def _target_fwd(wanted, x, y, transform):
 
 def _target_bwd(wanted, residuals, cotangents):
     g = live(cotangents)
-    return _target_linear(wanted, residuals, g, used_rows(g))
+    *_, total, rows = residuals
+    return _target_linear(wanted, residuals, g, unused_rows(g, rows.r + total))
 
 
 # dy_k = g (lse − z_k) = g ((m − z_k) + log1p(r))
-def _target_linear(wanted, residuals, g, used=None):
+def _target_linear(wanted, residuals, g, unused=None):
     del wanted
     x, y, transform, total, rows = residuals
-    m, r = rows.m, rows.r
     z, pull = jax.vjp(transformed, x, transform)
-    z_, y_ = z.astype(m.dtype), y.astype(m.dtype)
+    z_, y_ = z.astype(rows.m.dtype), y.astype(rows.m.dtype)
+    if unused is not None:
+        rows, z_ = without_rows(unused, rows, z_)
+        total, y_ = jnp.where(unused, 0, total), jnp.where(unused[..., None], 0, y_)
+    m, r = rows.m, rows.r
     dy = jnp.zeros_like(y)
     targets = []
     if g.loss is not None:
         targets = [(g.loss, partial(excess, total, y_))]
-        dy = (g.loss[..., None] * ((m[..., None] - z_) + jnp.log1p(r)[..., None])).astype(y.dtype)
-    dz, _ = _cotangents(z_, targets, None, rows, g, used)
+        g_ = g.loss[..., None]
+        gap = m[..., None] - z_
+        far = gap == jnp.inf
+        dy = g_ * (jnp.where(far, 0, gap) + jnp.log1p(r)[..., None])
+        if unused is not None:  # an infinite cost, of which a linear map can make nothing
+            infinite = jnp.where(g_ < 0, -jnp.inf, jnp.where(g_ > 0, jnp.inf, g_))
+            dy = jnp.where(far, jax.lax.stop_gradient(infinite), dy)
+        dy = dy.astype(y.dtype)
+    dz, _ = _cotangents(z_, targets, None, rows, g)
     dx, d_transform = pull(dz.astype(z.dtype))
     return dx, dy, d_transform
 
@@ -166,16 +182,20 @@ def target_statistics(wanted: Wanted) -> Rule:
     return rule(fwd, bwd, linear=tangents)
 
 
-def block_rows(wanted: Wanted, z: jax.Array, labels: Any, start: Any, weights: Any) -> Rows:
-    """Of logits `z [..., C]`, a block of the classes that begins at number `start`."""
-    m, r = max_and_remainder(z)
+def block_rows(  # noqa: PLR0917
+    wanted: Wanted, x: jax.Array, transform: Transform, labels: Any, start: Any, weights: Any
+) -> Rows:
+    """Of raw logits `x [..., C]`, a block of the classes that begins at number `start`."""
+    of, scalars = as_function(transform)
+    m, r = max_and_remainder(x, None, of, *scalars)
     rows = Rows(m, r)
     if labels is not None:
-        rows = rows._replace(z_label=pick(z, local(labels, start, z.shape[-1])))
+        own = pick(x, local(labels, start, x.shape[-1]))
+        rows = rows._replace(z_label=transformed(own, transform))
     if wanted.entropy:
-        rows = rows._replace(gaps=_gap_sum(z, m))
+        rows = rows._replace(gaps=_gap_sum(of, x, m, *scalars))
     if wanted.spread:
-        classes, mass, costs = _spread_sums(z, m, weights)
+        classes, mass, costs = _spread_sums(weights, of, x, m, *scalars)
         rows = rows._replace(classes=classes, mass=mass, costs=costs)
     return rows
 
@@ -197,7 +217,7 @@ def combined(
     m = highest(rows.m)
     reached = rows.m == m
     empty = (rows.m == -jnp.inf) & ~reached
-    rise = jnp.where(empty | reached, 0, m - rows.m)
+    rise = jnp.where(empty | reached | ~jnp.isfinite(m), 0, m - rows.m)
     scale = jnp.where(empty, 0, jnp.exp(-rise))
     # Nothing of an empty block enters a product, whose derivative would be NaN.
     r = jnp.where(empty, 0, rows.r)
@@ -223,9 +243,10 @@ def local(labels: jax.Array, start: Any, size: int) -> jax.Array:
     return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
 
 
-def with_label(rows: Rows, labels: jax.Array) -> Rows:
-    """z_t is NaN where the label is no class."""
-    return rows._replace(z_label=jnp.where(labels >= 0, rows.z_label, jnp.nan))
+def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
+    """The loss is NaN where the label is out of range."""
+    loss = statistics.loss
+    return statistics._replace(loss=loss + nan_where(labels < 0, loss.dtype))
 
 
 def outputs(wanted: Wanted, rows: Rows) -> Statistics:
@@ -246,20 +267,33 @@ def live(cotangents: Statistics) -> Statistics:
 
 
 def poisoned(g: Statistics, labels: jax.Array) -> Statistics:
-    """NaN where a label is no class, unless that token's loss is not used."""
+    """NaN where a label is out of range, unless that token's loss is not used."""
     if g.loss is None:
         return g
-    return g._replace(loss=jnp.where((labels >= 0) | (g.loss == 0), g.loss, jnp.nan))
+    invalid = (labels < 0) & (g.loss != 0)
+    return g._replace(loss=g.loss + nan_where(invalid, g.loss.dtype))
 
 
-def used_rows(g: Statistics) -> jax.Array | None:
-    """Rows of which anything is used: what is not used has no gradient, whatever is in it."""
+def unused_rows(g: Statistics, r: jax.Array) -> jax.Array | None:
+    """Rows without a log-sum-exp of which nothing is used: their gradient is 0, not NaN.
+
+    Other rows need no such care, and must have none: 0 times a finite gradient is 0, but its
+    derivative by the cotangent is not.
+    """
     asked = [c != 0 for c in g if c is not None]
-    return functools.reduce(jnp.logical_or, asked) if asked else None
+    return ~jnp.isfinite(r) & ~functools.reduce(jnp.logical_or, asked) if asked else None
+
+
+def without_rows(unused: jax.Array, rows: Rows, z: jax.Array) -> tuple[Rows, jax.Array]:
+    """Finite numbers in place of all that is in these rows."""
+    rows = jax.tree.map(lambda s: jnp.where(unused, 0, s), rows)
+    if rows.classes is not None:
+        rows = rows._replace(classes=jnp.where(unused, 1, rows.classes))
+    return rows, jnp.where(unused[..., None], 0, z)
 
 
 def label_cotangents(  # noqa: PLR0917
-    z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics, used: Any
+    z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics, unused: Any
 ) -> tuple[jax.Array, Any]:
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
 
@@ -269,22 +303,25 @@ def label_cotangents(  # noqa: PLR0917
     logits that are not an argument, and so twice their memory). Rounded once, at the end: selected
     in bfloat16, a training step in place of [16384, 10] takes 2.5 times as long.
     """
+    dtype = z.dtype
+    if unused is not None:
+        rows, z = without_rows(unused, rows, z)
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
-    dz, d_weights = _cotangents(z, targets, weights, rows, g, used)
+    dz, d_weights = _cotangents(z, targets, weights, rows, g)
     if g.loss is None:
-        return dz.astype(z.dtype), d_weights
+        return dz.astype(dtype), d_weights
     own_weight = None
     if weights is not None:
         own_weight = pick(jnp.broadcast_to(_as_row(weights, z.ndim), z.shape), labels)[..., None]
     targets = [(g.loss, lambda e, r: (e - 1) - r[..., None])]
-    own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g, used)
+    own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g)
     at_label = one_hot(labels, z.shape[-1])
-    return jnp.where(at_label, own, dz).astype(z.dtype), d_weights
+    return jnp.where(at_label, own, dz).astype(dtype), d_weights
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
 # with the mean gap μ = Σ_k ŷ_k (m − z_k)
-def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
+def _cotangents(z, targets, weights, rows, g):
     m, r = rows.m, rows.r
     scale = 1 / (1 + r)
     e = shifted_exp(z, m)
@@ -295,8 +332,7 @@ def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
         share = g.spread / rows.classes
         targets = [*targets, (share, partial(excess, rows.mass, u))]
         if weights is not None:
-            cost = jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
-            cost = _where_used(used, share[..., None] * cost)
+            cost = share[..., None] * jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
             d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(
                 weights.dtype
             )
@@ -310,35 +346,35 @@ def _cotangents(z, targets, weights, rows, g, used):  # noqa: PLR0917
         terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
     if not terms:
         return jnp.zeros_like(upcast(z)), d_weights
-    return _where_used(used, functools.reduce(jnp.add, terms)), d_weights
+    return functools.reduce(jnp.add, terms), d_weights
 
 
-def _where_used(used, d):
-    return d if used is None else jnp.where(used[..., None], d, 0)
+def _gap_sum(of, x, m, *scalars):
+    """Σ_k e_k (m − z_k) of each row of z = of(x); a logit of −inf gives 0."""
 
-
-def _gap_sum(z: jax.Array, m: jax.Array) -> jax.Array:
-    """Σ_k e_k (m − z_k) of each row; a logit of −inf gives 0."""
-
-    def terms(z, m):
+    def terms(x, m, *scalars):
+        z = of(x, *scalars)
         return (shifted_exp(z, m) * _inside(z, m, None)[1],)
 
-    return row_sums(terms, z, m)[0]
+    return row_sums(terms, x, m, *scalars)[0]
 
 
-def _spread_sums(z: jax.Array, m: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, ...]:
+def _spread_sums(weights, of, x, m, *scalars):
     """Over each row's classes that are not at −inf: their number, Σ u_k, and Σ u_k (m − z_k)."""
     if weights is None:
 
-        def terms(z, m):
-            _, gap, one = _inside(z, m, None)
+        def terms(x, m, *scalars):
+            _, gap, one = _inside(of(x, *scalars), m, None)
             return one, gap
 
-        classes, costs = row_sums(terms, z, m)
+        classes, costs = row_sums(terms, x, m, *scalars)
         return classes, classes, costs
-    inside, gap, u = _inside(z, m, weights)
-    classes = jnp.sum(inside, axis=-1, dtype=m.dtype)
-    return classes, jnp.sum(u, axis=-1), jnp.sum(u * gap, axis=-1)
+    z = of(x, *scalars)
+    inside, _, u = _inside(z, m, weights)
+    has_sum, *finite = rows_with_sum(z, m)  # that another row is NaN, its r says
+    costs = jnp.sum(u * _inside(*finite, None)[1], axis=-1)
+    mass = jnp.where(has_sum, jnp.sum(u, axis=-1), 0)
+    return jnp.sum(inside, axis=-1, dtype=m.dtype), mass, jnp.where(has_sum, costs, 0)
 
 
 def _inside(z, m, weights):

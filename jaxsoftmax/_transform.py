@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to raw logits before anything else: soft cap and temperature."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._numerics import upcast
+from ._numerics import Elementwise, upcast
 
 
 class Transform(NamedTuple):
-    """What is done to raw logits: scalars, or None for nothing at all."""
+    """What is done to raw logits: scalars, or None for nothing at all.
+
+    At least float32, as all options: so their gradients are summed, and rounded once.
+    """
 
     soft_cap: jax.Array | None = None
     temperature: jax.Array | None = None
@@ -21,10 +25,10 @@ class Transform(NamedTuple):
 def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> Transform:
     """Check both."""
     if soft_cap is not None:
-        soft_cap = _checks.as_positive(function, "soft_cap", soft_cap)
+        soft_cap = upcast(_checks.as_positive(function, "soft_cap", soft_cap))
     if isinstance(temperature, (int, float)) and temperature == 1 and temperature is not True:
         return Transform(soft_cap)
-    return Transform(soft_cap, _checks.as_positive(function, "temperature", temperature))
+    return Transform(soft_cap, upcast(_checks.as_positive(function, "temperature", temperature)))
 
 
 def transformed(x: jax.Array, transform: Transform) -> jax.Array:
@@ -33,18 +37,38 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     An infinity stays one: a class left out is not brought back by the cap.
     """
     soft_cap, temperature = transform
+    if soft_cap is None and temperature is None:
+        return x
+    x = upcast(x)
+    # Twice selected, so that no derivative of any order multiplies an infinity by 0. A `custom_jvp`
+    # would not do: JAX drops it from a `scan` that is differentiated more than once.
+    finite = jnp.isfinite(x)
+    z = jnp.where(finite, x, 0)
     if soft_cap is not None:
-        x = upcast(x)
-        x = _capped(x, soft_cap.astype(x.dtype))
+        z = _capped(z, soft_cap.astype(x.dtype))
     if temperature is not None:
-        x = upcast(x)
-        x = x / temperature.astype(x.dtype)
-    return x
+        z = z / temperature.astype(x.dtype)
+    return jnp.where(finite, z, x)
+
+
+def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:
+    """`transformed` as a function of raw logits and its scalars: one object for each kind."""
+    names = tuple(name for name, scalar in transform._asdict().items() if scalar is not None)
+    return _function_of(names), tuple(jax.tree.leaves(transform))
+
+
+@functools.cache
+def _function_of(names):
+    if not names:
+        return upcast
+    return lambda x, *scalars: transformed(x, Transform(**dict(zip(names, scalars, strict=True))))
 
 
 @jax.custom_jvp
 def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isinf(x), x, cap * jnp.tanh(x / cap))
+    u = x / cap
+    linear = jnp.abs(u) < 2**-12 if x.dtype == jnp.float32 else jnp.abs(u) < 2**-27
+    return jnp.where(linear, x, cap * jnp.tanh(u))  # u²/3 is nothing, and u may be none
 
 
 # Of the result alone in x, so that beside it neither x nor the hyperbolic tangent has to be kept:
@@ -53,8 +77,6 @@ def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
 def _capped_jvp(primals, tangents):
     (x, cap), (dx, dcap) = primals, tangents
     z = _capped(x, cap)
-    capped = jnp.isfinite(z)
-    t = jnp.where(capped, z, 0) / cap
+    t = z / cap
     slope = (1 - t) * (1 + t)
-    in_cap = t - slope * (jnp.where(capped, x, 0) / cap)
-    return z, jnp.where(capped, slope, 1) * dx + in_cap * dcap
+    return z, slope * dx + (t - slope * (x / cap)) * dcap

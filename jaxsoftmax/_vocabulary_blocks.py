@@ -33,7 +33,7 @@ from ._statistics import (
     outputs,
     over_shards,
     poisoned,
-    used_rows,
+    unused_rows,
     with_label,
 )
 from ._transform import transformed
@@ -64,7 +64,7 @@ class Operands(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_statistics(plan, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
-    return outputs(plan.wanted, _forward(plan, operands))
+    return with_label(outputs(plan.wanted, _forward(plan, operands)), operands.labels)
 
 
 def _forward(plan, operands):
@@ -77,9 +77,10 @@ def _forward(plan, operands):
     zeros = laid_out(zeros, layout.spec(layout.token_axes, *_of_shards(plan)))
 
     def step(rows, start, size):
-        z = transformed(_block_logits(plan, operands, start, size), operands.transform)
+        raw = _block_logits(plan, operands, start, size)
         weights = _part(operands.weights, start, size)
-        own = block_rows(wanted, z, labels, _first_class(plan, operands, start), weights)
+        first = _first_class(plan, operands, start)
+        own = block_rows(wanted, raw, operands.transform, labels, first, weights)
         both = jax.tree.map(lambda *pair: jnp.stack(pair), rows, own)
         return combined(both, partial(jnp.max, axis=0, keepdims=True), _sums(0))
 
@@ -93,7 +94,7 @@ def _forward(plan, operands):
         rows = combined(rows, partial(jnp.max, axis=1, keepdims=True), _sums(1))
     if wanted.axis_name is not None:
         rows = over_shards(wanted.axis_name, rows)
-    return with_label(rows, operands.labels)
+    return rows
 
 
 def _sums(axis):
@@ -103,7 +104,8 @@ def _sums(axis):
 def _linear_statistics_fwd(plan, operands):
     operands, live_operands = opened(operands)
     rows = _forward(plan, operands)
-    return outputs(plan.wanted, rows), (operands, rows._replace(costs=None), live_operands)
+    out = with_label(outputs(plan.wanted, rows), operands.labels)
+    return out, (operands, rows._replace(costs=None), live_operands)
 
 
 def _linear_statistics_bwd(plan, residuals, cotangents):
@@ -114,8 +116,8 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     operands = _by_shard(plan, given)
     hidden, kernel, bias, transform, weights, labels = operands
     g = poisoned(live(cotangents), labels)
-    used = used_rows(g)
-    rows, g, used, labels = _of_rows(plan, (rows, g, used, labels))
+    unused = unused_rows(g, rows.r)
+    rows, g, unused, labels = _of_rows(plan, (rows, g, unused, labels))
     dtype = rows.m.dtype
     everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
     # Its cotangents are added up here, not by every block's derivative.
@@ -130,7 +132,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         raw = _block_logits(plan, operands, start, size)
         z, pull = jax.vjp(transformed, raw, transform)
         index = local(labels, _first_class(plan, operands, start), size)
-        dz, d = label_cotangents(z, index, _part(weights, start, size), rows, g, used)
+        dz, d = label_cotangents(z, index, _part(weights, start, size), rows, g, unused)
         if d is not None:
             d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=-1)
         d_raw, d = pull(dz)

@@ -3,8 +3,9 @@
 
 The same names, arguments and results, with the derivative under `custom_jvp`; reverse mode works
 too and keeps what it keeps elsewhere. The functions of the package itself have a `custom_vjp`, of
-which JAX cannot take a `jvp`. One difference: a label that is no class (and is not ignored) makes
-its row's gradient NaN even where its loss is not used, since a linear map cannot tell.
+which JAX cannot take a `jvp`. Two differences, since a linear map cannot tell what is used: a label
+out of range (and not ignored) makes its row's gradient NaN even where its loss is not used, and the
+infinite derivative in a dense label at a logit of −inf is left out.
 
 Example:
   >>> import jax, jax.numpy as jnp
@@ -31,6 +32,7 @@ def _in_forward_mode(function: Callable[P, T]) -> Callable[P, T]:
         with _rules.forward_mode():
             return function(*args, **kwargs)
 
+    in_forward_mode.__module__ = __name__  # where `pickle` finds it
     return in_forward_mode
 
 

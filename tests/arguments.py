@@ -62,10 +62,15 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {"axis": (0, 1), "b": BIAS, "keepdims": True, "return_sign": True, "where": MASK},
         {"a": X[:, 0], "b": X[:, :1]},
     ],
-    "softmax_jacobian": [{"x": X.astype(np.float16), "axis": 0}, {"x": WIDE, "axis": 1}],
+    "softmax_jacobian": [
+        {"x": X[:, :0]},
+        {"x": X.astype(np.float16), "axis": 0},
+        {"x": WIDE, "axis": 1},
+    ],
     "softmax_cross_entropy": [
         {"axis": (0, 1), "where": MASK, **_losses},
         {"labels": BIAS, "where": MASK[:, 0]},
+        {"logits": X[:, :0], "labels": np.float32(0)},
         {"logits": jnp.zeros((8, 16), jnp.bfloat16), "labels": MASK, "axis": None},
     ],
     INTEGER: [
@@ -116,13 +121,17 @@ def _array(name: str, *, optional: bool = False) -> Iterator[Wrong]:
     yield Wrong(name, {"a": 1}, TypeError, f"{said} dict {{'a': 1}}")
     yield Wrong(name, np.array(["a"]), TypeError, f"{said} ndarray <U1[1]")
     yield Wrong(name, np.ma.masked_array(X), TypeError, f"{said} MaskedArray float32[8,16]")
-    yield Wrong(name, BIG, ValueError, f"{name} {INT32}")
     if not optional:
         yield Wrong(name, None, TypeError, f"{said} NoneType None")
 
 
+def _integer_of_any_size(name: str) -> Iterator[Wrong]:
+    yield Wrong(name, BIG, ValueError, f"{name} {INT32}")
+
+
 def _floating(name: str, *, optional: bool = False) -> Iterator[Wrong]:
     yield from _array(name, optional=optional)
+    yield from _integer_of_any_size(name)
     said = f"{name} must have a real floating-point dtype; got"
     yield Wrong(name, LABELS, TypeError, f"{said} int32")
     yield Wrong(name, MASK, TypeError, f"{said} bool")
@@ -131,13 +140,18 @@ def _floating(name: str, *, optional: bool = False) -> Iterator[Wrong]:
 
 
 def _real(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    yield from _number(name, optional=optional)
+    yield from _integer_of_any_size(name)
+
+
+def _number(name: str, *, optional: bool) -> Iterator[Wrong]:
     yield from _array(name, optional=optional)
     yield Wrong(name, COMPLEX, TypeError, f"{name} must have a real dtype; got complex64")
     yield Wrong(name, KEY, TypeError, f"{name} must have a real dtype; got key<fry>")
 
 
 def _scalar(name: str, *, optional: bool = True) -> Iterator[Wrong]:
-    yield from _real(name, optional=optional)
+    yield from _number(name, optional=optional)
     yield Wrong(name, True, TypeError, f"{name} must be a real number; got True")
     yield Wrong(name, np.array(False), TypeError, f"{name} must be a real number; got bool[]")
     yield Wrong(name, BIAS, ValueError, f"{name} must be a scalar; got shape (16,)")
@@ -145,7 +159,7 @@ def _scalar(name: str, *, optional: bool = True) -> Iterator[Wrong]:
 
 def _in_range(name: str, expected: str, *values: float, optional=False) -> Iterator[Wrong]:
     yield from _scalar(name, optional=optional)
-    for value in values:
+    for value in (*values, 10**400):  # more than any float
         yield Wrong(name, value, ValueError, f"{name} must be {expected}; got {value}")
     array = jnp.asarray(values[0], jnp.float32)
     yield Wrong(name, array, ValueError, f"{name} must be {expected}; got {array}")
@@ -209,19 +223,25 @@ _SOME = "an integer or a tuple of integers"
 _ANY = "an integer, a tuple of integers or None"
 
 
+def _class_axis_of(name: str, **others: Any) -> Iterator[Wrong]:
+    """There is a class axis."""
+    said = "axis must be in [0, 0) for an array with 0 axes; got -1"
+    yield Wrong(name, np.float32(1), ValueError, said, others)
+
+
 def _classes_of(name: str, **others: Any) -> Iterator[Wrong]:
     """A class axis there is, with a class."""
+    yield from _class_axis_of(name, **others)
     said = f"{name} must have at least one class along axis"
     yield Wrong(name, X[:, :0], ValueError, f"{said} 1; got shape (8, 0)", others)
     both = {"axis": (1, 0), **others}
     yield Wrong(name, X[:, :0], ValueError, f"{said} (1, 0); got shape (8, 0)", both)
-    said = "axis must be in [0, 0) for an array with 0 axes; got -1"
-    yield Wrong(name, np.float32(1), ValueError, said, others)
 
 
 def _mask(name: str) -> Iterator[Wrong]:
     """The mask of an array called `name`."""
     yield from _array("where", optional=True)
+    yield from _integer_of_any_size("where")
     for value in (X, LABELS):
         yield Wrong("where", value, TypeError, f"where must have dtype bool; got {value.dtype}")
     said = f"where must broadcast to (8, 16), the shape of {name}; got"
@@ -242,6 +262,7 @@ def _loss_mask() -> Iterator[Wrong]:
 
 def _token_labels(meaning: str) -> Iterator[Wrong]:
     yield from _array("labels")
+    yield from _integer_of_any_size("labels")
     said = "labels must have an integer dtype; got"
     yield Wrong("labels", WEIGHTS, TypeError, f"{said} float32")
     yield Wrong("labels", LABELS > 0, TypeError, f"{said} bool")
@@ -313,7 +334,13 @@ def _reduction() -> Iterator[Wrong]:
     for value in (WEIGHTS[:3], WEIGHTS[:, None], np.float32(1)):
         yield Wrong("weights", value, ValueError, f"{said} {np.shape(value)}")
     said = "reduction must be one of 'mean', 'sum', None; got"
-    for value, came in (("avg", "'avg'"), (1, "1"), (False, "False"), (X, "float32[8,16]")):
+    for value, came in (
+        ("avg", "'avg'"),
+        ("none", "'none', a string in place of None itself"),
+        (1, "1"),
+        (False, "False"),
+        (X, "float32[8,16]"),
+    ):
         yield Wrong("reduction", value, ValueError, f"{said} {came}")
     yield from _scalar("denominator")
     for reduction in ("sum", None):
@@ -374,14 +401,12 @@ def _weighted() -> Iterator[Wrong]:
 def _jacobian() -> Iterator[Wrong]:
     yield from _real("x")
     yield from _axis("an integer")
-    expected = "x must have at least one class along axis 1; got shape (8, 0)"
-    yield Wrong("x", X[:, :0], ValueError, expected)
 
 
 def _dense() -> Iterator[Wrong]:
     """Logits with a target for each class."""
     yield from _floating("logits")
-    yield from _classes_of("logits", labels=np.float32(0))
+    yield from _class_axis_of("logits", labels=np.float32(0))
     yield from _axis(_ANY)
     yield from _real("labels")
     said = "labels must broadcast to (8, 16), the shape of logits; got"
@@ -418,8 +443,8 @@ _of_classes = [*_ignore_index(), *_class_weights()]
 _of_head = [*_linear(), *_of_tokens]
 
 WRONG: dict[str, list[Wrong]] = {
-    "softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_classes_of("x")],
-    "log_softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_classes_of("x")],
+    "softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_class_axis_of("x")],
+    "log_softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_class_axis_of("x")],
     "logsumexp": [*_real("a"), *_axis(_ANY), *_mask("a"), *_weighted()],
     "softmax_jacobian": [*_jacobian()],
     "softmax_cross_entropy": [*_dense(), *_loss_mask(), *_options(), *_axis_name()],

@@ -4,13 +4,17 @@
 A bad row is NaN and every other row is what it is without it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import generator
 
 import jaxsoftmax as js
+from jaxsoftmax import forward_mode
 
 inf, nan = np.inf, np.nan
 integer = js.softmax_cross_entropy_with_integer_labels
@@ -363,18 +367,47 @@ def test_a_single_row_and_no_batch():
     assert dense(z, one_hot(2, 3)).shape == ()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda z: integer(z, np.zeros(2, np.int32)),
-        lambda z: dense(z, z),
-        js.softmax_jacobian,
-    ],
-    ids=["integer", "dense", "jacobian"],
-)
-def test_zero_classes_are_an_error(call):
+@pytest.mark.parametrize("axis", [-1, 0, (0, 1), (1, 2), None], ids=str)
+def test_zero_classes_are_as_in_jax_nn_and_optax(axis):
+    z = np.zeros((0, 3) if axis == 0 else (2, 0) if axis in (-1, None) else (2, 0, 3), np.float32)
+    mask = np.ones(z.shape, bool)
+    for module in (js, forward_mode):
+        for name in ("softmax", "log_softmax"):
+            expected = getattr(jax.nn, name)(z, axis)
+            for where in (None, mask):
+                f = lambda z, name=name, where=where: getattr(module, name)(z, axis, where)  # noqa: E731, B023
+                value, gradient = both(f, z)
+                assert value.shape == expected.shape == gradient.shape
+                assert value.dtype == expected.dtype
+        options: Any = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 3.0, "temperature": 2.0}
+        value, gradient = both(lambda z: module.softmax_cross_entropy(z, z, axis, **options), z)  # noqa: B023
+        expected = optax.losses.softmax_cross_entropy(z, z, axis)
+        np.testing.assert_array_equal(value, expected)
+        assert gradient.shape == z.shape
+    if isinstance(axis, int):
+        classes_last = np.moveaxis(z, axis, -1).shape
+        assert js.softmax_jacobian(z, axis).shape == (*classes_last, 0)
+
+
+def test_zero_classes_have_no_label():
     with pytest.raises(ValueError, match="at least one class"):
-        call(np.zeros((2, 0), np.float32))
+        integer(np.zeros((2, 0), np.float32), np.zeros(2, np.int32))
+
+
+def test_more_classes_than_int32_counts(device):
+    """Shapes and programs; nobody here has the memory for the numbers."""
+    z = jax.ShapeDtypeStruct((70_001, 32_003), jnp.bfloat16)
+    for f in (
+        js.logsumexp,
+        lambda z: js.softmax(z, None).astype(jnp.float32).sum(),
+        lambda z: js.log_softmax(z, None).astype(jnp.float32).sum(),
+        lambda z: js.logsumexp(z, b=z),
+        lambda z: js.softmax_cross_entropy(z, z, None),
+    ):
+        assert jax.eval_shape(jax.grad(f, allow_int=True), z).shape == z.shape
+        jax.jit(f).lower(z)
+    with pytest.raises(ValueError, match=r"at most 2147483647 classes.*2240242003 along axis"):
+        jax.eval_shape(lambda z: integer(z, 0, (0, 1)), z)
 
 
 # What comes in

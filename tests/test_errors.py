@@ -118,3 +118,45 @@ def test_a_long_argument_is_cut():
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_no_rows_are_no_error(name):
     assert call(name, x=np.zeros((0, 8), np.float32)).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("softmax", "axis", 0),
+        ("logsumexp", "keepdims", True),
+        (INTEGER, "ignore_index", 3),
+        (HEAD, "ignore_index", 3),
+        (HEAD, "chunk_size", 3),
+        ("linear_log_probs", "with_entropy", True),
+    ],
+)
+def test_what_decides_what_is_computed_cannot_be_traced(name, argument, value):
+    remedy = "traced: name it in static_argnames of jax.jit, or bind it with partial"
+    with pytest.raises(TypeError, match=f"^{name}: {argument} must be .*{remedy}"):
+        jax.jit(lambda value: call(name, **{argument: value}))(value)
+
+
+LOGITS = [
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "softmax_cross_entropy",
+    INTEGER,
+    "label_log_probs",
+]
+
+
+@pytest.mark.parametrize("name", [*LOGITS, HEAD, "linear_loss", "linear_log_probs"])
+def test_forward_mode_alone_says_what_to_do(name):
+    array = next(a for a in ("x", "a", "logits", "hidden") if a in RIGHT[name])
+    f = lambda x: call(name, **{array: x})  # noqa: E731
+    x = RIGHT[name][array]
+    remedy = "jaxsoftmax.forward_mode" if name in LOGITS else "jax.jvp of jax.grad"
+    with pytest.raises(TypeError, match=f"custom_vjp(.|\\n)*{name}: .*{remedy}"):
+        jax.jvp(f, (x,), (x,))
+
+
+def test_integers_of_any_size_are_numbers():
+    mean = call(HEAD, denominator=2**31)
+    np.testing.assert_allclose(mean, call(HEAD, reduction="sum") / np.float32(2**31), rtol=1e-6)

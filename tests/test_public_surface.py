@@ -187,11 +187,9 @@ def test_every_module_of_the_library_has_its_layer():
 
 
 @source
-def test_licence_line_and_length(path):
+def test_licence_line(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
-    if relative(path).startswith(("jaxsoftmax", "bench")):
-        assert len(lines) <= 400
 
 
 IMPORT = """

@@ -252,8 +252,12 @@ def test_tuple_of_axes():
 @row("empty input")
 def test_empty_input():
     assert integer(X[:0], LABELS[:0]).shape == (0,)
+    assert jaxsoftmax.softmax(X[:, :0]).shape == (2, 0)
+    np.testing.assert_array_equal(dense(X[:, :0], X[:, :0]), [0, 0])
     with pytest.raises(ValueError, match="at least one class"):
         integer(X[:, :0], LABELS)
+    with pytest.raises(ValueError, match="at least one class"):
+        head(X, X.T[:, :0], LABELS)
 
 
 @row("wrong type, dtype or shape")

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every loss with every option, over tokens that do not count beside those that do, to any order.
+
+One batch holds every kind of token that has broken a derivative: counted ones (peaked, tied, with
+classes at −inf), ignored ones, with NaN inside, masked ones, and weights of exactly 0, whose loss
+still has a derivative by the weight. `definition` is the textbook formula, differentiated by JAX in
+float64; a new loss gets all of it by one line in LOSSES.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import generator
+
+import jaxsoftmax as js
+from jaxsoftmax import forward_mode
+
+WIDTH, CLASSES, IGNORED = 3, 7, -1
+KINDS = (
+    "counts",
+    "peaked",
+    "tied",
+    "ignored",
+    "ignored, NaN inside",
+    "nothing included",
+    "example masked",
+    "weight 0",
+    "weight 0, peaked",
+)
+N = len(KINDS)
+inf, nan = np.inf, np.nan
+
+
+def _at(*kinds: str) -> np.ndarray:
+    return np.isin(KINDS, kinds)
+
+
+LABELS = generator("orders", "labels").integers(CLASSES, size=N).astype(np.int32)
+LABELS[_at("ignored", "ignored, NaN inside")] = IGNORED
+LABELS[LABELS == 2] = 3  # the class that is left out
+MASK = generator("orders", "mask").random((N, CLASSES)) < 0.7
+MASK[np.arange(N), LABELS] = True
+MASK[_at("nothing included")] = False
+EXAMPLES = ~_at("example masked")
+MASK &= EXAMPLES[:, None]  # one mask of classes holds both
+LEFT_OUT = np.arange(CLASSES) == 2
+BIAS = np.where(LEFT_OUT, -inf, 0.1 * np.arange(CLASSES)).astype(np.float32)
+
+
+class Loss(NamedTuple):
+    name: str
+    call: Callable[..., jax.Array]  # (arrays, options) -> Σ weights · loss
+    on: str  # "logits" or "hidden"
+    options: tuple[str, ...] = ("label_smoothing", "z_loss", "soft_cap", "temperature")
+    masks: bool = False
+    ignores: bool = False  # so that nothing in an ignored token matters
+
+    def __str__(self):
+        return self.name
+
+
+def _integer(module):
+    def call(a, options):
+        f = module.softmax_cross_entropy_with_integer_labels
+        losses = f(a["logits"], LABELS, where=MASK, ignore_index=IGNORED, **options)
+        return jnp.sum(losses * a["weights"])
+
+    return call
+
+
+def _dense(module):
+    # A class at −inf that is not masked costs infinitely much by its target.
+    mask = MASK & ~LEFT_OUT
+
+    def call(a, options):
+        f = module.softmax_cross_entropy
+        losses = f(a["logits"], a["targets"], where=mask, **options)
+        return jnp.sum(losses * a["weights"])
+
+    return call
+
+
+def _log_probs(f, **fixed):
+    def call(a, options):
+        of = (a["hidden"], a["kernel"]) if "hidden" in a else (a["logits"],)
+        bias = {"bias": a["bias"]} if "hidden" in a else {}
+        labels = np.maximum(LABELS, 0)
+        out = f(*of, labels, with_entropy=True, **bias, **options, **fixed)
+        counts = LABELS != IGNORED
+        fields = [jnp.where(counts, field, 0) for field in out]
+        return jnp.sum((fields[2] + fields[1] - 0.5 * fields[0]) * a["weights"])
+
+    return call
+
+
+def _head(**fixed):
+    def call(a, options):
+        losses = js.linear_softmax_cross_entropy(
+            a["hidden"],
+            a["kernel"],
+            LABELS,
+            bias=a["bias"],
+            weights=a["weights"],
+            ignore_index=IGNORED,
+            **options,
+            **fixed,
+        )
+        return jnp.sum(losses)
+
+    return call
+
+
+def _any_loss(a, options):
+    def loss_fn(logits, labels):
+        f = js.softmax_cross_entropy_with_integer_labels
+        return f(logits, labels, ignore_index=IGNORED, **options)
+
+    return js.linear_loss(
+        loss_fn,
+        a["hidden"],
+        a["kernel"],
+        LABELS,
+        bias=a["bias"],
+        weights=a["weights"],
+        reduction="sum",
+        chunk_size=4,
+    )
+
+
+INTEGER = ("label_smoothing", "z_loss", "soft_cap", "temperature", "class_weights")
+TRANSFORM = ("soft_cap", "temperature")
+LOSSES = [
+    Loss("integer labels", _integer(js), "logits", INTEGER, masks=True, ignores=True),
+    Loss("integer labels, forward mode", _integer(forward_mode), "logits", INTEGER, True, True),
+    Loss("dense labels", _dense(js), "logits", masks=True),
+    Loss("dense labels, forward mode", _dense(forward_mode), "logits", masks=True),
+    Loss("label_log_probs", _log_probs(js.label_log_probs), "logits", TRANSFORM),
+    Loss("linear_log_probs", _log_probs(js.linear_log_probs, chunk_size=3), "hidden", TRANSFORM),
+    Loss("in_forward", _head(reduction="sum", chunk_size=4), "hidden", INTEGER, ignores=True),
+    Loss("recompute", _head(reduction=None, chunk_size=3), "hidden", INTEGER, ignores=True),
+    Loss("linear_loss", _any_loss, "hidden", INTEGER),
+]
+OPTIONS: dict[str, Any] = {
+    "label_smoothing": np.float32(0.1),
+    "z_loss": np.float32(0.05),
+    "soft_cap": np.float32(6),
+    "temperature": np.float32(1.3),
+    "class_weights": generator("orders", "u").uniform(0.3, 2, CLASSES).astype(np.float32),
+}
+
+
+def arrays(loss: Loss) -> dict[str, np.ndarray]:
+    rng = generator("orders", loss.on)
+    weights = np.where(_at("weight 0", "weight 0, peaked"), 0, np.linspace(0.5, 1.5, N))
+    out = {"weights": weights.astype(np.float32)}
+    if loss.on == "hidden":
+        hidden = rng.standard_normal((N, WIDTH))
+        hidden[_at("peaked", "weight 0, peaked")] *= 6
+        hidden[_at("tied")] = 0
+        if loss.ignores:
+            hidden[_at("ignored, NaN inside")] = nan
+        kernel = rng.standard_normal((WIDTH, CLASSES))
+        return out | {
+            "hidden": hidden.astype(np.float32),
+            "kernel": kernel.astype(np.float32),
+            "bias": BIAS,
+        }
+    logits = rng.standard_normal((N, CLASSES)) + BIAS
+    logits[_at("peaked", "weight 0, peaked"), 1] += 9
+    logits[_at("tied")] = np.where(LEFT_OUT, -inf, 0.25)
+    if loss.masks:
+        logits[_at("nothing included", "example masked")] = nan
+    if loss.ignores:
+        logits[_at("ignored, NaN inside")] = nan
+    if "dense" in loss.name:
+        targets = rng.uniform(0.1, 1, (N, CLASSES)) * ~LEFT_OUT
+        out["targets"] = targets.astype(np.float32)
+    return out | {"logits": logits.astype(np.float32)}
+
+
+def definition(loss: Loss, a: dict[str, Any], o: dict[str, Any]) -> jax.Array:
+    """Σ weights · loss from the definitions, in the dtype of the arrays."""
+    counts = np.ones(N, bool) if "dense" in loss.name else LABELS != IGNORED
+    mask = MASK if loss.masks else np.ones((N, CLASSES), bool)
+    counts &= mask.any(-1)
+    inside = mask & ~LEFT_OUT
+    if loss.on == "hidden":
+        hidden = jnp.where(counts[:, None], a["hidden"], 0)
+        z = hidden @ a["kernel"] + jnp.where(LEFT_OUT, 0, a["bias"])[None]
+    else:
+        z = jnp.where(counts[:, None] & inside, a["logits"], 0)
+    z = o["soft_cap"] * jnp.tanh(z / o["soft_cap"]) / o["temperature"]
+    inside |= ~counts[:, None]
+    z = jnp.where(inside, z, 0)
+    e = jnp.where(inside, jnp.exp(z), 0)
+    lse = jnp.log(jnp.sum(e, axis=-1))
+    p = e / jnp.sum(e, axis=-1, keepdims=True)
+    cost = jnp.where(inside, lse[:, None] - z, 0)
+    t = np.maximum(LABELS, 0)
+    own = jnp.take_along_axis(cost, t[:, None], axis=-1)[:, 0]
+    if "log_probs" in loss.name:
+        losses = jnp.sum(p * cost, axis=-1) + lse + 0.5 * own
+    else:
+        u = o.get("class_weights", jnp.ones(CLASSES, z.dtype))
+        spread = jnp.sum(u[None] * cost, axis=-1) / inside.sum(-1).astype(z.dtype)
+        if "dense" in loss.name:
+            own = jnp.sum(jnp.where(inside, a["targets"], 0) * cost, axis=-1)
+        else:
+            own = u[t] * own
+        epsilon = o["label_smoothing"]
+        losses = (1 - epsilon) * own + epsilon * spread + o["z_loss"] * lse**2
+    return jnp.sum(jnp.where(counts, losses, 0) * a["weights"])
+
+
+def direction(tree):
+    """A fixed tangent for each array."""
+    return jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape), tree)
+
+
+def _inner(tree, tangents):
+    return sum(jnp.sum(a * t) for a, t in zip(*map(jax.tree.leaves, (tree, tangents)), strict=True))
+
+
+def value_and_gradient(f, x):
+    return jax.value_and_grad(f)(x)
+
+
+def forward_over_reverse(f, x):
+    return jax.jvp(jax.grad(f), (x,), (direction(x),))[1]
+
+
+def reverse_over_reverse(f, x):
+    return jax.grad(lambda x: _inner(jax.grad(f)(x), direction(x)))(x)
+
+
+def reverse_thrice(f, x):
+    return reverse_over_reverse(lambda x: _inner(jax.grad(f)(x), direction(x)), x)
+
+
+def forward_mode_alone(f, x):
+    return jax.jvp(f, (x,), (direction(x),))[1]
+
+
+def vmapped(operation):
+    """Of two batches of everything."""
+
+    def over_batches(f, x):
+        both = jax.tree.map(lambda a: jnp.stack([a, a * np.asarray(0.875, a.dtype)]), x)
+        return jax.vmap(functools.partial(operation, f))(both)
+
+    over_batches.__name__ = f"vmap of {operation.__name__}"
+    return over_batches
+
+
+ORDERS = [
+    value_and_gradient,
+    forward_over_reverse,
+    reverse_over_reverse,
+    reverse_thrice,
+    vmapped(reverse_over_reverse),
+]
+
+
+def run(operation, f, loss):
+    """`operation` on f(arrays, options) by every floating argument at once."""
+    x = arrays(loss), {name: OPTIONS[name] for name in loss.options}
+    return jax.jit(lambda x: operation(lambda x: f(*x), x))(x)
+
+
+@functools.cache
+def truth(loss, operation):
+    with jax.enable_x64(True):
+        x = arrays(loss), {name: OPTIONS[name] for name in loss.options}
+        x = jax.tree.map(lambda a: np.asarray(a, np.float64), x)
+        f = functools.partial(definition, loss)
+        return jax.jit(lambda x: operation(lambda x: f(*x), x))(x)
+
+
+def assert_close(got, want):
+    """Of sums over a few hundred terms of the size of the largest entry, 64 ulps of that size."""
+    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
+    leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
+    for (path, a), (_, e) in zip(*leaves, strict=True):
+        assert np.isfinite(e).all(), path
+        size = max(1, np.abs(e).max(initial=0))
+        np.testing.assert_allclose(a, e, rtol=0, atol=64 * 2**-24 * size, err_msg=f"{path}")
+
+
+@pytest.mark.parametrize("operation", ORDERS, ids=lambda o: o.__name__)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_tokens_that_do_not_count(loss, operation):
+    assert_close(run(operation, loss.call, loss), truth(loss, operation))
