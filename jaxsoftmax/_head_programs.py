@@ -202,7 +202,7 @@ def _closed(
 
 
 def _plan_and_operands(loss, size, head, args, consts):
-    plan = _token_chunks.Plan(loss, size, head.precision, head.layout)
+    plan = _token_chunks.Plan(loss, size, head.precision, head.layout, head.weights is not None)
     operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), consts)
     return plan, operands
 
@@ -219,7 +219,6 @@ def _over_tokens(loss, size, head, args, consts):
         # too late for another factor on each.
         return head.reduced(_token_chunks.losses(plan, operands))
     layout, weights = head.layout, head.weights
-    plan = plan._replace(weighted=weights is not None)
     if weights is None:
         ones = jnp.ones(head.hidden.shape[:1], head.dtype)
         weights = laid_out(ones, layout.spec(layout.token_axes))

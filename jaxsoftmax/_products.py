@@ -42,9 +42,10 @@ def dot(a, b, contract, precision, spec=None):
     )
 
 
-def finite_if_counted(losses: jax.Array, weights: jax.Array) -> jax.Array:
-    """0 for a loss that is not finite and has a weight of 0: where 0 · NaN would be NaN."""
-    return jnp.where((weights == 0) & ~jnp.isfinite(losses), 0, losses)
+def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x [N, …]` with 0 for what is not finite where the weight is 0: where 0 · NaN would be NaN."""
+    unused = jnp.expand_dims(weights == 0, tuple(range(1, x.ndim)))
+    return jnp.where(unused & ~jnp.isfinite(x), 0, x)
 
 
 def rounded(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:

@@ -148,36 +148,22 @@ def _gradients_over_chunks(plan, operands, g, live):
     def body(sums, xs):
         hidden, args, g = xs
         logits = product(hidden, kernel, bias, plan.precision)
-        primals, first = (logits, *args, *operands.consts), 1 + len(args)
         flags = (head_live, *live.args, *live.consts)
-        chosen = [i for i, flag in enumerate(flags) if flag]
-
-        def loss(*active):
-            full = list(primals)
-            for i, value in zip(chosen, active, strict=True):
-                full[i] = value
-            return plan.loss(full[first:], *full[:first])
-
-        values, pull = jax.vjp(loss, *(primals[i] for i in chosen))
-        g = varying(g.astype(values.dtype), manual_axes(values))
-        d = dict(zip(chosen, pull(g), strict=True))
+        values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, flags)
         d_hidden = None
         d_kernel, d_bias, d_consts = sums
         if head_live:
             if live.bias:
-                d_bias = d_bias + lax.reduce_sum(d[0], (0,), out_sharding=of_bias)
-            d_logits, scale = rounded(d[0], kernel.dtype)
+                d_bias = d_bias + lax.reduce_sum(d, (0,), out_sharding=of_bias)
+            d_logits, scale = rounded(d, kernel.dtype)
             if live.hidden:
                 spec = layout.spec(tokens, None, unreduced=classes)
                 d_hidden = times(scale, dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec))
             if live.kernel:
                 d_kernel = add_product(d_kernel, hidden, d_logits, scale, plan.precision, of_kernel)
-        d_args = tuple(d.get(1 + i) for i in range(len(args)))
         d_consts = tuple(
-            None
-            if total is None
-            else total + laid_out_like(d[first + i].astype(total.dtype), total)
-            for i, total in enumerate(d_consts)
+            None if total is None else total + laid_out_like(own.astype(total.dtype), total)
+            for total, own in zip(d_consts, d_of_consts, strict=True)
         )
         return (d_kernel, d_bias, d_consts), (values.astype(dtype), d_hidden, d_args)
 
@@ -201,6 +187,25 @@ def _gradients_over_chunks(plan, operands, g, live):
         d_bias = laid_out(d_bias, layout.spec(classes))
     gradients = Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
     return values, gradients
+
+
+def _pulled(plan, logits, args, consts, g, flags):  # noqa: PLR0917
+    """The losses of a chunk, and of all flagged that they are made of the cotangents, else None."""
+    primals, first = (logits, *args, *consts), 1 + len(args)
+    chosen = [i for i, flag in enumerate(flags) if flag]
+
+    def loss(*active):
+        full = list(primals)
+        for i, value in zip(chosen, active, strict=True):
+            full[i] = value
+        return plan.loss(full[first:], *full[:first])
+
+    values, pull = jax.vjp(loss, *(primals[i] for i in chosen))
+    g = varying(g.astype(values.dtype), manual_axes(values))
+    ds: list[Any] = [None] * len(primals)
+    for i, d in zip(chosen, pull(g), strict=True):
+        ds[i] = finite_if_counted(d, g) if plan.weighted and i < first else d
+    return values, ds[0], tuple(ds[1:first]), tuple(ds[first:])
 
 
 def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:

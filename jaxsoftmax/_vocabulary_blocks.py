@@ -84,7 +84,7 @@ def _forward(plan, operands):
         both = jax.tree.map(lambda *pair: jnp.stack(pair), rows, own)
         return combined(both, partial(jnp.max, axis=0, keepdims=True), _sums(0))
 
-    none = Rows(zeros - jnp.inf, zeros + jnp.nan, zeros)
+    none = Rows(zeros - jnp.inf, zeros, zeros)
     if wanted.entropy:
         none = none._replace(gaps=zeros)
     if wanted.spread:

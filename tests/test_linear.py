@@ -98,11 +98,18 @@ def test_losses_and_gradients_whatever_the_chunks(shape, reduction, gradients):
 
 @pytest.mark.parametrize(("backend", "mebibytes"), [("cpu", 56), ("gpu", 448), ("tpu", 448)])
 @pytest.mark.parametrize("classes", [100, 10_000, 50_257, 1_000_000])
-def test_the_default_chunk_is_the_documented_one(monkeypatch, classes, backend, mebibytes):
-    """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two."""
+@pytest.mark.parametrize("devices", [1, 8, 12, 600])
+def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes, backend, mebibytes):
+    """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two.
+
+    Where there are more devices, multiples of their number.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
-    for tokens, chunk in ((most, most), (most + 1, -(-(most + 1) // 2))):
+    most = max(most // devices, 1) * devices
+    half = -(-(most + 1) // 2)
+    for tokens, chunk in ((most, most), (most + 1, -(-half // devices) * devices)):
         seen = set()
 
         def loss(logits, seen=seen):
