@@ -43,7 +43,7 @@ def dot(a, b, contract, precision, spec=None):
 
 
 def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x [N, …]` with 0 for what is not finite where the weight is 0: where 0 · NaN would be NaN."""
+    """`x [N, …]` with 0 for what is not finite where the weight is 0, and 0 · NaN would be NaN."""
     unused = jnp.expand_dims(weights == 0, tuple(range(1, x.ndim)))
     return jnp.where(unused & ~jnp.isfinite(x), 0, x)
 
