@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -53,9 +54,13 @@ def _weighted_sum_fwd(plan, operands, weights):
 def _weighted_sum_bwd(plan, residuals, g):
     gradients, values, operands, weights = residuals
     g = _instantiated(g)
-    return _as_operands(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(
-        g * values, weights
-    )
+
+    def scaled(d):
+        dtype = np.promote_types(d.dtype, g.dtype)
+        return g.astype(dtype) * d.astype(dtype)
+
+    gradients = _as_operands(jax.tree.map(scaled, gradients), operands)
+    return gradients, summed_as(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -142,7 +147,7 @@ def _gradients_over_chunks(plan, operands, g, live):
         # Its cotangents come summed over the axes that it does not vary over.
         if not flag:
             return None
-        zeros = jnp.zeros(array.shape, jnp.promote_types(array.dtype, dtype))
+        zeros = jnp.zeros(array.shape, np.promote_types(array.dtype, dtype))
         return laid_out_like(varying(zeros, manual_axes(array)), array)
 
     def body(sums, xs):
