@@ -26,7 +26,7 @@ from ._options import (
 )
 from ._rows import masked, to_index, to_rows
 from ._rules import ON_LOGITS, scope
-from ._sharding import AxisName, shard_count
+from ._sharding import AxisName, joined, shard_count
 from ._statistics import Statistics, Wanted, target_statistics, token_statistics
 from ._transform import as_transform
 
@@ -116,7 +116,8 @@ def softmax_cross_entropy_with_integer_labels(
 def _integer_labels(  # noqa: PLR0917
     summed, wanted, logits, labels, where, options, axes, ignore_index
 ):
-    included = None
+    logits, labels, where = joined(logits, jnp.expand_dims(labels, axes), where)
+    labels, included = jnp.squeeze(labels, axes), None
     if where is not None:
         logits, included = masked(logits, where, axes, wanted.axis_name)
         labels = jnp.where(included, labels, 0)
@@ -211,7 +212,7 @@ def softmax_cross_entropy(
 
 @partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
 def _dense_labels(summed, axis_name, logits, labels, where, options, axes):  # noqa: PLR0917
-    included = None
+    (logits, labels, where), included = joined(logits, labels, where), None
     if where is not None:
         logits, included = masked(logits, where, axes, axis_name)
         labels = jnp.where(where, labels, 0)
@@ -291,6 +292,8 @@ def label_log_probs(
 
 @partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
 def _label_log_probs(summed, axis_name, logits, labels, transform, axes):  # noqa: PLR0917
+    logits, labels = joined(logits, jnp.expand_dims(labels, axes))
+    labels = jnp.squeeze(labels, axes)
     rows = to_rows(logits, axes)
     index = to_index(labels, rows.shape[-1] * shard_count(axis_name))
     return as_log_probs(summed(rows, index, transform, None))

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments as rows: the class axes as the last one, and back; labels as numbers in it."""
 
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._sharding import AxisName, sum_over
+from ._sharding import AxisName, merge_last, split_last, sum_over
 
 
 def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """Moves `axes` to the end, in the given order, and merges them into one."""
-    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-    batch = x.shape[: x.ndim - len(axes)]
-    return x if len(axes) == 1 else x.reshape(*batch, math.prod(x.shape[len(batch) :]))
+    x = _moved(x, axes)
+    return x if len(axes) == 1 else merge_last(x, len(axes))
 
 
-def from_rows(rows: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """Undoes `to_rows` for an array of the given `shape`."""
-    ndim = len(shape)
-    rows = rows.reshape(*rows.shape[:-1], *(shape[a] for a in axes)) if len(axes) != 1 else rows
-    return jnp.moveaxis(rows, range(ndim - len(axes), ndim), axes)
+def from_rows(rows: jax.Array, axes: Sequence[int], x: jax.Array) -> jax.Array:
+    """Undoes `to_rows` for an array like `x`."""
+    if len(axes) != 1:
+        rows = split_last(rows, _moved(x, axes))
+    return jnp.moveaxis(rows, range(x.ndim - len(axes), x.ndim), axes)
+
+
+def _moved(x, axes):
+    return jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
 
 
 def to_index(labels: jax.Array, classes: int) -> jax.Array:

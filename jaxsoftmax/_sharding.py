@@ -22,9 +22,12 @@ def is_local(*arrays: jax.Array) -> bool:
     """Whether it is certain, while tracing, that each array lies on one device.
 
     A loop over slices of a sharded axis would gather it. Explicit shardings can be read
-    off the type; an automatic mesh cannot be seen, but it needs a second device.
+    off the type; an automatic mesh cannot be seen, but it needs a second device, and a `shard_map`
+    over all of its axes leaves nothing of it.
     """
-    return jax.device_count() == 1 and not any(
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return (manual or jax.device_count() == 1) and not any(
         axis for array in arrays for axis in jax.typeof(array).sharding.spec
     )
 
@@ -147,8 +150,73 @@ def laid_out(x: jax.Array, spec: NamedSharding | None) -> jax.Array:
 
 def laid_out_like(d: jax.Array, x: jax.Array) -> jax.Array:
     """`d` sharded on an explicit mesh as `x` is, and summed over what it is unreduced over."""
+    sharding = NamedSharding(jax.typeof(d).sharding.mesh, jax.typeof(x).sharding.spec)
+    return laid_out_as(d, sharding)
+
+
+def joined(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays that broadcast, or None, in one layout: that of the first which is sharded, by axis.
+
+    So a derivative meets one layout; each cotangent comes back in that of its argument.
+    """
+    given = [a for a in arrays if a is not None]
+    shardings = [jax.typeof(a).sharding for a in given]
+    if not any(axis for sharding in shardings for axis in sharding.spec):
+        return arrays
+    mesh = next(s.mesh for s in shardings if not s.mesh.empty)
+    entries, seen = [], set()
+    for axis in range(given[0].ndim):
+        here = (_mesh_axes(s.spec[axis]) for s in shardings)
+        chosen = next((axes for axes in here if axes and not seen & set(axes)), ())
+        seen |= set(chosen)
+        entries.append(chosen or None)
+
+    def as_joined(a):
+        spec = (entry if size > 1 else None for entry, size in zip(entries, a.shape, strict=True))
+        return laid_out_as(a, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return tuple(None if a is None else as_joined(a) for a in arrays)
+
+
+def laid_out_as(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x` sharded so, if it is not yet."""
+    return x if jax.typeof(x).sharding.spec == sharding.spec else reshard(x, sharding)
+
+
+def merge_last(x: jax.Array, count: int) -> jax.Array:
+    """The last `count` axes as one, sharded as the first of them is; the others are gathered."""
+    shape = (*x.shape[:-count], math.prod(x.shape[-count:]))
     sharding = jax.typeof(x).sharding
-    return reshard(d, sharding) if jax.typeof(d).sharding.spec != sharding.spec else d
+    if not any(sharding.spec):
+        return x.reshape(shape)
+    *batch, first = sharding.spec[: x.ndim - count + 1]
+    alone = PartitionSpec(*batch, first, *[None] * (count - 1))
+    x = laid_out_as(x, NamedSharding(sharding.mesh, alone))
+    merged = NamedSharding(sharding.mesh, PartitionSpec(*batch, first))
+    return jnp.reshape(x, shape, out_sharding=merged)
+
+
+def split_last(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `merge_last` of an array `like` what comes back, layout included."""
+    sharding = jax.typeof(like).sharding
+    if not any(sharding.spec):
+        return x.reshape(like.shape)
+    alone = PartitionSpec(*sharding.spec[: x.ndim], *[None] * (like.ndim - x.ndim))
+    x = jnp.reshape(x, like.shape, out_sharding=NamedSharding(sharding.mesh, alone))
+    return laid_out_as(x, sharding)
+
+
+def sharded_first(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes in the order in which merging them gathers least."""
+    return tuple(sorted(axes, key=lambda axis: not jax.typeof(x).sharding.spec[axis]))
+
+
+def whole_last(x: jax.Array) -> jax.Array:
+    """`x` with its last axis on every device."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    return laid_out_as(x, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None)))
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from ._numerics import (
 )
 from ._rows import from_rows, masked, to_rows
 from ._rules import ON_LOGITS, rule, scope
+from ._sharding import joined, sharded_first, whole_last
 
 Axis = int | Sequence[int] | None
 
@@ -194,6 +195,8 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
 @partial(jax.jit, static_argnames=("summed", "axes"))
 def _logsumexp_axes(summed, a, b, where, axes):
     dtype, included = a.dtype, None
+    axes = sharded_first(a, axes)
+    a, b, where = joined(a, b, where)
     if where is not None:
         a, included = masked(a, where, axes)
         b = None if b is None else jnp.where(where, b, 0)
@@ -296,7 +299,8 @@ def _softmax_jacobian(x, axes):
     probabilities = e / (1 + r)
     complement = ((1 - e) + r) / (1 + r)  # 1 − ŷ_i
     diagonal = jnp.eye(e.shape[-1], dtype=bool).reshape((1,) * (e.ndim - 1) + (e.shape[-1],) * 2)
-    factor = jnp.where(diagonal, complement[..., None, :], -probabilities[..., None, :])
+    one, other = (whole_last(p)[..., None, :] for p in (complement, probabilities))
+    factor = jnp.where(diagonal, one, -other)
     return (probabilities[..., :, None] * factor).astype(x.dtype)
 
 
@@ -318,8 +322,10 @@ def _prepare(function, x, axis, where):
 def _masked_apply(rule, excluded, x, axes, where):
     """`rule` on the rows of `x`; classes outside `where` enter as −inf, leave as `excluded`."""
     dtype = x.dtype
+    axes = sharded_first(x, axes)
     if where is not None:
+        x, where = joined(x, where)
         x, _ = masked(x, where, axes)
     rows = to_rows(x, axes)
-    out = from_rows(rows if rows.shape[-1] == 0 else rule(rows), axes, x.shape).astype(dtype)
+    out = from_rows(rows if rows.shape[-1] == 0 else rule(rows), axes, x).astype(dtype)
     return out if where is None else jnp.where(where, out, excluded)
