@@ -511,8 +511,12 @@ HEADS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_value_and_gradient_exported_for_any_number_of_tokens(name):
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("anywhere", "in forward"), *(("one CPU device", name) for name in HEADS)],
+    indirect=["device"],
+)
+def test_value_and_gradient_exported_for_any_number_of_tokens(device, name):
     """One program for cpu, cuda and tpu, of two axes of tokens whose sizes it does not know."""
 
     def step(hidden, kernel, labels):
