@@ -46,12 +46,16 @@ def linear_loss(
     Args:
       loss_fn: `loss_fn(logits, *args) -> losses` for a chunk: `logits [c, V]` in float32 (float64
         for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
-        treat tokens independently. Arrays it closes over may be traced and differentiated.
+        treat tokens independently. What it closes over may be traced: arrays of any dtype, keys;
+        and differentiated. Outside `jit` all functions that trace alike are one program, compiled
+        once; one with a custom derivative of its own has it to be inside `jax.jit` for that.
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
       *token_args: arrays `[*tokens, ...]` that go to `loss_fn`.
       bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by.
+      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
+        whatever it holds: what is not finite in its `hidden`, `token_args`, loss or gradient is no
+        part of a sum. The derivative by that weight is the loss, or 0 if anything is not finite.
       reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
@@ -61,7 +65,9 @@ def linear_loss(
       chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
         56 MiB on a CPU and 448 MiB elsewhere (JAX's default backend counts), from 256 to 4096.
         Never more than asked for; any number of tokens fits. Where an explicit mesh shards tokens
-        or classes, each of its devices has chunks of `c` tokens, and V counts its classes.
+        or classes, each of its devices has chunks of `c` tokens, and V counts its classes. Where an
+        automatic one may, all devices together have, and `c` is a multiple of their number, unless
+        fewer tokens are asked for, or all are in one chunk.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -85,8 +91,9 @@ def linear_loss(
     is the result itself. A CPU adds up to 16 MiB, and in half precision keeps a chunk's float32
     logits where d_kernel will be: `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that
     multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in
-    float32, with a kernel of that, `4·H·V`. Each chunk reads and writes
-    the accumulator: time is lost where c is far below the operations a byte of the device.
+    float32, with a kernel of that, `4·H·V`. float16 takes up to `4·c·V` more: its d_logits are
+    divided by a power of two first, as large as they are. Each chunk reads and writes the
+    accumulator: time is lost where c is far below the operations a byte of the device.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -143,11 +150,14 @@ def linear_softmax_cross_entropy(
     Args:
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
-      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN.
+      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN;
+        in the divisor of a mean it has the class weight 1, so that other gradients stay.
       bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by.
+      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
+        whatever its `hidden` and label are. The derivative by that weight is the token's loss, or 0
+        if anything of it is not finite.
       ignore_index: a Python integer: tokens with this label have loss 0 and gradient exactly 0,
-        and leave the mean.
+        whatever their `hidden` holds, and leave the mean.
       class_weights: `[V]`: what the loss of each class is multiplied by, as in PyTorch.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C` over the C classes that
         are not at −inf.
@@ -160,8 +170,9 @@ def linear_softmax_cross_entropy(
       denominator: a scalar that replaces that divisor, a global token count, say.
       gradients: "in_forward" makes the gradient in the forward pass, as `linear_loss` does: the
         fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
-        `linear_log_probs` does: a product more, for the least memory. "auto" is "in_forward"
-        with a reduction and "recompute" without.
+        `linear_log_probs` does: a product more, for the least memory (with `weights` or
+        `ignore_index` it holds a copy of `hidden`). "auto" is "in_forward" with a reduction and
+        "recompute" without.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
