@@ -280,8 +280,8 @@ def linear_log_probs(
         float32 operands   4·N·b + 4·N·H + 8·H·b
         half precision     6·N·b + 8·N·H + 6·H·b
 
-    float16 takes up to `4·N·b` more, until its d_logits are divided by a power of two as large as they
-    are. On a CPU with JAX 0.10, bfloat16 keeps a copy of d_kernel, `2·H·V`, beside half of that or more.
+    float16 takes up to `4·N·b` more (see `linear_loss`). On a CPU with JAX 0.10, bfloat16 keeps a
+    copy of d_kernel, `2·H·V`, beside half of that or more.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
