@@ -15,11 +15,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("speed")(speed.command)
-app.command("memory")(memory.command)
-app.command("accuracy")(accuracy.command)
-app.command("overtraining")(overtraining.command)
-app.command("report")(report.command)
+COMMANDS = {
+    "speed": speed.command,
+    "memory": memory.command,
+    "accuracy": accuracy.command,
+    "overtraining": overtraining.command,
+    "report": report.command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 if __name__ == "__main__":
     app()

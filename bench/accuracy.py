@@ -53,7 +53,7 @@ def command(
         ),
     ] = None,
     device: options.Device = None,
-    json: options.Json = None,
+    output: options.Output = results.DEFAULT,
 ) -> None:
     """Compare loss and gradient with 80-digit arithmetic as the target pulls ahead.
 
@@ -70,7 +70,7 @@ def command(
         "offset": offsets,
     }
     complete = not any(chosen.values())
-    path = results.destination(json, complete=complete)
+    path = results.destination(output)
     section = measure(
         dtypes or list(Dtype),
         labels,
@@ -81,9 +81,8 @@ def command(
     )
     what = {"labels": labels if labels is not Labels.INTEGER else None}
     section["command"] = results.command_line("accuracy", what | chosen)
-    console = terminal.output()
     for table in accuracy_tables.tables(section):
-        console.print(table, "")
+        terminal.show(table)
     results.keep(path, section, KEY.format(labels) if complete else None)
 
 

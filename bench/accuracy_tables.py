@@ -98,7 +98,6 @@ def tables(section: dict[str, Any]) -> list[Table]:
         for offset in _offsets(section):
             table = Table(
                 title=f"{dtype}, {section['labels']} labels, offset {offset:g}",
-                title_justify="left",
                 box=box.SIMPLE_HEAD,
                 padding=(0, 1, 0, 0),
             )
@@ -116,7 +115,6 @@ def tables(section: dict[str, Any]) -> list[Table]:
         f"Largest relative error against {DIGITS}-digit arithmetic. {_drawn(section)}. {END}\n"
         f"{contenders.explain(names)}\n{environment.in_words(section['environment'])}"
     )
-    found[-1].caption_justify = "left"
     return found
 
 

@@ -18,7 +18,13 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int 
 def origin(section: dict[str, Any]) -> str:
     """Say how, where, with which versions and when a section was measured."""
     where = environment.in_words(section["environment"])
-    return f"Measured by `{section['command']}` on {where}."
+    line = f"Measured by `{section['command']}` on {where}."
+    if section["environment"]["versions"]["jax"] != environment.JAX:
+        line += (
+            f" README's commands install jax {environment.JAX} on Python {environment.PYTHON}; "
+            "there the numbers may differ."
+        )
+    return line
 
 
 def megabytes(count: float | None) -> str:

@@ -67,12 +67,13 @@ def command(
         bool,
         typer.Option(
             "--peak",
+            metavar="",  # it takes no value
             help="Instead: run every head, PyTorch's too, on this machine's CPU, each in a process "
             "of its own, and read how far its resident memory rises.",
         ),
     ] = False,
     device: options.Device = None,
-    json: options.Json = None,
+    output: options.Output = results.DEFAULT,
 ) -> None:
     """Compile value and gradient of every JAX head, and read what memory it needs.
 
@@ -90,7 +91,7 @@ def command(
     chosen = selection.given()
     what = {"target": targets, "mesh": meshes, "peak": peaks}
     complete = not (any(chosen.values()) or targets or meshes)
-    path = results.destination(json, complete=complete)
+    path = results.destination(output)
     cases = selection.cases(peak.CASES if peaks else CASES)
     if meshes:
         if len(cases) != 1:
@@ -106,7 +107,7 @@ def command(
         section = measure(cases, targets or (HERE, *TPUS))
     section["command"] = results.command_line("memory", what | chosen)
     layout = sharding.table if meshes else peak.table if peaks else table
-    terminal.output().print(layout(section), "")
+    terminal.show(layout(section))
     key = peak.KEY if peaks else KEY
     results.keep(path, section, key if complete else None)
 
@@ -180,9 +181,7 @@ def table(section: dict[str, Any]) -> Table:
     """Lay a section out for the terminal: one column a case and target."""
     out = Table(
         title="temporary MB of value and gradient, compiled",
-        title_justify="left",
         caption=environment.in_words(section["environment"]),
-        caption_justify="left",
     )
     headings, rows = _columns(section)
     out.add_column("who")

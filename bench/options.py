@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from bench import environment, results
+from bench import environment
 from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Case, Dtype, Size, choose
 
 Tokens = Annotated[
@@ -49,10 +49,14 @@ Device = Annotated[
     environment.Device | None,
     typer.Option(help="What to measure on.", show_default="JAX's choice"),
 ]
-Json = Annotated[
-    Path | None,
+Output = Annotated[
+    Path,
     typer.Option(
-        help="The results file; its other sections are kept.", show_default=results.DEFAULT
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Where the results go: into the device's file, whose other sections are kept. "
+        "README and docs show those of bench/results.",
     ),
 ]
 

@@ -55,7 +55,7 @@ def command(
     *,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = STEPS,
     device: options.Device = None,
-    json: options.Json = None,
+    output: options.Output = results.DEFAULT,
 ) -> None:
     """Train a small classifier of digits long after it has every training example right.
 
@@ -64,11 +64,11 @@ def command(
     """
     environment.use(device)
     complete = steps == STEPS
-    path = results.destination(json, complete=complete)
+    path = results.destination(output)
     section = measure(steps)
     chosen = {"steps": None if complete else steps}
     section["command"] = results.command_line("overtraining", chosen)
-    terminal.output().print(as_table(section))
+    terminal.show(as_table(section))
     results.keep(path, section, KEY if complete else None)
 
 
@@ -260,7 +260,6 @@ def as_table(section: dict[str, Any]) -> Table:
     """Lay a section out for the terminal."""
     table = Table(
         caption=f"{_caption(section)}\n{environment.in_words(section['environment'])}",
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

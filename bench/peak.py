@@ -89,9 +89,7 @@ def table(section: dict[str, Any]) -> Table:
     """Lay a section out for the terminal."""
     out = Table(
         title="peak resident MB of value and gradient",
-        title_justify="left",
         caption=f"{MEANING}\n{environment.in_words(section['environment'])}",
-        caption_justify="left",
     )
     out.add_column("who")
     for heading in _headings(section):

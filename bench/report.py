@@ -78,7 +78,10 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
 def command(
     *,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit with 1 if a document differs.")
+        bool,
+        typer.Option(
+            "--check", metavar="", help="Write nothing; exit with 1 if a document differs."
+        ),
     ] = False,
 ) -> None:
     """Write tables and figures of README and docs from the committed results, `bench/results`.
@@ -120,7 +123,7 @@ def draw(files: Sequence[dict[str, Any]]) -> None:
 
 def committed() -> list[dict[str, Any]]:
     """Read every device's results file, in the order of their names."""
-    return [results.load(path) for path in sorted(results.RESULTS.glob("*.json"))]
+    return [results.load(path) for path in sorted(results.COMMITTED.glob("*.json"))]
 
 
 def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) -> str:

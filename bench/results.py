@@ -6,7 +6,8 @@
 The section of a selection is named by its command.
 
 A section says by itself where and when it was measured, so a file may hold sections of several
-days; a command replaces its own section and keeps the others.
+days; a command replaces its own section and keeps the others. README and docs show those of the
+folder `COMMITTED`, which a command writes to only when told.
 """
 
 import json
@@ -14,7 +15,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +24,34 @@ import typer
 
 from bench import environment, terminal
 
-RESULTS = Path(__file__).resolve().parent / "results"
+COMMITTED = Path(__file__).resolve().parent / "results"
+DEFAULT = Path("runs/bench")
 PROGRAM = "python -m bench"
-DEFAULT = "bench/results/DEVICE.json for a complete run, none for a selection"
+# What tells two rows of a section apart, where it is there; `name` is the contender.
+_ROW = (
+    *("target", "devices", "shape", "tokens", "hidden", "classes", "dtype", "mode", "offset"),
+    *("gradients", "layout", "name"),
+)
 
 
-def destination(path: Path | None, *, complete: bool) -> Path | None:
+def destination(folder: Path) -> Path:
     """Say where a run is kept, and find out before it starts whether it can be.
 
     Args:
-        path: what `--json` was given.
-        complete: whether the run measures everything its command measures by default.
+        folder: what `--output` was given.
 
     Returns:
-        `path`; without one the device's file in `bench/results` for a complete run, and None for a
-        selection, which must not replace what a complete run found.
+        The file of the device in it.
 
     Raises:
-        typer.BadParameter: the file holds something else, or its folder cannot be made.
+        typer.BadParameter: the file holds something else, or the folder cannot be made.
     """
-    if path is None:
-        if not complete:
-            return None
-        path = RESULTS / f"{environment.slug(environment.device_name())}.json"
+    path = folder / f"{environment.slug(environment.device_name())}.json"
     try:
         load(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint="--json") from None
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--output") from None
     return path
 
 
@@ -95,8 +97,8 @@ def command_line(name: str, options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def keep(path: Path | None, section: dict[str, Any], name: str | None) -> None:
-    """Save what a command measured, and say so; nothing without a path.
+def keep(path: Path, section: dict[str, Any], name: str | None) -> None:
+    """Save what a command measured, and say so, and what was there before and is not any more.
 
     Args:
         path: from `destination`.
@@ -104,9 +106,33 @@ def keep(path: Path | None, section: dict[str, Any], name: str | None) -> None:
         name: of a complete run's section; None for a selection, which its command names:
             `memory --peak --model gpt-2`.
     """
-    if path:
-        save(path, name or section["command"].removeprefix(f"{PROGRAM} "), section)
-        terminal.notes.print(f"written: {path}")
+    key = name or section["command"].removeprefix(f"{PROGRAM} ")
+    before = load(path).get(key, {})
+    save(path, key, section)
+    terminal.notes.print(f"written: {path}", markup=False)
+    now = {*rows(section)}
+    lost = Counter(dict(row).get("name", "ours") for row in rows(before) if row not in now)
+    if lost:
+        counts = ", ".join(f"{count} of {who}" for who, count in lost.items())
+        when = before.get("environment", {}).get("date")
+        terminal.notes.print(
+            f"rows removed from it, which this run did not measure: {counts} (of {when})",
+            markup=False,
+        )
+
+
+def rows(section: Any, above: tuple[tuple[str, Any], ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield what tells each row of a section apart: the case, and who was measured."""
+    if isinstance(section, list):
+        for one in section:
+            yield from rows(one, above)
+    elif isinstance(section, dict):
+        found = ((key, section.get(key)) for key in _ROW)
+        here = (*above, *(pair for pair in found if isinstance(pair[1], str | int | float)))
+        if "name" in section or "layout" in section:
+            yield here
+        for value in section.values():
+            yield from rows(value, here)
 
 
 def geometric_mean(numbers: Iterable[float]) -> float:

@@ -175,9 +175,7 @@ def table(section: dict[str, Any]) -> Table:
     """Lay a section out for the terminal."""
     out = Table(
         title=f"value and gradient of {section['head']}, compiled",
-        title_justify="left",
         caption=environment.in_words(section["environment"]),
-        caption_justify="left",
     )
     for heading in ("mesh", "sharded by", "gradients"):
         out.add_column(heading)

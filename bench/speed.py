@@ -39,6 +39,7 @@ def command(
         bool,
         typer.Option(
             "--confident",
+            metavar="",  # it takes no value
             help=f"Logits as of a trained model: the label leads by {LEAD} nats in a third of the "
             "rows.",
         ),
@@ -55,7 +56,7 @@ def command(
             "folder of its own, for TensorBoard, XProf or Perfetto.",
         ),
     ] = None,
-    json: options.Json = None,
+    output: options.Output = results.DEFAULT,
 ) -> None:
     """Time the losses on logits, or the linear heads: ours and the others'.
 
@@ -74,7 +75,7 @@ def command(
     selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
     chosen = {**selection.given(), "mode": modes, "repeats": repeats}
     complete = not any(chosen.values())
-    path = results.destination(json, complete=complete)
+    path = results.destination(output)
     cases = selection.cases(HEADS if op is Op.LINEAR else logits(labels, confident=confident))
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
@@ -85,10 +86,9 @@ def command(
         "confident": confident,
     }
     section["command"] = results.command_line("speed", what | chosen)
-    console = terminal.output()
     for table in speed_tables.tables(section):
-        console.print(table)
-    console.print(speed_tables.notes(section), markup=False)
+        terminal.show(table)
+    terminal.output().print(speed_tables.notes(section), markup=False)
     results.keep(path, section, KEYS[op, labels, confident] if complete else None)
 
 

@@ -20,11 +20,9 @@ def tables(section: dict[str, Any]) -> Iterator[Table]:
     head = section["op"] == Op.LINEAR
     groups = dict.fromkeys((case["dtype"], case["mode"]) for case in section["cases"])
     for dtype, mode in groups:
-        table = Table(
-            title=f"{mode}, {dtype}, {_what(section)}", title_justify="left", box=box.SIMPLE_HEAD
-        )
-        table.add_column("head" if head else "logits", no_wrap=True)
-        table.add_column("who", no_wrap=True)
+        table = Table(title=f"{mode}, {dtype}, {_what(section)}", box=box.SIMPLE_HEAD)
+        table.add_column("head" if head else "logits")
+        table.add_column("who")
         rate = "GFLOP/s" if head else "GB/s"
         for heading in ("ms", "±", rate, "of roof", "temp MB", "ours ÷", "compile s"):
             table.add_column(heading, justify="right")
@@ -58,7 +56,6 @@ def _add_case(table: Table, case: dict[str, Any]) -> None:
 def _summary(section: dict[str, Any]) -> Table:
     summary = Table(
         title=f"{OURS}'s time ÷ theirs (below 1: {OURS} is faster)",
-        title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     for heading in ("dtype", "mode", "theirs"):

@@ -10,6 +10,8 @@ not roundings of losses: all are judged alike, by optax in float64 on words draw
 what exceeds the lowest possible, the gradient's error |g − exact| / |exact| at a run's parameters.
 
     pip install -e '.[train]' && python examples/half_precision_training.py
+
+Figure and numbers go to runs/half_precision_training; `--output docs/figures` replaces README's.
 """
 
 import argparse
@@ -31,7 +33,6 @@ from matplotlib.figure import Figure
 import jaxsoftmax
 
 NAME = "half_precision_training"
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 WORDS, WIDTH, BATCH, HELD_OUT = 2048, 64, 128, 512
 LEARNING_RATE = 3e-3
 LOOKS = 50  # at each run, evenly spaced
@@ -186,7 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="of words, batches and parameters")
-    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the figure")
+    folder = {"default": Path("runs") / NAME, "help": "folder to write to (default: %(default)s)"}
+    parser.add_argument("--output", type=Path, **folder)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)  # for the judge; everything else states its dtype
     results: dict[str, Any] = {"jax": jax.__version__, "optax": optax.__version__}
@@ -194,11 +196,12 @@ def main() -> None:
     for text, chance in LANGUAGES.items():
         print(f"{text}:")
         results[text] = experiment(options.steps, options.seed, chance)
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot(results).savefig(options.out / f"{NAME}.png", dpi=110)
+    options.output.mkdir(parents=True, exist_ok=True)
+    plot(results).savefig(options.output / f"{NAME}.png", dpi=110)
     text = json.dumps(results, indent=1)
     text = re.sub(r"\[[^]]*\]", lambda curve: " ".join(curve[0].split()), text)  # a line each
-    (options.out / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
+    (options.output / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
+    print(f"written: {options.output}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 Tokens over `data`, classes over `vocab`. Labels are global class numbers.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/shard_map_head.py
+    python examples/shard_map_head.py
 """
 
 import jax
@@ -27,6 +27,10 @@ def local_loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.A
 
 def main() -> None:
     """Compare with one device."""
+    # Eight devices of any CPU, asked for before JAX looks for some. To be left out where there are.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (TOKENS, WIDTH))
     kernel = jax.random.normal(keys[1], (WIDTH, CLASSES)) / WIDTH**0.5

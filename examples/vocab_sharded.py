@@ -5,7 +5,7 @@ Tokens lie over `data`, the kernel over `data` along its hidden axis (FSDP) and 
 its classes. The head reads that from the arrays: it gathers the hidden axis once, and gives every
 gradient the sharding of its argument.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/vocab_sharded.py
+    python examples/vocab_sharded.py
 """
 
 import jax
@@ -20,6 +20,10 @@ TOKENS, WIDTH, CLASSES = 512, 64, 1024
 
 def main() -> None:
     """Compare with one device."""
+    # Eight devices of any CPU, asked for before JAX looks for some. To be left out where there are.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (TOKENS, WIDTH))
     kernel = jax.random.normal(keys[1], (WIDTH, CLASSES)) / WIDTH**0.5

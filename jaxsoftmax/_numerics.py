@@ -51,9 +51,13 @@ def upcast(x: jax.Array) -> jax.Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
-@partial(jax.jit, static_argnames="shape")
 def broadcast_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """`x` in this shape; its cotangent is summed in the accumulation dtype and rounded once."""
+    return x if x.shape == shape else _broadcast_to(x, shape)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _broadcast_to(x, shape):
     return jnp.broadcast_to(upcast(x), shape).astype(x.dtype)
 
 

@@ -150,8 +150,9 @@ def laid_out(x: jax.Array, spec: NamedSharding | None) -> jax.Array:
 
 def laid_out_like(d: jax.Array, x: jax.Array) -> jax.Array:
     """`d` sharded on an explicit mesh as `x` is, and summed over what it is unreduced over."""
-    sharding = NamedSharding(jax.typeof(d).sharding.mesh, jax.typeof(x).sharding.spec)
-    return laid_out_as(d, sharding)
+    of_d, of_x = (jax.typeof(a).sharding for a in (d, x))
+    mesh = of_d.mesh if of_x.mesh.empty else of_x.mesh
+    return laid_out_as(d, NamedSharding(mesh, of_x.spec))
 
 
 def joined(*arrays: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -13,6 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxsoftmax.training import cli
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULE, FUNCTION = PROJECT["project"]["scripts"]["jaxsoftmax"].split(":")
 
 SMALL = ("--hidden", "16", "--batch-size", "50")
 
@@ -24,8 +29,10 @@ def environment(devices: int = 1) -> dict[str, str]:
     return users | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "jaxsoftmax", *map(str, arguments)]
+def command(*arguments: object, first: str = "pass") -> list[str]:
+    """The program's command line as pip's script has it; `first` runs just before the program."""
+    script = f"import os, sys, {MODULE}; {first}; sys.exit({MODULE}.{FUNCTION}())"
+    return [sys.executable, "-c", script, *map(str, arguments)]
 
 
 def program(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's commands run end to end on tiny shapes; its arithmetic is checked by hand."""
 
+import inspect
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+from rich.table import Table
 from typer.testing import CliRunner
 
 from bench import (
@@ -39,7 +44,7 @@ from bench import (
     terminal,
     timing,
 )
-from bench.__main__ import app
+from bench.__main__ import COMMANDS, app
 from bench.cases import Dtype, Head, Labels, Logits, Mode, Size, choose, program
 from jaxsoftmax.training import model
 
@@ -56,11 +61,17 @@ runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
 
 
-def bench(*arguments: str, without: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def bench(
+    *arguments: str, folder: Path, without: Sequence[str] = (), columns: int | None = 200
+) -> subprocess.CompletedProcess[str]:
+    """Start the program in a folder of its own."""
+    width = {} if columns is None else {"COLUMNS": f"{columns}"}
+    # On one device, whatever conftest asks for.
+    unset = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "XLA_FLAGS")}
     return subprocess.run(
         [sys.executable, "-c", START % list(without), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
+        cwd=folder,
+        env=unset | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"} | width,
         capture_output=True,
         text=True,
         check=False,
@@ -68,16 +79,16 @@ def bench(*arguments: str, without: Sequence[str] = ()) -> subprocess.CompletedP
 
 
 def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
-    path = tmp_path / "deep" / "results.json"
     done = bench(
         "speed",
         *("--tokens", "8", "--vocab", "16", "--vocab", "33", "--dtype", "bfloat16"),
         *("--mode", "forward", "--mode", "training-step", "--repeats", "3"),
-        *("--device", "cpu", "--json", f"{path}"),
+        *("--device", "cpu", "--output", "deep/results"),
+        folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
 
-    sections = json.loads(path.read_text())
+    sections = json.loads(results.destination(tmp_path / "deep" / "results").read_text())
     (section,) = sections.values()
     assert list(sections) == [
         "speed --tokens 8 --vocab 16 --vocab 33 --dtype bfloat16 "
@@ -138,12 +149,13 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
 
 
 def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
-    path = tmp_path / "results.json"
+    path = results.destination(tmp_path / results.DEFAULT)
     path.write_text('{"speed/integer": {"kept": true}}')
     chosen = "--tokens 2 --vocab 20 --dtype float32 --lead 1 --lead 30 --offset 100"
     arguments = shlex.split(chosen)
-    done = bench("accuracy", *arguments, "--json", f"{path}")
+    done = bench("accuracy", *arguments, folder=tmp_path, columns=None)
     assert done.returncode == 0, done.stderr
+    assert 80 < max(map(len, done.stdout.splitlines())) <= terminal.WIDTH
 
     sections = json.loads(path.read_text())
     assert sections["speed/integer"] == {"kept": True}
@@ -182,9 +194,10 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     ids=["speed", "accuracy"],
 )
 def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_path: Path):
-    path = tmp_path / "results.json"
-    done = bench(*arguments, "--json", f"{path}", without=["optax", "torch"])
+    done = bench(*arguments, folder=tmp_path, without=["optax", "torch"], columns=60)
     assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 60
+    assert "…" not in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
     peers = ["optax", "optax, no upcast", "torch"]
     if arguments[0] == "speed":
@@ -192,6 +205,7 @@ def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_
     assert sorted(line.partition(" (")[0] for line in lines) == [
         f"left out: {peer}" for peer in peers
     ]
+    path = results.destination(tmp_path / results.DEFAULT)
     (section,) = json.loads(path.read_text()).values()
     assert section["left_out"] == lines
     rows = section.get("series") or [row for case in section["cases"] for row in case["contenders"]]
@@ -233,8 +247,9 @@ def test_wrong_options_are_named(arguments: list[str], message: str):
     assert re.search(message, " ".join(done.output.replace("│", " ").split())), done.output
 
 
-def test_a_device_that_is_not_there_is_named():
-    done = bench("speed", "--device", "gpu", "--tokens", "8", "--vocab", "9", "--repeats", "1")
+def test_a_device_that_is_not_there_is_named(tmp_path: Path):
+    options = ("--tokens", "8", "--vocab", "9", "--repeats", "1")
+    done = bench("speed", "--device", "gpu", *options, folder=tmp_path)
     if done.returncode == 0:
         pytest.skip("it is there")
     assert done.returncode == 2
@@ -269,20 +284,52 @@ def test_without_options_the_default_cases_scale_with_the_size():
 
 @pytest.mark.parametrize("content", ["not json", "[1]"])
 def test_a_file_of_something_else_is_refused_before_measuring(tmp_path: Path, content: str):
-    path = tmp_path / "notes.txt"
+    path = results.destination(tmp_path)
+    assert path == tmp_path / f"{environment.slug(environment.device_name())}.json"
     path.write_text(content)
-    with pytest.raises(typer.BadParameter, match=r"notes\.txt"):
-        results.destination(path, complete=True)
+    with pytest.raises(typer.BadParameter, match=re.escape(path.name)):
+        results.destination(tmp_path)
     assert path.read_text() == content
+    with pytest.raises(typer.BadParameter, match=re.escape(path.name)):
+        results.destination(path)
 
 
-def test_a_selection_is_kept_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert results.destination(None, complete=False) is None
-    path = results.destination(None, complete=True)
-    assert path is not None
-    assert path.parent == tmp_path
-    assert path.name == environment.slug(environment.device_name()) + ".json"
+def test_nothing_that_is_tracked_is_written_unless_asked():
+    """Of every command that measures: all have the option, and one default, which git ignores."""
+    commands = {name: command for name, command in COMMANDS.items() if name != "report"}
+    assert len(commands) == 4
+    for command in commands.values():
+        parameters = inspect.signature(command).parameters
+        assert parameters["output"].default == results.DEFAULT
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert f"{results.DEFAULT.parts[0]}/" in ignored
+    assert not results.DEFAULT.is_absolute()
+
+
+def test_rows_that_a_run_removes_are_said(
+    sections: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of sections of every kind: without a contender, without a case, and with both again."""
+    for key, section in (report.committed()[0] | sections).items():
+        everything = [*results.rows(section)]
+        assert len({*everything}) == len(everything) > 0, key
+    for key, section in sections.items():
+        path = tmp_path / f"{environment.slug(key)}.json"
+        results.keep(path, section, key)
+        assert "removed" not in capsys.readouterr().err
+        fewer = json.loads(json.dumps(section))
+        places = [fewer[part] for part in ("series", "runs") if part in fewer]
+        (rows, *_) = places or [case["contenders"] for case in fewer["cases"]]
+        gone = rows.pop()["name"]
+        results.keep(path, fewer, key)
+        assert f"did not measure: 1 of {gone} (of " in " ".join(capsys.readouterr().err.split())
+        results.keep(path, section, key)
+        assert "removed" not in capsys.readouterr().err
+        if "cases" in section:
+            results.keep(path, section | {"cases": section["cases"][1:]}, key)
+            line = " ".join(capsys.readouterr().err.split())
+            for row in section["cases"][0]["contenders"]:
+                assert f"1 of {row['name']}" in line
 
 
 @pytest.mark.parametrize("labels", Labels)
@@ -505,18 +552,53 @@ def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
     section = speed.measure([case], [Mode.FORWARD], repeats=2)
     again = json.loads(json.dumps(section))
     for table in speed_tables.tables(again):
-        terminal.output().print(table)
+        terminal.show(table)
     terminal.output().print(speed_tables.notes(again))
     printed = capsys.readouterr().out
     assert "forward, float32, dense labels" in printed
     assert "both twice" in " ".join(printed.split())
 
 
+LAYOUTS: dict[str, Callable[[dict[str, Any]], Iterable[Table]]] = {
+    "accuracy": accuracy_tables.tables,
+    "speed": speed_tables.tables,
+    "overtraining": lambda section: [overtraining.as_table(section)],
+    "memory/peak": lambda section: [peak.table(section)],
+    "memory --mesh": lambda section: [sharding.table(section)],
+    "memory": lambda section: [memory.table(section)],
+}
+
+
+@pytest.mark.parametrize("columns", [200, 80, 50, 20])
+def test_tables_are_whole_at_any_width(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Those of the committed results: nothing is cut off, and at usual widths no number broken."""
+    monkeypatch.setenv("COLUMNS", f"{columns}")
+    for key, section in report.committed()[0].items():
+        layout = next(layout for begin, layout in LAYOUTS.items() if key.startswith(begin))
+        for table in layout(section):
+            terminal.show(table)
+            printed = capsys.readouterr().out
+            assert max(map(len, printed.splitlines())) <= columns
+            assert "…" not in printed
+            numbers = [
+                part
+                for column in table.columns
+                if column.justify == "right"
+                for cell in column.cells
+                for part in str(cell).split()
+            ]
+            if columns < 50:
+                numbers, printed = "".join(numbers), " ".join(printed)
+            assert Counter(numbers) <= Counter(printed.split()), table.title
+
+
 def test_tables_say_that_logits_are_confident(capsys: pytest.CaptureFixture[str]):
     case = Logits(4, 8, Dtype.FLOAT32, confident=True)
     section = speed.measure([case], [Mode.FORWARD], repeats=2)
     for table in speed_tables.tables(section):
-        terminal.output().print(table)
+        terminal.show(table)
     assert "forward, float32, integer labels, confident" in capsys.readouterr().out
 
 
@@ -527,6 +609,60 @@ def test_readme_and_docs_show_the_committed_results():
     for stem in report.FIGURES:
         assert (report.FIGURES_FOLDER / f"{stem}.png").stat().st_size > 10_000
         assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
+
+
+def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
+    if platform.python_version().startswith(f"{environment.PYTHON}."):
+        # With a newer one, the tables are to be measured again.
+        assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
+    captions = [
+        line
+        for path in (report.README, report.SHARDING, report.BENCHMARKS)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("Measured by `python -m bench ")
+    ]
+    assert len(captions) > 10
+    for line in captions:
+        others = f" jax {environment.JAX}," not in line
+        assert (f"README's commands install jax {environment.JAX} on Python" in line) == others
+
+
+def test_the_committed_accuracy_is_that_of_the_code(tmp_path: Path):
+    """A little of it measured again, on the machine and with the JAX of the committed results."""
+    key, offset = report.ACCURACY, 0.0
+    here = [
+        file[key]
+        for file in report.committed()
+        if key in file
+        and file[key]["environment"]["device"] == environment.device_name()
+        and file[key]["environment"]["versions"]["jax"] == jax.__version__
+    ]
+    if not here:
+        pytest.skip("measured elsewhere, or with another JAX")
+    (committed,) = here
+    leads = [0.0, 5.0, 20.0]
+    chosen = [("--lead", f"{lead:g}") for lead in leads] + [("--offset", f"{offset:g}")]
+    options = [*itertools.chain(*chosen)]
+    done = bench("accuracy", *options, folder=tmp_path, without=["optax", "torch"])
+    assert done.returncode == 0, done.stderr
+    (again,) = json.loads(results.destination(tmp_path / results.DEFAULT).read_text()).values()
+    places = [committed["leads"].index(lead) for lead in leads]
+    for dtype in Dtype:
+        old, new = (
+            next(
+                one
+                for one in section["series"]
+                if (one["name"], one["dtype"], one["offset"]) == (contenders.OURS, dtype, offset)
+            )
+            for section in (committed, again)
+        )
+        for quantity in accuracy_tables.QUANTITIES:
+            for which in ("max", "median"):
+                then = [old[quantity][which][place] for place in places]
+                assert new[quantity][which] == then, (
+                    f"{dtype}, {quantity}: the numerics have changed since {key} was measured; run "
+                    "python -m bench accuracy --output bench/results (see CONTRIBUTING.md)"
+                )
 
 
 def test_every_figure_shown_is_drawn_by_a_command():
@@ -628,7 +764,7 @@ def test_report_writes_the_readme_between_the_markers(
     monkeypatch.setattr(report, "BENCHMARKS", ROOT / "CHANGELOG.md")
     monkeypatch.setattr(report, "BENCHMARKS_BLOCKS", {})
     monkeypatch.setattr(report, "FIGURES", {})
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "COMMITTED", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)
 
@@ -678,7 +814,7 @@ def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
     assert [row[1] for row in rows] == ["float32"] * 3 + ["bfloat16"] * 3
     assert explained.startswith("optax: ")
     where = environment.in_words(section["environment"])
-    assert origin == f"Measured by `python -m bench speed` on {where}."
+    assert origin.startswith(f"Measured by `python -m bench speed` on {where}.")
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -841,7 +977,7 @@ def test_peak_memory_is_that_of_a_run_in_a_process_of_its_own(monkeypatch: pytes
     logits = 4 * case.tokens * case.classes
     assert logits <= optax["bytes"] <= 3 * logits
     assert ours["bytes"] < optax["bytes"] / 2
-    terminal.output().print(peak.table(section))
+    terminal.show(peak.table(section))
     assert f"| optax | {optax['bytes'] / 1e6:.0f} |" in peak.as_markdown(section)
 
 

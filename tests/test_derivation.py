@@ -1177,6 +1177,20 @@ def test_distances_from_the_label():
     assert 2 * 16.7 * U32 < 2e-6
 
 
+@equation(61, r"\mathrm{nll}_t = (z_c - z_t) + \mathrm{log1p}(r_c)")
+@pytest.mark.parametrize("case", MILD.values(), ids=MILD)
+def test_loss_from_any_class(case):
+    """Nothing cancels from a class above the label; from one below, the difference may."""
+    units = _stats(case.z).units
+    for t in range(len(case.z)):
+        truth = _loss(_mp(case.z), _mp(_one_hot(len(case.z), t)))
+        for c in range(len(case.z)):
+            r_c = np.delete(np.exp(case.z - case.z[c]), c).sum()
+            terms = np.array([case.z[c] - case.z[t], np.log1p(r_c)])
+            scale = None if terms[0] >= 0 else abs(terms).sum()
+            assert_close(terms.sum(), truth, units=units, scale=scale)
+
+
 # What the document computes in passing.
 
 

@@ -329,6 +329,33 @@ def test_a_label_among_the_masked_classes_costs_infinity():
     assert np.isfinite(value[1])
 
 
+def test_an_unused_loss_has_no_gradient_by_labels_at_minus_infinity():
+    z = np.array([[0, -inf, 1], [2, 0, 1]], np.float32)
+    y = np.array([[0, 0, 1], [0.5, 0.5, 0]], np.float32)
+    d = jax.grad(lambda y: dense(z, y)[1])(y)
+    np.testing.assert_array_equal(d[0], 0)
+    used = np.asarray(jax.grad(lambda y: dense(z, y).sum())(y))
+    np.testing.assert_array_equal(used[1], d[1])
+    assert used[0, 1] == inf
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
+def test_masks_of_logits_in_8_bits(name):
+    """Some of these dtypes have no −inf."""
+    z = jnp.asarray(np.round(logits(5)), name)
+    where = np.arange(5) != 2
+    f = lambda z, **mask: integer(z, np.zeros(ROWS, int), **mask)  # noqa: E731
+    got, d = both(lambda z: f(z, where=where[None]), z)
+    want, d_want = both(f, z[:, where])
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(d[:, where], d_want)
+    assert d.dtype == z.dtype
+    assert not d[:, 2].any()
+    p = js.softmax(z, where=where[None])
+    assert p.dtype == z.dtype
+    np.testing.assert_array_equal(p[:, where], js.softmax(z[:, where]))
+
+
 # Sizes
 
 

@@ -14,11 +14,17 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+def as_a_user() -> dict[str, str]:
+    """The environment without the devices that conftest asks for: there is one."""
+    asked = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    return {name: value for name, value in os.environ.items() if name not in asked}
+
+
 @pytest.mark.parametrize("name", ["vocab_sharded", "shard_map_head"])
-def test_a_sharded_head_on_eight_devices(name):
+def test_a_sharded_head_on_any_machine(name):
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=as_a_user(),
         capture_output=True,
         text=True,
         check=False,
@@ -43,8 +49,8 @@ def test_half_precision_training(tmp_path):
     pytest.importorskip("optax")
     script = EXAMPLES / "half_precision_training.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", script, "--steps", "20", "--out", tmp_path / "new"],
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},  # one device
+        [sys.executable, "-W", "error", script, "--steps", "20", "--output", tmp_path / "new"],
+        env=as_a_user(),
         capture_output=True,
         text=True,
         check=False,

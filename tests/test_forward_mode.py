@@ -2,6 +2,7 @@
 """`jaxsoftmax.forward_mode`: the same numbers, and tangents where a `custom_vjp` has none."""
 
 import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,9 @@ def test_the_modes_do_not_share_a_cache():
     for module in (jaxsoftmax, forward_mode, jaxsoftmax, forward_mode):
         jax.grad(lambda x, m=module: m.softmax_cross_entropy(x, targets()).sum())(x)
     jax.jvp(lambda x: forward_mode.softmax_cross_entropy(x, targets()), (x,), (x,))
+
+
+def test_the_functions_can_be_pickled():
+    for name in ("softmax", "softmax_cross_entropy", "label_log_probs"):
+        f = getattr(forward_mode, name)
+        assert pickle.loads(pickle.dumps(f)) is f

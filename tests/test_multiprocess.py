@@ -104,7 +104,8 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
     options = ("--hidden", "none", "--batch-size", "1000", "--optimizer", "sgd")
     last = 0
     for victim, stop in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT)):
-        arguments = ("--resume", "--output", folder, "--epochs", 50000, *options)
+        resume = ["--resume"] if last else []
+        arguments = (*resume, "--output", folder, "--epochs", 50000, *options)
         with started([arguments] * 2, free_port()) as both:
             deadline = time.monotonic() + BOUNDED
             while newest(folder) < last + 2:
@@ -115,6 +116,9 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
             errors = [process.communicate(timeout=BOUNDED)[1] for process in both]
         assert both[victim].returncode == (130 if stop == signal.SIGINT else -stop), errors
         assert both[1 - victim].returncode not in {0, None}
+        if stop == signal.SIGINT:
+            (line,) = errors[victim].splitlines()
+            assert line.startswith("jaxsoftmax: interrupted")
         # JAX may report what it saw, before that or after.
         (line,) = [line for line in errors[1 - victim].splitlines() if line.startswith(LOST)]
         assert "--resume" in line
@@ -161,6 +165,29 @@ def test_processes_that_do_not_meet(tmp_path: Path) -> None:
     line = errors.splitlines()[-1]
     assert line.startswith("jaxsoftmax: process 0 did not meet the other 1 at --coordinator local")
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path) -> None:
+    port = free_port()
+    with started([("--output", tmp_path / "run")] * 2, port) as (leader, other):
+        other.kill()
+        deadline = time.monotonic() + BOUNDED
+        while not listening(port):  # the leader waits there
+            assert leader.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        leader.send_signal(signal.SIGINT)
+        _, errors = leader.communicate(timeout=BOUNDED)
+    assert leader.returncode == 130, errors
+    assert errors == "jaxsoftmax: interrupted before anything was written\n"
+
+
+def listening(port: int) -> bool:
+    """Whether somebody answers at a port of this machine."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("localhost", port), timeout=1).close()
+        return True
+    return False
 
 
 def test_a_device_holds_its_share() -> None:
@@ -221,7 +248,7 @@ def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
         ],
         (("--mesh", "data=3"), ("--mesh data=3", "devices, 8 (cpu)", "got 3")),
         (("--mesh", "data=4,vocab=4"), ("--mesh data=4,vocab=4", "8", "got 16")),
-        (("--coordinator", "localhost:1234"), ("--processes and --process-id is missing",)),
+        (("--coordinator", "localhost:1234"), ("--processes and --process-id are missing",)),
         (("--processes", "2", "--process-id", "0"), ("--coordinator is missing",)),
         *[
             (

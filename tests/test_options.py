@@ -377,3 +377,85 @@ def test_traced_options_work_under_jit():
         hidden, kernel, labels, bias=bias, temperature=0.5, label_smoothing=0.25
     )
     np.testing.assert_allclose(loss(0.5, 0.25), eager, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_half_precision_options_are_summed_in_float32_and_rounded_once(path, dtype):
+    """Of more tokens than half precision counts; in blocks and chunks of few."""
+    n = 9000
+    options = {
+        "label_smoothing": np.asarray(0.1),
+        "z_loss": np.asarray(0.05),
+        "soft_cap": np.asarray(4),
+        "temperature": np.asarray(1.5),
+        "class_weights": np.linspace(0.5, 1, 3),
+    }
+    options = {name: value.astype(jnp.dtype(dtype)) for name, value in options.items()}
+    rng = np.random.default_rng(5)
+    hidden = rng.standard_normal((n, 2)).astype(np.float32)
+    kernel = rng.standard_normal((2, 3)).astype(np.float32)
+    labels = rng.integers(3, size=n)
+
+    @jax.jit
+    def gradient(options):
+        if path == "logits":
+            f = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+            return jax.grad(lambda o: f(hidden @ kernel, labels, **o).sum())(options)
+        f = jaxsoftmax.linear_softmax_cross_entropy
+        size: Any = {"gradients": path, "chunk_size": 2 if path == "recompute" else 512}
+        return jax.grad(lambda o: f(hidden, kernel, labels, reduction="sum", **size, **o))(options)
+
+    wide = {name: value.astype(np.float64) for name, value in options.items()}
+    raw = hidden.astype(np.float64) @ kernel
+    want = truth(raw, labels, wide, np.ones(n))[2]
+    for name, d in gradient(options).items():
+        assert d.dtype == dtype
+        true = want[name]
+        ulp = np.maximum(jnp.finfo(dtype).eps * np.abs(true), 1e-4)
+        assert (np.abs(np.asarray(d, np.float64) - true) <= ulp).all(), (name, d, true)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_of_an_infinite_loss_is_nothing(path):
+    """A label at −inf with nothing of its loss left: by smoothing of 1, by a class weight of 0."""
+    x = np.array([[0, -np.inf, 1], [2, 0, 1]], np.float32)
+    labels, weights = np.array([1, 2]), np.array([1, 0, 2], np.float32)
+
+    def losses(**options):
+        if path == "logits":
+            f = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+            return f(x, labels, **options)
+        return jnp.stack([_row_through_head(path, x[i], labels[i], options) for i in range(2)])
+
+    z = x.astype(np.float64)
+    lse = np.log(np.exp(z).sum(-1))
+    smoothed = [(2 * lse[0] - 1) / 2, lse[1] - 1]
+    np.testing.assert_allclose(losses(label_smoothing=1.0), smoothed, rtol=1e-6)
+    np.testing.assert_allclose(losses(class_weights=weights), [0, 2 * (lse[1] - 1)], rtol=1e-6)
+    assert np.isposinf(losses()[0])
+
+
+def _row_through_head(path, x, label, options):
+    """Hidden states of the one number 1; a class at −inf by the bias."""
+    return jaxsoftmax.linear_softmax_cross_entropy(
+        np.ones((1, 1), np.float32),
+        np.where(np.isfinite(x), x, 0)[None],
+        label[None],
+        bias=np.where(np.isfinite(x), np.float32(0), x),
+        reduction="sum",
+        gradients=path,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("cap", [3e38, 1e30, 1e6])
+def test_a_soft_cap_far_above_the_logits_changes_nothing(cap):
+    logits = np.array([[0.0, 1, 2, 3], [3e-3, 0, -5, 1]], np.float32)
+    f = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+    labels = np.array([0, 1])
+    got = jax.value_and_grad(lambda x, c: f(x, labels, soft_cap=c).sum(), (0, 1))(logits, cap)
+    want = jax.value_and_grad(lambda x: f(x, labels).sum())(logits)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1][0], want[1], rtol=1e-6)
+    assert abs(got[1][1]) < 1e-12

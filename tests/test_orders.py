@@ -8,6 +8,7 @@ float64; a new loss gets all of it by one line in LOSSES.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def _at(*kinds: str) -> np.ndarray:
     return np.isin(KINDS, kinds)
 
 
+COUNTS = 0  # the number of a token that counts
 LABELS = generator("orders", "labels").integers(CLASSES, size=N).astype(np.int32)
 LABELS[_at("ignored", "ignored, NaN inside")] = IGNORED
 LABELS[LABELS == 2] = 3  # the class that is left out
@@ -295,3 +297,25 @@ def assert_close(got, want):
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_tokens_that_do_not_count(loss, operation):
     assert_close(run(operation, loss.call, loss), truth(loss, operation))
+
+
+@pytest.mark.parametrize("operation", ORDERS[:3], ids=lambda o: o.__name__)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.ignores], ids=str)
+def test_a_label_out_of_range_is_nan_in_its_token_alone(loss, operation, monkeypatch):
+    """In the first derivative and in the second; an unused one, of weight 0, is not NaN."""
+    array = 0 if operation is not value_and_gradient else 1
+    of_tokens = lambda tree: np.asarray((tree[1] if array else tree)[0][loss.on])  # noqa: E731
+    expected = of_tokens(run(operation, loss.call, loss))
+    spoilt = LABELS.copy()
+    spoilt[[COUNTS, KINDS.index("weight 0")]] = CLASSES
+    monkeypatch.setattr(sys.modules[__name__], "LABELS", spoilt)
+    got = of_tokens(run(operation, loss.call, loss))
+    # A linear map cannot tell what is not used.
+    tells = operation is value_and_gradient and "forward mode" not in loss.name
+    unused = _at("weight 0") & tells
+    others = np.arange(N) != COUNTS
+    inside = MASK[COUNTS] if loss.masks else slice(None)
+    assert np.isnan(got[COUNTS][inside]).all()
+    assert not got[unused].any()
+    kept = others & ~_at("weight 0")
+    np.testing.assert_allclose(got[kept], expected[kept], rtol=1e-6, atol=1e-6)

@@ -21,11 +21,14 @@ import pytest
 import jaxsoftmax
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(
-    path
-    for folder in ("jaxsoftmax", "bench", "tests", "examples", "docs")
-    for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = [
+    ROOT / "jaxsoftmax_command.py",
+    *(
+        path
+        for folder in ("jaxsoftmax", "bench", "tests", "examples", "docs")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ),
+]
 # A module imports only from those before it.
 LAYERS = [
     "_sharding",
@@ -46,7 +49,7 @@ LAYERS = [
     "_head_programs",
     "_linear",
 ]
-OUTSIDE = ("jaxsoftmax/training", "bench", "examples", "tests")
+OUTSIDE = ("jaxsoftmax/training", "jaxsoftmax_command", "bench", "examples", "tests")
 # Tests of a private formulation may reach for it.
 PRIVATE_IN_TESTS = {"jaxsoftmax._numerics", "jaxsoftmax._sharding"}
 # What the library itself needs beside the standard library.
@@ -116,6 +119,17 @@ def test_the_document_is_a_contract(name):
     assert re.search(r"^  (Type|Value)Error: ", document[positions[2] :], re.MULTILINE)
     assert re.search(r"^  >>> .*\n +[^ >]", document[positions[-1] :], re.MULTILINE)
     assert name not in DIFFERENTIABLE or "mode" in document
+
+
+def test_what_the_readme_calls_the_default_is():
+    """In every public function that has the argument."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)=([^`]+)`\W{1,3}the\s+default", text)
+    assert named
+    signatures = [inspect.signature(getattr(jaxsoftmax, function)) for function in FUNCTIONS]
+    for argument, value in named:
+        parameters = [s.parameters[argument] for s in signatures if argument in s.parameters]
+        assert {one.default for one in parameters} == {ast.literal_eval(value)}, argument
 
 
 def _library_modules():

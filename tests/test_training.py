@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jaxsoftmax train`: mostly as a user runs it, in a process of its own."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from programs import SMALL, command, environment, metrics, parameters, program, refused, trained
+from programs import (
+    MODULE,
+    PROJECT,
+    SMALL,
+    command,
+    environment,
+    metrics,
+    parameters,
+    program,
+    refused,
+    trained,
+)
 
-from jaxsoftmax.training import data, step
+import jaxsoftmax
+from jaxsoftmax.training import checkpoint, data, step
 
 
 def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
@@ -26,7 +39,9 @@ def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def start_and_stop_after(epochs: int, signal_number: int, *arguments: object, folder: Path) -> str:
+def start_and_stop_after(
+    epochs: int, signal_number: int, *arguments: object, folder: Path, times: int = 1
+) -> str:
     """Starts a run too long to end by itself, signals it once it wrote some epochs."""
     with subprocess.Popen(
         command("train", "--output", folder, *arguments),
@@ -40,16 +55,25 @@ def start_and_stop_after(epochs: int, signal_number: int, *arguments: object, fo
             assert process.poll() is None, "ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.send_signal(signal_number)
+        for _ in range(times):
+            process.send_signal(signal_number)
+            time.sleep(0.001)
         _, errors = process.communicate(timeout=60)
     expected = 130 if signal_number == signal.SIGINT else -signal_number
     assert process.returncode == expected, errors
     return errors
 
 
-def test_digits_are_learned_and_everything_is_written(tmp_path: Path) -> None:
+def test_digits_are_learned_and_everything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
     folder = tmp_path / "new" / "run"
     output = trained("--output", folder, "--epochs", 8)
+    table = [line for line in output.splitlines() if line.startswith("│")]
+    assert len(table) == 5
+    assert max(map(len, table)) <= 40
+    assert "…" not in output
     lines = metrics(folder)
     assert [line["epoch"] for line in lines] == list(range(1, 9))
     assert lines[-1]["test_accuracy"] >= 0.97
@@ -77,7 +101,10 @@ def test_killed_run_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path: P
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 9999, "train_loss": 1.0}\n{"epoch": 10000, "tr')
     with ocp.CheckpointManager((killed / "checkpoints").resolve()) as manager:
+        oldest, *_ = sorted(manager.all_steps())
         epochs = (manager.latest_step() or 0) + 2
+    # And one while the oldest checkpoint was deleted.
+    (killed / "checkpoints" / str(oldest) / "_CHECKPOINT_METADATA").unlink()
     trained("--output", killed, "--resume", "--epochs", epochs)
     trained("--output", whole, "--epochs", epochs, *SMALL)
     assert_same_run(killed, whole, epochs)
@@ -85,21 +112,82 @@ def test_killed_run_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path: P
 
 def test_ctrl_c_ends_cleanly_and_resumes(tmp_path: Path) -> None:
     folder, whole = tmp_path / "it's", tmp_path / "whole"
-    errors = start_and_stop_after(1, signal.SIGINT, "--epochs", 5000, *SMALL, folder=folder)
-    assert len(errors.splitlines()) == 1
-    assert "--resume" in errors
-    epochs = len(metrics(folder)) + 1  # an epoch is written wholly or not at all
+    done = 0
+    for times in (1, 5):  # at the end of the epoch, and at once
+        resume = ["--resume"] if done else []
+        options = ("--epochs", 5000, *SMALL, *resume)
+        errors = start_and_stop_after(done + 2, signal.SIGINT, *options, folder=folder, times=times)
+        (line,) = errors.splitlines()
+        assert "--resume" in line
+        with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+            done = manager.latest_step() or 0
+        # An epoch is written wholly or not at all; at once, its line may be there already.
+        assert len(metrics(folder)) in range(done, done + times)
+    epochs = done + 1
     trained("--output", folder, "--resume", "--epochs", epochs)
     trained("--output", whole, "--epochs", epochs, *SMALL)
     assert_same_run(folder, whole, epochs)
+
+
+MOMENTS = [*np.arange(0, 1.5, 0.05), *np.arange(1.5, 4, 0.1)]
+
+
+@pytest.mark.parametrize(
+    "moments", [[0.1, 0.4, 1.0], pytest.param(MOMENTS, marks=pytest.mark.wide)], ids=len
+)
+def test_ctrl_c_at_any_moment(tmp_path: Path, moments: list[float]) -> None:
+    """While everything is imported, read, compiled, …: in the same folder, which stays whole."""
+    folder = tmp_path / "run"
+    begun = 0
+    for moment in moments:
+        resume = ["--resume"] if folder.exists() and any(folder.iterdir()) else []
+        process = subprocess.Popen(
+            command(
+                *("train", "--output", folder, "--epochs", 5000, *SMALL, *resume),
+                first="os.write(1, b'.')",
+            ),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        if not output.startswith("."):  # Python itself had not begun, and ends in its own way
+            assert process.returncode
+            continue
+        begun += 1
+        assert process.returncode == 130, (moment, errors)
+        assert len(errors.splitlines()) == 1, (moment, errors)
+    assert begun >= len(moments) / 2
+
+
+def test_ctrl_c_is_ignored_in_the_background(tmp_path: Path) -> None:
+    """As a shell starts it there; also while the program would have a handler of its own."""
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    with subprocess.Popen(
+        [*ignoring, *command("train", "--output", tmp_path, "--epochs", 5000, "--hidden", "none")],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "checkpoints" / "3").exists():
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        process.kill()
 
 
 def test_run_is_neither_overwritten_nor_mixed_with_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, examples = tmp_path / "run", save(tmp_path / "own.npz")
-    # Resuming what was killed before it wrote anything starts it.
-    trained("--resume", "--output", folder, "--epochs", 2, *SMALL)
+    line = refused(capsys, "--resume", "--output", str(folder))
+    assert f"{folder}: holds no run to resume" in line
+    assert not folder.exists()
+    trained("--output", folder, "--epochs", 2, *SMALL)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, words in (
         ((), ("already holds a run", "--resume", "--output")),
@@ -111,6 +199,18 @@ def test_run_is_neither_overwritten_nor_mixed_with_another(
         line = refused(capsys, "--output", str(folder), *arguments)
         assert all(word in line for word in words), line
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whatever_ends_a_run_first_it_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise OSError("ended here")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "__init__", ended)
+    for resume in ([], ["--resume"]):
+        assert "ended here" in refused(capsys, "--output", str(tmp_path / "run"), *resume)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def save(path: Path, x: object = None, y: object = None) -> Path:
@@ -203,22 +303,42 @@ def test_bad_arrays(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_of_any_kind_are_renumbered_as_the_error_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for labels in (
+        *(Y - 7, 3 * Y, 1 + Y, Y / 2, 2.0 * Y, (Y + 5).astype(np.int8)),
+        *(Y.astype("U3"), Y.astype("U3").astype(object)),
+    ):
+        path = str(save(tmp_path / "labels.npz", X, labels))
+        line = refused(capsys, "--data", path, "--output", str(tmp_path / "run"))
+        remedy = line.rpartition(": ")[2].partition(" numbers")[0]
+        assert remedy == "np.unique(y, return_inverse=True)[1]"
+        renumbered = eval(remedy, {"np": np, "y": labels})
+        np.testing.assert_array_equal(renumbered, Y)
+        assert data.load(str(save(tmp_path / "good.npz", X, renumbered))).classes == 4
+
+
 def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = save(tmp_path / "good.npz").read_bytes()
+    index = good.index(b"PK\1\2")
     contents = {
-        "empty.npz": b"",
-        "text.npz": b"hello\n",
-        "short.npz": good[:2000],
-        "damaged.npz": good[:300] + b"\0" * 64 + good[364:],
+        "empty.npz": (b"", "not an npz"),
+        "text.npz": (b"hello\n", "not an npz"),
+        **{f"cut {end}.npz": (good[:end], "truncated npz file") for end in (4, 100, 2000, -1)},
+        "damaged.npz": (good[:300] + b"\0" * 64 + good[364:], "array 'x' cannot be read"),
+        "version.npz": (good[: index + 6] + b"\xff" + good[index + 7 :], "damaged or"),
     }
-    for name, content in contents.items():
+    for name, (content, _) in contents.items():
         (tmp_path / name).write_bytes(content)
     np.save(tmp_path / "array.npy", X)
     np.savez(tmp_path / "other.npz", images=X, y=Y)
+    np.savez(tmp_path / "nothing.npz")
     expected = {
-        **dict.fromkeys(contents, ""),
+        **{name: words for name, (_, words) in contents.items()},
         "array.npy": "not an npz",
         "other.npz": "no array 'x'",
+        "nothing.npz": "it has nothing",
         "missing.npz": "No such file",
         ".": "directory",
     }
@@ -271,19 +391,21 @@ def test_help_and_version() -> None:
         "--process-id",
     ):
         assert option in text
+    assert re.search(r"--resume +Continue the run", text)  # and no value
     assert program("--version").stdout.startswith("jaxsoftmax 0.")
-    assert "train" in program().stdout
+    text = program().stdout
+    assert "train" in text
+    assert re.search(r"--version +Show the version", text)
 
 
 def test_without_the_extra() -> None:
-    hide = "import sys; sys.modules['optax'] = None; sys.modules['typer'] = None; "
-    main = "from jaxsoftmax.__main__ import main; sys.argv[1:] = ['{}']; sys.exit(main())"
+    hide = "sys.modules.update(dict.fromkeys(('optax', 'typer')))"
     for argument, code, words in (
         ("train", 2, "pip install 'jaxsoftmax[train]'"),
         ("--version", 0, ""),
     ):
         run = subprocess.run(
-            [sys.executable, "-c", hide + main.format(argument)],
+            command(argument, first=hide),
             env=environment(),
             capture_output=True,
             text=True,
@@ -293,6 +415,23 @@ def test_without_the_extra() -> None:
         assert run.returncode == code
         assert words in run.stderr
         assert run.stderr.count("\n") == (code == 2)
+
+
+def test_the_wheel_has_the_module_that_the_script_imports() -> None:
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    assert included == ["jaxsoftmax", f"{MODULE}.py"]
+
+
+def test_python_runs_the_package_too() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxsoftmax", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"jaxsoftmax {jaxsoftmax.__version__}\n"
 
 
 def test_import_leaves_the_program_alone() -> None:

@@ -459,6 +459,27 @@ def test_scan(function, classes):
     assert_close(through, expected, size=tolerated(function))
 
 
+@in_every_world
+def test_second_derivatives_of_a_scan(function, classes):
+    """JAX before 0.12 drops a `custom_jvp` from a loop that is differentiated twice."""
+    if function.name == "softmax_jacobian" and classes > 5:
+        pytest.skip("C² numbers; JAX differentiates it")
+    arguments = function.arguments(classes)
+
+    def loop(f, *arguments):
+        def step(total, one):
+            return total + weighted(f, *one), None
+
+        return jax.lax.scan(step, jnp.zeros((), arguments[0].dtype), arguments)[0]
+
+    expected = truth(function, forward_over_reverse, classes)
+    for operation in (reverse_over_reverse, forward_over_reverse):
+        actual = jax.jit(functools.partial(operation, functools.partial(loop, function.call)))(
+            *arguments
+        )
+        assert_close(actual, expected, size=max(1, classes / 4))
+
+
 def _value_and_gradients(f, *arguments):
     return f(*arguments), gradients(f, *arguments)
 
@@ -491,6 +512,41 @@ def test_export_with_a_symbolic_number_of_rows(function, classes):
     exported = exported(*_specifications(arguments, rows))
     for taken in (arguments, tuple(a[:1] for a in arguments)):
         assert_close(exported.call(*taken), call(*taken), ulps=4)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f.name[:6] != "linear"], ids=str)
+def test_export_with_a_symbolic_number_of_classes(function, classes):
+    """Value and gradient; a label counts from the first class."""
+    arguments = function.arguments(classes)
+    rows, size = export.symbolic_shape("rows, classes")
+    specifications = [
+        jax.ShapeDtypeStruct((rows, size) if a.ndim == 2 else (rows,), a.dtype) for a in arguments
+    ]
+
+    def compute(*arguments):
+        f = functools.partial(weighted_by_row, function.call)
+        return function.call(*arguments), jax.grad(f, floating(arguments))(*arguments)
+
+    exported = export.export(jax.jit(compute), platforms=["cpu", "cuda", "tpu"])(*specifications)
+    for other in {classes, 7, 40}:
+        taken = function.arguments(other)
+        assert_close(exported.call(*taken), compute(*taken), ulps=64, size=1)
+
+
+def weighted_by_row(f, *arguments):
+    return jnp.sum(jnp.sin(f(*arguments)))
+
+
+def test_export_of_all_axes_with_symbolic_sizes():
+    """`logsumexp(x)` of an array of any size."""
+    rows, size = export.symbolic_shape("rows, classes")
+    both = jax.jit(jax.value_and_grad(jaxsoftmax.logsumexp))
+    specification = jax.ShapeDtypeStruct((rows, size), jnp.float32)
+    exported = export.export(both, platforms=["cpu", "cuda", "tpu"])(specification)
+    for classes in (5, 40):
+        x = _logits(classes)
+        assert_close(exported.call(x), both(x), ulps=64)
 
 
 def test_the_jacobian_has_forward_mode_too(classes):

@@ -7,6 +7,7 @@ instructions resumes from its last checkpoint with nothing missing and nothing t
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class Checkpoints:
         """Opens, or creates, the checkpoints of an output folder; for process 0 alone."""
         self._folder = folder / CHECKPOINTS
         self._folder.mkdir(exist_ok=True)
+        # orbax warns of an old checkpoint that a killed run had half deleted: nobody needs it.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self._folder.resolve(),
             options=ocp.CheckpointManagerOptions(

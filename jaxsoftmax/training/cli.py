@@ -3,13 +3,13 @@
 
 import enum
 import math
+import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +18,8 @@ from rich.table import Table
 
 import jaxsoftmax
 from jaxsoftmax.training.errors import ProgramError, as_line, in_words
+from jaxsoftmax.training.interrupts import on_interrupt
+from jaxsoftmax_command import leave
 
 if TYPE_CHECKING:
     from jaxsoftmax.training.loop import Result
@@ -52,7 +54,13 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version",
+            metavar="",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version.",
+        ),
     ] = False,
 ) -> None:
     pass  # a callback keeps `train` a subcommand although it is the only one
@@ -78,6 +86,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         bool,
         typer.Option(
             "--resume",
+            metavar="",  # it takes no value
             help="Continue the run in the output folder from its last checkpoint. Options left "
             "out are the run's own; only --epochs, --mesh and the processes may differ.",
         ),
@@ -140,9 +149,9 @@ def train(  # noqa: PLR0917 - typer makes each one an option
 ) -> None:
     """Train a classifier and show how well it does on held-out examples.
 
-    A multilayer perceptron learns from 80 % of the examples; the other 20 % are held out. The
-    output folder gets [bold]metrics.jsonl[/] (a line an epoch), [bold]loss.png[/],
-    [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs).
+    A multilayer perceptron learns from 80 % of the examples; the other 20 % are
+    held out. The output folder gets [bold]metrics.jsonl[/] (a line an epoch),
+    [bold]loss.png[/], [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs).
     """
     for option, number in (("--epochs", epochs), ("--batch-size", batch_size)):
         if number < 1:
@@ -160,6 +169,7 @@ def train(  # noqa: PLR0917 - typer makes each one an option
 
     # Imported late: `--help` and a mistyped option should not wait for JAX and optax.
     from jaxsoftmax.training import loop  # noqa: PLC0415
+    from jaxsoftmax.training.checkpoint import holds_run  # noqa: PLC0415
     from jaxsoftmax.training.processes import joined  # noqa: PLC0415
 
     options = loop.Options(
@@ -174,6 +184,8 @@ def train(  # noqa: PLR0917 - typer makes each one an option
     names = ("data", "epochs", "batch_size", "learning_rate", "optimizer", "hidden", "seed")
     given = [name for name in names if _was_given(context, name)]
     console = Console(highlight=False)
+    quiet = bool(process_id)  # process 0 speaks for all
+    bar = console.is_terminal and not quiet
     columns = (
         TextColumn("[bold]epoch"),
         MofNCompleteColumn(),
@@ -181,31 +193,37 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
-    quiet = bool(process_id)  # process 0 speaks for all
-    hidden_bar = quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden_bar) as progress:
-        task = progress.add_task("", total=epochs, status="compiling")
 
-        def on_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
-            status = "compiling" if metrics is None else _status(metrics)
-            progress.update(task, completed=done, total=wanted, status=status)
-            if metrics is not None and not quiet and not console.is_terminal:
-                print(f"epoch {done}/{wanted}  {status}", flush=True)  # a log has no bar
-
+    def leave_with_hint(_: object = None) -> NoReturn:
+        line = "interrupted before anything was written"
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # see __main__
-            with joined(*others) if others else nullcontext():
-                result = loop.train(
-                    options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
-                )
-        except KeyboardInterrupt:
-            # Only a run that exists can be resumed; a fresh folder may not be there yet.
-            hint = f"; to continue: jaxsoftmax train --resume --output {shlex.quote(str(output))}"
-            raise ProgramError(
-                f"interrupted{hint if output.exists() else ' before anything was written'}", 130
-            ) from None
-    if not quiet:
-        _show(console, output, result)
+            if holds_run(output):  # what does not exist cannot be continued
+                where = shlex.quote(str(output))
+                line = f"interrupted; to continue: jaxsoftmax train --resume --output {where}"
+            if bar:  # which hides the cursor
+                os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+        finally:
+            leave(as_line(line))
+
+    with on_interrupt(leave_with_hint):
+        with Progress(*columns, console=console, disable=not bar) as progress:
+            task = progress.add_task("", total=epochs, status="compiling")
+
+            def on_epoch(done: int, wanted: int, metrics: dict[str, float] | None) -> None:
+                status = "compiling" if metrics is None else _status(metrics)
+                progress.update(task, completed=done, total=wanted, status=status)
+                if metrics is not None and not quiet and not bar:
+                    print(f"epoch {done}/{wanted}  {status}", flush=True)  # a log has no bar
+
+            try:
+                with joined(*others) if others else nullcontext():
+                    result = loop.train(
+                        options, given, output, resume=resume, mesh=sizes, on_epoch=on_epoch
+                    )
+            except KeyboardInterrupt:
+                leave_with_hint()
+        if not quiet:
+            _show(console, output, result)
 
 
 def _axes(text: str) -> dict[str, int]:
@@ -229,7 +247,10 @@ def _processes(
         missing = [option for option, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
-        raise ProgramError(f"{', '.join(given)} go together; {' and '.join(missing)} is missing")
+        raise ProgramError(
+            f"{', '.join(given)} go together; {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing"
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ProgramError(
@@ -275,18 +296,19 @@ def _status(metrics: dict[str, float]) -> str:
 def _show(console: Console, folder: Path, result: "Result") -> None:
     options, dataset, history = result.options, result.dataset, result.history
     best = max(history, key=lambda metrics: metrics["test_accuracy"])
+    # A row a number: six columns would not fit every terminal.
     table = Table(title="Cross-entropy (nats) and accuracy", title_justify="left")
-    for column in ("", "epoch", "training loss", "training", "held-out loss", "held out"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, metrics in (("last", history[-1]), ("best", best)):
-        table.add_row(
-            name,
-            str(metrics["epoch"]),
-            f"{metrics['train_loss']:.4f}",
-            f"{metrics['train_accuracy']:.2%}",
-            f"{metrics['test_loss']:.4f}",
-            f"{metrics['test_accuracy']:.2%}",
-        )
+    table.add_column(overflow="fold")
+    for heading in ("last", "best"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for name, key, form in (
+        ("epoch", "epoch", "{}"),
+        ("training loss", "train_loss", "{:.4f}"),
+        ("training accuracy", "train_accuracy", "{:.2%}"),
+        ("held-out loss", "test_loss", "{:.4f}"),
+        ("held-out accuracy", "test_accuracy", "{:.2%}"),
+    ):
+        table.add_row(name, *(form.format(metrics[key]) for metrics in (history[-1], best)))
     print()
     console.print(table)
     layers = (dataset.train_x.shape[1], *options.hidden, dataset.classes)
@@ -311,7 +333,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: what follows the program's name.
 
     Returns:
-        0, 1 (training failed), 2 (bad input) or 130 (interrupted).
+        0, 1 (training failed) or 2 (bad input); on Ctrl-C it ends the process, with 130.
     """
     try:
         code = app(list(arguments) or ["--help"], prog_name="jaxsoftmax", standalone_mode=False)

@@ -13,6 +13,8 @@ from jaxsoftmax.training.errors import ProgramError
 
 DIGITS = "digits"
 _HELD_OUT = 0.2
+_NPZ = (b"PK\3\4", b"PK\5\6")  # how the file begins: a zip file, an empty one
+_RENUMBER = ": np.unique(y, return_inverse=True)[1] numbers any labels so"
 
 
 class Dataset(NamedTuple):
@@ -84,7 +86,7 @@ def _read_npz(source: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         # Opened here so that a missing file and a file of the wrong kind read differently.
         with open(source, "rb") as file:
-            if not zipfile.is_zipfile(file):
+            if file.read(4) not in _NPZ:
                 raise ProgramError(f"{source}: not an npz file (write one with numpy.savez)")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
@@ -98,8 +100,10 @@ def _read_npz(source: str) -> tuple[np.ndarray, np.ndarray]:
                 return x, y
     except OSError as error:
         raise ProgramError(f"{source}: cannot be read: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
-        raise ProgramError(f"{source}: a damaged npz file: {error}") from error
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ProgramError(
+            f"{source}: a damaged or truncated npz file; write it again with numpy.savez"
+        ) from error
 
 
 def _member(source: str, arrays: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
@@ -108,8 +112,9 @@ def _member(source: str, arrays: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     # What numpy and zipfile raise for object arrays, bad headers and truncated contents.
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if "allow_pickle" in str(error):
+            remedy = _RENUMBER if name == "y" else ""
             raise ProgramError(
-                f"{source}: array {name!r} holds Python objects; save it as a numeric array"
+                f"{source}: array {name!r} holds Python objects; save it as a numeric array{remedy}"
             ) from error
         raise ProgramError(f"{source}: array {name!r} cannot be read: {error}") from error
     if not isinstance(array, np.ndarray):
@@ -156,19 +161,20 @@ def _check_y(source: str, y: np.ndarray, rows: int) -> np.ndarray:
             f"got {y.shape}"
         )
     if y.dtype.kind not in "bui":
-        row = 0
+        row, remedy = 0, _RENUMBER
         if y.dtype.kind == "f":
             fractional = ~(np.isfinite(y) & (y == np.round(y)))
             row = int(fractional.argmax())  # 0 if every number is whole
+            remedy = _RENUMBER if np.isfinite(y).all() else ""  # NaN is no class
         raise ProgramError(
-            f"{source}: array 'y', row {row}: {y[row].item()!r} is not an integer label "
-            f"(dtype {y.dtype}; save y as integers from 0 to the number of classes - 1)"
+            f"{source}: array 'y', row {row}: {y[row].item()!r} is not an integer label (dtype "
+            f"{y.dtype}); labels are integers from 0 to the number of classes - 1{remedy}"
         )
     if (y < 0).any():
         row = int((y < 0).argmax())
         raise ProgramError(
-            f"{source}: array 'y', row {row}: {y[row]} is negative; labels are 0 to the number "
-            "of classes - 1"
+            f"{source}: array 'y', row {row}: {y[row]} is negative; labels are integers from 0 to "
+            f"the number of classes - 1{_RENUMBER}"
         )
     found, first, counts = np.unique(y, return_index=True, return_counts=True)
     gaps = found.astype(np.uint64) != np.arange(len(found), dtype=np.uint64)
@@ -177,7 +183,7 @@ def _check_y(source: str, y: np.ndarray, rows: int) -> np.ndarray:
         row = int((y > absent).argmax())
         raise ProgramError(
             f"{source}: array 'y', row {row}: {y[row]}, but no row has label {absent}; labels "
-            "must use every number from 0 to the number of classes - 1"
+            f"use every number from 0 to the number of classes - 1{_RENUMBER}"
         )
     if len(found) < 2:
         raise ProgramError(

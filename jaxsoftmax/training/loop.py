@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, data, layout, model, plots, processes
 from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.interrupts import on_interrupt
 from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, specs, train_epoch
 
 
@@ -64,8 +64,7 @@ def train(
         given: the names of the options that the user gave; on resuming, the others come from
             the run itself.
         folder: the output folder. Created only once the input is known to be good.
-        resume: continue the run in `folder`; one that was killed before it wrote anything
-            starts from its beginning.
+        resume: continue the run in `folder`; there must be one.
         mesh: the sizes of the mesh's axes, see `layout.make_mesh`.
         on_epoch: called with the epochs done, the epochs wanted, and the newest metrics: once
             before training and once after each epoch.
@@ -75,7 +74,7 @@ def train(
 
     Raises:
         ProgramError: with the line to show.
-        KeyboardInterrupt: on Ctrl-C, at the end of the epoch; at once on a second one.
+        KeyboardInterrupt: on Ctrl-C, at the end of the epoch; a second one is its caller's.
     """
     _check_alike({**dataclasses.asdict(options), "resume": resume, "mesh": mesh})
     recorded = processes.from_leader(lambda: _recorded(folder, resume))
@@ -96,11 +95,7 @@ def train(
                 on_epoch(done, wanted, metrics)
                 stop_if_asked()
 
-            result = _train(
-                options, dataset, folder, checkpoints, mesh=devices, on_epoch=after_epoch
-            )
-            stop_if_asked()
-            return result
+            return _train(options, dataset, folder, checkpoints, mesh=devices, on_epoch=after_epoch)
     finally:
         if checkpoints:
             checkpoints.close()
@@ -121,6 +116,11 @@ def _check_alike(command: dict[str, Any]) -> None:
 def _recorded(folder: Path, resume: bool) -> dict[str, Any] | None:
     """The configuration of the run to resume; None where there is none."""
     if not checkpoint.holds_run(folder):
+        if resume:
+            raise ProgramError(
+                f"{folder}: holds no run to resume; choose its folder with --output, or leave "
+                "--resume out to start one there"
+            )
         return None
     if not resume:
         raise ProgramError(
@@ -153,6 +153,8 @@ def _opened(
     """The folder's checkpoints, with the run's configuration written beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(options, dataset)
+    if recorded is None:  # before anything else, so that whatever ends here can be resumed
+        checkpoint.write_config(folder, config)
     checkpoints = checkpoint.Checkpoints(folder)
     try:
         done = checkpoints.latest()
@@ -160,7 +162,7 @@ def _opened(
             raise ProgramError(
                 f"--epochs {options.epochs}: the run in {folder} has already trained {done} epochs"
             )
-        if config != recorded:
+        if recorded not in (None, config):
             checkpoint.write_config(folder, config)
     except BaseException:
         checkpoints.close()
@@ -333,21 +335,20 @@ def _text(value: Any) -> str:
 def _interrupts_deferred() -> Iterator[Callable[[], None]]:
     """Gives a function to call where Ctrl-C may take effect: it raises if that was pressed.
 
-    Python itself raises between any two instructions: while a checkpoint is written, or in a
-    callback that swallows the exception, so that the run would go on. A second Ctrl-C does that.
+    So does the end. A second Ctrl-C takes effect at once.
     """
-    received = []
+    received = False
 
-    def defer(*_: object) -> None:
-        received.append(True)
-        signal.signal(signal.SIGINT, previous)
+    def defer(at_once: Callable[[], object]) -> None:
+        nonlocal received
+        if received:
+            at_once()
+        received = True
 
     def stop_if_asked() -> None:
         if received:
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, defer)
-    try:
+    with on_interrupt(defer):
         yield stop_if_asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    stop_if_asked()

@@ -7,6 +7,7 @@ order; in a run of a single process they do nothing.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxsoftmax.training.errors import ProgramError, as_line, in_words
+from jaxsoftmax.training.interrupts import on_interrupt
 
 # A process that is not heard of for so long is taken for dead, and the others end.
 _PATIENCE_SECONDS = 30
 _LOST = "a process of the run stopped, or cannot be reached; start all of them again with --resume"
-_SHOW_LAST_LINE = "import sys; sys.stderr.write([*sys.stdin][-1].lstrip('\\n'))"
+_SHOW_LAST_LINE = "import sys; sys.stderr.write(['', *sys.stdin][-1].lstrip('\\n'))"
 _T = TypeVar("_T")
 
 
@@ -96,20 +98,26 @@ def _last_words() -> Iterator[Callable[[str], None]]:
         text=True,
         start_new_session=True,  # Ctrl-C is not for it
     ) as child:
+        assert child.stdin is not None
+        pipe = child.stdin
 
         def prepare(message: str) -> None:
-            assert child.stdin is not None
-            child.stdin.write(as_line(message) + "\n")
-            child.stdin.flush()
+            pipe.write(as_line(message) + "\n")
+            pipe.flush()
 
-        try:
-            yield prepare
-        except ProgramError as error:
-            prepare(str(error))
-            raise ProgramError("", error.exit_code) from error  # it is said
-        except BaseException:  # whose words are not for here
-            prepare("")
-            raise
+        def leave_silently(leave: Callable[[], object]) -> None:
+            os.write(pipe.fileno(), b"\n")  # Ctrl-C has words of its own
+            leave()
+
+        with on_interrupt(leave_silently):
+            try:
+                yield prepare
+            except ProgramError as error:
+                prepare(str(error))
+                raise ProgramError("", error.exit_code) from error  # it is said
+            except BaseException:  # whose words are not for here
+                prepare("")
+                raise
         prepare("")
 
 
