@@ -88,11 +88,11 @@ def log_probs(
 @lru_cache(maxsize=16)
 def _any_loss(loss, size):
     @jax.jit
-    def apply(head, args, consts):
+    def linear_loss(head, args, consts):
         head, args = _rows(head, args)
         return _over_tokens(loss, size, head, args, consts)
 
-    return apply
+    return linear_loss
 
 
 def _rows(head, args):
