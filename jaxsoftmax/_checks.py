@@ -260,8 +260,14 @@ def _varying(array: jax.Array) -> str:
 
 
 def check_mesh(function: str, *arrays: jax.Array) -> None:
-    """No mesh that is partly automatic: JAX sums wrongly over an explicit axis of such a one."""
+    """No mesh that is partly explicit: JAX sums wrongly there, or XLA ends the process."""
     for mesh in (jax.typeof(array).sharding.mesh for array in arrays):
+        if mesh.explicit_axes and mesh.manual_axes:
+            raise ValueError(
+                f"{function}: inside shard_map the mesh must be manual or automatic along all axes "
+                f"(name the others in axis_names as well); got {mesh.manual_axes} manual and "
+                f"{mesh.explicit_axes} explicit"
+            )
         if mesh.explicit_axes and mesh.auto_axes:
             raise ValueError(
                 f"{function}: the mesh must be explicit or automatic along all axes (see "
@@ -305,32 +311,29 @@ def check_callable(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be callable; got {_typed(value)}")
 
 
-def loss_axes(
+def check_losses(
     function: str,
-    loss_fn: Any,
-    arguments: Sequence[jax.ShapeDtypeStruct],
+    losses: Any,
+    logits: Sequence[int],
+    varying: frozenset[str],
     axis_name: AxisName | None,
-) -> frozenset[str]:
-    """The manual mesh axes that the losses of `loss_fn` vary over.
+) -> None:
+    """`losses`, what `loss_fn` makes of logits of that shape, are one floating loss a token.
 
-    `loss_fn` must give one floating loss a token for `arguments`, logits first, of whole rows.
+    `varying`: the manual mesh axes over which they vary; they are of whole rows.
     """
-    losses = jax.eval_shape(loss_fn, *arguments)
-    expected = arguments[0].shape[:1]
-    if getattr(losses, "shape", None) != expected:
+    if getattr(losses, "shape", None) != logits[:1]:
         raise ValueError(
-            f"{function}: loss_fn must return one loss a token, shape {expected} for logits "
-            f"{arguments[0].shape}; got {_describe(losses)}"
+            f"{function}: loss_fn must return one loss a token, shape {logits[:1]} for logits "
+            f"{logits}; got {_describe(losses)}"
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(f"{function}: loss_fn must return a floating dtype; got {losses.dtype}")
-    axes = manual_axes(losses)
-    if axis_names(axis_name) & axes:
+    if axis_names(axis_name) & varying:
         raise ValueError(
             f"{function}: loss_fn must give the losses of whole rows, summed over axis_name "
             f"{axis_name!r}; got losses that vary over it"
         )
-    return axes
 
 
 def check_count(function: str, name: str, value: object) -> None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of the linear head, checked, and how its losses are put back together."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +12,90 @@ from jax.typing import ArrayLike
 
 from . import _checks
 from ._numerics import accumulation_dtype
+from ._products import finite_if_counted
 from ._sharding import AxisName, Layout, laid_out, layout_of, merged_tokens, unmerged_tokens
 
 Reduction = Literal["mean", "sum"] | None
 
 
-class Head(NamedTuple):
-    """The checked arguments, tokens in one axis; how to put the losses back together."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "kernel", "bias", "weights", "denominator", "counts"),
+    meta_fields=("shape", "reduction", "layout", "axis_name", "precision"),
+)
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The checked arguments, to be an argument of jit; how to put the losses back together."""
 
-    shape: tuple[int, ...]
-    hidden: jax.Array  # [N, H]
+    hidden: jax.Array  # [*tokens, H], or [N, H] in `rows`
     kernel: jax.Array  # [H, V]
     bias: jax.Array | None  # [V]
-    weights: jax.Array | None  # [N]
-    reduction: Reduction
+    weights: jax.Array | None  # as hidden, without H
     denominator: jax.Array | None
+    shape: tuple[int, ...]
+    reduction: Reduction
     layout: Layout
     axis_name: AxisName | None
+    precision: Any
     counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
 
-    def unreduced(self, losses):
-        losses = losses if self.weights is None else losses * self.weights
-        return unmerged_tokens(self.layout, losses, self.shape)
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of sums, and of the losses."""
+        return accumulation_dtype(self.hidden.dtype, self.kernel.dtype)
 
-    def reduced(self, losses):
-        return self.divided(jnp.sum(losses if self.weights is None else losses * self.weights))
+    def rows(self) -> "Head":
+        """Tokens in one axis, operands in one dtype."""
+        layout, dtype = self.layout, jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
+        hidden = laid_out(self.hidden.astype(dtype), layout.spec(*layout.tokens, None))
+        weights, denominator = self.weights, self.denominator
+        return dataclasses.replace(
+            self,
+            hidden=merged_tokens(layout, hidden),
+            kernel=self.kernel.astype(dtype),
+            weights=None if weights is None else merged_tokens(layout, weights.astype(self.dtype)),
+            denominator=None if denominator is None else denominator.astype(self.dtype),
+        )
 
-    def divided(self, total):
+    def without_uncounted(
+        self, ignored: jax.Array | None = None, args: Sequence[jax.Array] = ()
+    ) -> tuple["Head", tuple[jax.Array, ...]]:
+        """Nothing of a token that does not count reaches a product, where 0 · NaN would be NaN.
+
+        An ignored token has zeros for its hidden state. So has one of weight 0 that holds anything
+        not finite, in `args` as well: its weight is a constant 0 then. Where all is finite a weight
+        of 0 leaves nothing by itself, and derivatives by the weight are of what is there.
+        """
+        out, weights = ignored, self.weights
+        if weights is not None:
+            floating = _real(self.hidden, *args)
+            finite = [jnp.all(jnp.isfinite(a), tuple(range(1, a.ndim))) for a in floating]
+            broken = (weights == 0) & ~reduce(jnp.logical_and, finite)
+            weights = jnp.where(broken, 0, weights)
+            out = broken if out is None else out | broken
+        if out is None:
+            return self, tuple(args)
+
+        def zeroed(x):
+            return jnp.where(jnp.expand_dims(out, tuple(range(1, x.ndim))), 0, x) if _real(x) else x
+
+        hidden, *args = map(zeroed, (self.hidden, *args))
+        return dataclasses.replace(self, hidden=hidden, weights=weights), tuple(args)
+
+    def unreduced(self, losses: jax.Array) -> jax.Array:
+        """The weighted losses, with the tokens' axes."""
+        return unmerged_tokens(self.layout, self._weighted(losses), self.shape)
+
+    def reduced(self, losses: jax.Array) -> jax.Array:
+        """Their sum or mean."""
+        return self.divided(jnp.sum(self._weighted(losses)))
+
+    def _weighted(self, losses):
+        weights = self.weights
+        return losses if weights is None else finite_if_counted(losses, weights) * weights
+
+    def divided(self, total: jax.Array) -> jax.Array:
+        """A sum over the tokens, or the parts of one, over the mean's divisor."""
         if self.reduction == "sum":
             return total
         counts = jnp.ones(self.hidden.shape[:1], total.dtype)
@@ -44,6 +104,11 @@ class Head(NamedTuple):
         divisor = counts.sum() if self.denominator is None else self.denominator
         # Where nothing counts the total is 0; any other division by 0 shows.
         return total / jnp.where(jnp.any(counts != 0), divisor, jnp.ones_like(divisor))
+
+
+def _real(*arrays):
+    """Those that may hold NaN."""
+    return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
 
 
 def as_head(
@@ -59,6 +124,7 @@ def as_head(
     chunk_size: int | None,
     precision: Any,
 ) -> Head:
+    """Check what every head takes."""
     hidden = _checks.as_floating(function, "hidden", hidden)
     kernel = _checks.as_floating(function, "kernel", kernel)
     if hidden.ndim == 0:
@@ -71,7 +137,6 @@ def as_head(
         )
     _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
     classes = kernel.shape[1]
-    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
     shape = tuple(tokens)
     if bias is not None:
         bias = _checks.as_floating(function, "bias", bias)
@@ -80,37 +145,45 @@ def as_head(
     parts, whole = {"kernel": kernel, "bias": bias}, {"hidden": hidden}
     axis_name = _checks.as_axis_name(function, axis_name, parts, whole)
     _checks.check_mesh(function, hidden, kernel)
-    layout = layout_of(hidden, kernel)
-    total = accumulation_dtype(dtype)
     if weights is not None:
         weights = _checks.as_inexact(function, "weights", weights)
         _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")
-        weights = merged_tokens(layout, weights.astype(total))
     _checks.check_choice(function, "reduction", reduction, ("mean", "sum", None))
     if denominator is not None:
         if reduction != "mean":
             raise ValueError(
                 f'{function}: denominator needs reduction="mean"; got reduction={reduction!r}'
             )
-        denominator = _checks.as_scalar(function, "denominator", denominator).astype(total)
+        denominator = _checks.as_scalar(function, "denominator", denominator)
     _checks.check_precision(function, precision)
     if chunk_size is not None:
         _checks.check_count(function, "chunk_size", chunk_size)
-    hidden = laid_out(hidden.astype(dtype), layout.spec(*layout.tokens, None))
-    rows, kernel = merged_tokens(layout, hidden), kernel.astype(dtype)
-    return Head(shape, rows, kernel, bias, weights, reduction, denominator, layout, axis_name)
+    return Head(
+        hidden,
+        kernel,
+        bias,
+        weights,
+        denominator,
+        shape,
+        reduction,
+        layout_of(hidden, kernel),
+        axis_name,
+        tuple(precision) if isinstance(precision, list) else precision,
+    )
 
 
-def as_per_token(function, name, value, head):
+def as_per_token(function: str, name: str, value: ArrayLike, head: Head) -> jax.Array:
+    """An array with something for each token."""
     value = _checks.as_array(function, name, value)
-    tokens = len(head.shape)
     axes = f"the first axes of {name}"
-    _checks.check_shape(function, axes, value.shape[:tokens], head.shape, "the tokens of hidden")
-    return merged_tokens(head.layout, value)
+    first = value.shape[: len(head.shape)]
+    _checks.check_shape(function, axes, first, head.shape, "the tokens of hidden")
+    return value
 
 
-def as_token_labels(function, labels, head):
+def as_token_labels(function: str, labels: ArrayLike, head: Head) -> jax.Array:
+    """One label a token."""
     labels = _checks.as_labels(function, "labels", labels)
     _checks.as_axis_name(function, head.axis_name, {}, {"labels": labels})
     _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
-    return merged_tokens(head.layout, labels)
+    return labels

@@ -7,31 +7,21 @@ _token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from . import _checks, _token_chunks, _vocabulary_blocks
-from ._cross_entropy import LogProbs, as_log_probs
+from . import _checks
+from ._cross_entropy import LogProbs
 from ._head import Reduction, as_head, as_per_token, as_token_labels
-from ._numerics import accumulation_dtype
-from ._options import as_options, label_index, label_weights, token_losses, wanted_by
+from ._head_programs import any_loss, cross_entropy, log_probs
+from ._options import as_options
 from ._rules import OF_HEADS, scope
-from ._sharding import AxisName, axis_names, laid_out, manual_axes, shard_count, varying
-from ._statistics import Wanted, token_statistics
+from ._sharding import AxisName
 from ._transform import as_transform
-
-# Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
-# reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
-# suffice a CPU, an accelerator wants as many as the budget allows.
-_BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
-_LEAST, _MOST = 256, 4096
-_BLOCK = 2048
 
 
 def linear_loss(
@@ -56,12 +46,16 @@ def linear_loss(
     Args:
       loss_fn: `loss_fn(logits, *args) -> losses` for a chunk: `logits [c, V]` in float32 (float64
         for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
-        treat tokens independently. Arrays it closes over may be traced and differentiated.
+        treat tokens independently. What it closes over may be traced: arrays of any dtype, keys;
+        and differentiated. Outside `jit` all functions that trace alike are one program, compiled
+        once; one with a custom derivative of its own has it to be inside `jax.jit` for that.
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
       *token_args: arrays `[*tokens, ...]` that go to `loss_fn`.
       bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by.
+      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
+        whatever it holds: what is not finite in its `hidden`, `token_args`, loss or gradient is no
+        part of a sum. The derivative by that weight is the loss, or 0 if anything is not finite.
       reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
@@ -71,7 +65,9 @@ def linear_loss(
       chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
         56 MiB on a CPU and 448 MiB elsewhere (JAX's default backend counts), from 256 to 4096.
         Never more than asked for; any number of tokens fits. Where an explicit mesh shards tokens
-        or classes, each of its devices has chunks of `c` tokens, and V counts its classes.
+        or classes, each of its devices has chunks of `c` tokens, and V counts its classes. Where an
+        automatic one may, all devices together have, and `c` is a multiple of their number, unless
+        fewer tokens are asked for, or all are in one chunk.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -95,8 +91,9 @@ def linear_loss(
     is the result itself. A CPU adds up to 16 MiB, and in half precision keeps a chunk's float32
     logits where d_kernel will be: `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that
     multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in
-    float32, with a kernel of that, `4·H·V`. Each chunk reads and writes
-    the accumulator: time is lost where c is far below the operations a byte of the device.
+    float32, with a kernel of that, `4·H·V`. float16 takes up to `4·c·V` more: its d_logits are
+    divided by a power of two first, as large as they are. Each chunk reads and writes the
+    accumulator: time is lost where c is far below the operations a byte of the device.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -120,9 +117,9 @@ def linear_loss(
         chunk_size=chunk_size,
         precision=precision,
     )
-    args = [as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args)]
+    args = tuple(as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args))
     with scope(name, OF_HEADS):
-        return _linear_loss(loss_fn, head, args, chunk_size, precision)
+        return any_loss(loss_fn, head, args, chunk_size)
 
 
 def linear_softmax_cross_entropy(
@@ -153,11 +150,14 @@ def linear_softmax_cross_entropy(
     Args:
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
-      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN.
+      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN;
+        in the divisor of a mean it has the class weight 1, so that other gradients stay.
       bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by.
+      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
+        whatever its `hidden` and label are. The derivative by that weight is the token's loss, or 0
+        if anything of it is not finite.
       ignore_index: a Python integer: tokens with this label have loss 0 and gradient exactly 0,
-        and leave the mean.
+        whatever their `hidden` holds, and leave the mean.
       class_weights: `[V]`: what the loss of each class is multiplied by, as in PyTorch.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C` over the C classes that
         are not at −inf.
@@ -170,8 +170,9 @@ def linear_softmax_cross_entropy(
       denominator: a scalar that replaces that divisor, a global token count, say.
       gradients: "in_forward" makes the gradient in the forward pass, as `linear_loss` does: the
         fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
-        `linear_log_probs` does: a product more, for the least memory. "auto" is "in_forward"
-        with a reduction and "recompute" without.
+        `linear_log_probs` does: a product more, for the least memory (with `weights` or
+        `ignore_index` it holds a copy of `hidden`). "auto" is "in_forward" with a reduction and
+        "recompute" without.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
@@ -225,33 +226,9 @@ def linear_softmax_cross_entropy(
         axis_name=axis_name,
         classes=head.kernel.shape[1],
     )
-    # The derivative of what is the same on all devices is summed over them once, here.
-    axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
-    options = jax.tree.map(lambda x: varying(x, axes - axis_names(axis_name)), options)
-    if options.class_weights is not None:
-        of_classes = head.layout.spec(head.layout.classes)
-        options = options._replace(class_weights=laid_out(options.class_weights, of_classes))
-    counts = label_weights(labels, ignore_index, options.class_weights, axis_name)
-    head = head._replace(counts=counts)
-    of_labels = [] if options.class_weights is None else [counts]
-    u = options.class_weights if options.label_smoothing is not None else None
-    wanted = wanted_by(options, axis_name)
-
-    def losses(statistics, labels, weights=None):
-        return token_losses(statistics, labels, weights, ignore_index, options)
-
-    def loss_fn(logits, labels, *of_labels):
-        index = label_index(labels, logits.shape[-1] * shard_count(axis_name), ignore_index)
-        summed = token_statistics(wanted).reverse
-        return losses(summed(logits, index, options.transform, u), labels, *of_labels)
-
+    in_forward = gradients == "in_forward" or (gradients == "auto" and reduction is not None)
     with scope(name, OF_HEADS):
-        if gradients == "in_forward" or (gradients == "auto" and reduction is not None):
-            return _linear_loss(loss_fn, head, [labels, *of_labels], chunk_size, precision)
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, ignore_index, options.transform, u)
-        out = losses(statistics, labels, *of_labels)
-        return head.unreduced(out) if reduction is None else head.reduced(out)
+        return cross_entropy(in_forward, ignore_index, head, labels, options, chunk_size)
 
 
 def linear_log_probs(
@@ -303,7 +280,8 @@ def linear_log_probs(
         float32 operands   4·N·b + 4·N·H + 8·H·b
         half precision     6·N·b + 8·N·H + 6·H·b
 
-    On a CPU with JAX 0.10, bfloat16 keeps a copy of d_kernel, `2·H·V`, beside half of that or more.
+    float16 takes up to `4·N·b` more (see `linear_loss`). On a CPU with JAX 0.10, bfloat16 keeps a
+    copy of d_kernel, `2·H·V`, beside half of that or more.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -325,56 +303,4 @@ def linear_log_probs(
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
-        wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
-        plan = _vocabulary_blocks.Plan(chunk_size or _BLOCK, precision, wanted, head.layout)
-        statistics = _token_statistics(plan, head, labels, None, transform, None)
-        return as_log_probs(jax.tree.map(head.unreduced, statistics))
-
-
-def _linear_loss(loss_fn, head, args, chunk_size, precision):
-    dtype = accumulation_dtype(head.hidden.dtype)
-    n, classes = head.hidden.shape[0], head.kernel.shape[1]
-    if n == 0:
-        losses = jnp.zeros(0, dtype)
-        return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
-    layout = head.layout
-    n, classes = n // math.prod(layout.token_shards), classes // layout.class_shards
-    chunks = -(-n // (chunk_size or _tokens_in_a_chunk(classes)))
-    plan = _token_chunks.Plan(loss_fn, -(-n // chunks), precision, layout)
-    operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), ())
-    example = _token_chunks.example(plan, operands)
-    axes = _checks.loss_axes("linear_loss", loss_fn, example, head.axis_name)
-    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
-    args = tuple(varying(a, axes) if is_real(a) else a for a in args)
-    operands = operands._replace(args=args)
-    example = _token_chunks.example(plan, operands)
-    # What the loss closes over becomes an argument: it may be traced, and differentiated.
-    loss_fn, consts = jax.closure_convert(loss_fn, *example)
-    consts = tuple(map(jnp.asarray, consts))
-    plan, operands = plan._replace(loss_fn=loss_fn), operands._replace(consts=consts)
-    if head.reduction is None:
-        return head.unreduced(_token_chunks.losses(plan, operands))
-    if any(is_real(c) and not axes <= manual_axes(c) for c in consts):
-        # In `shard_map`, of what is the same on all devices: its cotangents come summed over them,
-        # too late for another factor on each.
-        return head.reduced(_token_chunks.losses(plan, operands))
-    weights = head.weights
-    if weights is None:
-        weights = laid_out(jnp.ones(head.hidden.shape[:1], dtype), layout.spec(layout.token_axes))
-    # Divided first, d_kernel is finished by the loop and handed out where it lies.
-    return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
-
-
-def _tokens_in_a_chunk(classes):
-    budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
-    return min(max(budget // (4 * classes), _LEAST), _MOST)
-
-
-def _token_statistics(plan, head, labels, ignore_index, transform, class_weights):  # noqa: PLR0917
-    index = label_index(labels, head.kernel.shape[1] * shard_count(head.axis_name), ignore_index)
-    return _vocabulary_blocks.linear_statistics(
-        plan,
-        _vocabulary_blocks.Operands(
-            head.hidden, head.kernel, head.bias, transform, class_weights, index
-        ),
-    )
+        return log_probs(with_entropy, head, labels, transform, chunk_size)

@@ -2,7 +2,6 @@
 """What both orders of the linear head share: the product, and which operands are differentiated."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -43,25 +42,32 @@ def dot(a, b, contract, precision, spec=None):
     )
 
 
-def without_scale(g: Any, dtype: jnp.dtype) -> tuple[Any, jax.Array | None]:
-    """Cotangents for operands of `dtype`, and what they were divided by: see `times`; None for 1.
+def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x [N, …]` with 0 for what is not finite where the weight is 0, and 0 · NaN would be NaN."""
+    unused = jnp.expand_dims(weights == 0, tuple(range(1, x.ndim)))
+    return jnp.where(unused & ~jnp.isfinite(x), 0, x)
 
-    A power of two that leaves the largest between 8 and 16: float16, to which d_logits is rounded,
-    has no room below 6e-8, where ŷ over a mean's number of tokens would be 0. Multiplied back in
-    float32 nothing is lost.
+
+def rounded(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Cotangents in the operands' dtype, and what they were divided by: see `times`; None for 1.
+
+    float16 has room for 6e-8 to 65504, and the slope of a loss may be anything. A power of two that
+    brings the largest to between 2⁹ and 2¹⁰ keeps all digits of what is 2⁻²⁴ of that, and leaves
+    room for tangents of 64 times it. Multiplied back in float32 nothing is lost.
     """
     if dtype != jnp.float16:
-        return g, None
-    finite = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in jax.tree.leaves(g)]
-    largest = functools.reduce(jnp.maximum, [jnp.max(x, initial=0) for x in finite])
-    scale = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - 4)
-    scale = lax.stop_gradient(jnp.where(largest > 0, scale, jnp.ones_like(scale)))
-    return jax.tree.map(lambda x: x / scale, g), scale
+        return d.astype(dtype), None
+    size = lax.stop_gradient(jnp.abs(d))
+    largest = jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0)
+    exponent = jnp.maximum(jnp.frexp(largest)[1] - 10, -126)  # of a number that is not subnormal
+    scale = jnp.ldexp(jnp.ones_like(largest), exponent)
+    scale = jnp.where(largest > 0, scale, jnp.ones_like(scale))
+    return (d / scale).astype(dtype), scale
 
 
-def times(scale: jax.Array | None, tree: Any) -> Any:
-    """`tree` times the scale that its cotangents were divided by."""
-    return tree if scale is None else jax.tree.map(lambda d: scaled(d, scale), tree)
+def times(scale: jax.Array | None, d: jax.Array) -> jax.Array:
+    """`d` times what its cotangents were divided by."""
+    return d if scale is None else scaled(d, scale)
 
 
 def product(hidden, kernel, bias, precision):
@@ -70,15 +76,18 @@ def product(hidden, kernel, bias, precision):
     return logits if bias is None else logits + bias.astype(logits.dtype)[None]
 
 
-def add_product(total: jax.Array, a: jax.Array, b: jax.Array, precision: Any, spec: Any) -> Any:
-    """`total [H, V] + aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
+def add_product(  # noqa: PLR0917
+    total: jax.Array, a: jax.Array, b: jax.Array, scale: Any, precision: Any, spec: Any
+) -> Any:
+    """`total [H, V] + scale · aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
 
     def whole(total, a, b):
-        return total + dot(a, b, ((0,), (0,)), precision, spec)
+        return total + times(scale, dot(a, b, ((0,), (0,)), precision, spec))
 
     def by_block(total, a, b):
         classes = total.shape[1]
-        rows = max(1, *a.shape)  # of the product, and of the columns that go into it
+        # Of the product, and of the columns that go into it, unless an export does not know it.
+        rows = max(1, *(size for size in a.shape if isinstance(size, int)))
         size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
 
         def step(start, size, total):

@@ -32,6 +32,14 @@ def is_local(*arrays: jax.Array) -> bool:
     )
 
 
+def unseen_devices() -> int:
+    """Over how many devices an automatic mesh may spread an array here, which no type tells."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+
+
 def manual_axes(*arrays: Any) -> frozenset[str]:
     """The mesh axes of `shard_map` over which any of the arrays varies."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
@@ -64,7 +72,8 @@ class Layout(NamedTuple):
     """How an explicit mesh shards a head: the mesh axes of each token axis, and of the classes.
 
     Nothing, where the mesh is automatic or there is none. A mesh axis of the tokens shards nothing
-    of the kernel within: the kernel is gathered over it, as over those of its hidden axis.
+    of the kernel within: the kernel is gathered over it, as over those of its hidden axis. A mesh
+    axis of one device shards nothing, and is named by the results alone.
     """
 
     tokens: tuple[tuple[str, ...], ...] = ()
@@ -72,6 +81,7 @@ class Layout(NamedTuple):
     token_shards: tuple[int, ...] = ()
     class_shards: int = 1
     mesh: Any = None  # None where it has no explicit axes
+    named: tuple[Any, ...] = ()  # `tokens` as the arguments have them
 
     @property
     def sharded(self) -> bool:
@@ -122,10 +132,11 @@ def layout_of(hidden: jax.Array, kernel: jax.Array) -> Layout:
     def shards(axes):
         return math.prod(mesh.shape[a] for a in axes)
 
-    tokens = tuple(map(axes, of_hidden.spec[:-1]))
+    named = tuple(of_hidden.spec[:-1])
+    tokens = tuple(map(axes, named))
     classes = tuple(a for a in axes(of_kernel.spec[1]) if a not in sum(tokens, ()))
     explicit = mesh if mesh.explicit_axes else None
-    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit)
+    return Layout(tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit, named)
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -249,7 +260,8 @@ def unmerged_tokens(layout: Layout, x: jax.Array, tokens: tuple[int, ...]) -> ja
     x = jnp.reshape(x, (*shards, *sizes), out_sharding=spec)
     order = [i for axis in range(count) for i in (axis, count + axis)]
     x = jnp.transpose(x, order)
-    return jnp.reshape(x, tokens, out_sharding=layout.spec(*layout.tokens))
+    x = jnp.reshape(x, tokens, out_sharding=layout.spec(*layout.tokens))
+    return laid_out(x, layout.spec(*layout.named))
 
 
 def _shards_first(count, rest):

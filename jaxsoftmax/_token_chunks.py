@@ -2,26 +2,28 @@
 """The linear head by chunks of tokens: any per-token loss, its gradient with the logits at hand."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._products import add_product, dot, opened, product, times, without_scale
+from ._closures import Closed
+from ._products import add_product, dot, finite_if_counted, opened, product, rounded, times
 from ._sharding import Layout, laid_out, laid_out_like, manual_axes, summed_as, varying
 
 
 class Plan(NamedTuple):
     """What is fixed while tracing."""
 
-    loss_fn: Callable[..., jax.Array]  # (logits [c, V], *args [c, ...], *consts) -> [c]
+    loss: Closed | None  # (consts, logits [c, V], *args [c, ...]) -> [c]
     size: int  # tokens in a chunk, of each shard of the tokens
     precision: Any
     layout: Layout
+    weighted: bool = False  # weights may be 0, and then the loss need not be finite
 
 
 class Operands(NamedTuple):
@@ -37,25 +39,35 @@ class Operands(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sum(plan, operands, weights):
     """Σ weights · loss over the tokens: one number."""
-    return jnp.sum(_over_chunks(plan, operands) * weights)
+    return jnp.sum(_counted(plan, _over_chunks(plan, operands), weights) * weights)
 
 
 # The gradient is made in the forward pass: three products a chunk. The backward pass scales it.
 def _weighted_sum_fwd(plan, operands, weights):
     operands, live = opened(operands)
-    values, gradients = _gradients_over_chunks(plan, operands, weights.value, live)
-    return jnp.sum(values * weights.value), (gradients, values, operands, weights.value)
+    weights = weights.value
+    values, gradients = _gradients_over_chunks(plan, operands, weights, live)
+    values = _counted(plan, values, weights)
+    return jnp.sum(values * weights), (gradients, values, operands, weights)
 
 
 def _weighted_sum_bwd(plan, residuals, g):
     gradients, values, operands, weights = residuals
     g = _instantiated(g)
-    return _as_operands(jax.tree.map(lambda d: g * d, gradients), operands), summed_as(
-        g * values, weights
-    )
+
+    def scaled(d):
+        dtype = np.promote_types(d.dtype, g.dtype)
+        return g.astype(dtype) * d.astype(dtype)
+
+    gradients = _as_operands(jax.tree.map(scaled, gradients), operands)
+    return gradients, summed_as(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
+
+
+def _counted(plan, losses, weights):
+    return finite_if_counted(losses, weights) if plan.weighted else losses
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,22 +102,19 @@ def _over_chunks(plan, operands, *, differentiated=False):
     def body(_, xs):
         hidden, args = xs
         logits = product(hidden, kernel, bias, plan.precision)
-        loss_fn = lambda logits: plan.loss_fn(logits, *args, *operands.consts)  # noqa: E731
-        return None, jax.vjp(loss_fn, logits)[0] if differentiated else loss_fn(logits)
+        loss = lambda logits: plan.loss(operands.consts, logits, *args)  # noqa: E731
+        values = jax.vjp(loss, logits)[0] if differentiated else loss(logits)
+        return None, values.astype(logits.dtype)
 
     losses = lax.scan(body, None, chunked(plan, (operands.hidden, operands.args)))[1]
     return _unchunked(plan, losses, operands.hidden.shape[0])
 
 
-def example(plan: Plan, operands: Operands) -> list[Any]:
-    """Shapes of what `loss_fn` gets of a chunk, with the mesh axes that shard it."""
-
-    def first(operands):
-        kernel, bias = _gathered(plan, operands)
-        hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
-        return [product(hidden, kernel, bias, None), *args]
-
-    return jax.eval_shape(first, operands)
+def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
+    """What the loss gets of a chunk: its logits, and its part of the arguments."""
+    kernel, bias = _gathered(plan, operands)
+    hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
+    return [product(hidden, kernel, bias, plan.precision), *args]
 
 
 def _gathered(plan, operands):
@@ -131,50 +140,37 @@ def _gradients_over_chunks(plan, operands, g, live):
     axes = manual_axes(g, *jax.tree.leaves(operands))
     head_live = live.hidden or live.kernel or live.bias
 
-    g, scale = without_scale(g, kernel.dtype)
-
     def zeros_if(flag, array, spec):
         return laid_out(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
 
     def zeros_like_if(flag, array):
         # Its cotangents come summed over the axes that it does not vary over.
-        zeros = varying(jnp.zeros(array.shape, dtype), manual_axes(array))
-        return laid_out_like(zeros, array) if flag else None
+        if not flag:
+            return None
+        zeros = jnp.zeros(array.shape, np.promote_types(array.dtype, dtype))
+        return laid_out_like(varying(zeros, manual_axes(array)), array)
 
     def body(sums, xs):
         hidden, args, g = xs
         logits = product(hidden, kernel, bias, plan.precision)
-        primals = (logits, *args, *operands.consts)
         flags = (head_live, *live.args, *live.consts)
-        chosen = [i for i, flag in enumerate(flags) if flag]
-
-        def loss(*active):
-            full = list(primals)
-            for i, value in zip(chosen, active, strict=True):
-                full[i] = value
-            return plan.loss_fn(*full)
-
-        values, pull = jax.vjp(loss, *(primals[i] for i in chosen))
-        g = varying(g.astype(values.dtype), manual_axes(values))
-        d = dict(zip(chosen, pull(g), strict=True))
+        values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, flags)
         d_hidden = None
         d_kernel, d_bias, d_consts = sums
         if head_live:
             if live.bias:
-                d_bias = d_bias + lax.reduce_sum(d[0], (0,), out_sharding=of_bias)
-            d_logits = d[0].astype(kernel.dtype)
+                d_bias = d_bias + lax.reduce_sum(d, (0,), out_sharding=of_bias)
+            d_logits, scale = rounded(d, kernel.dtype)
             if live.hidden:
                 spec = layout.spec(tokens, None, unreduced=classes)
-                d_hidden = dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec)
+                d_hidden = times(scale, dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec))
             if live.kernel:
-                d_kernel = add_product(d_kernel, hidden, d_logits, plan.precision, of_kernel)
-        first = 1 + len(args)
-        d_args = tuple(d.get(1 + i) for i in range(len(args)))
+                d_kernel = add_product(d_kernel, hidden, d_logits, scale, plan.precision, of_kernel)
         d_consts = tuple(
-            None if total is None else total + laid_out_like(d[first + i].astype(dtype), total)
-            for i, total in enumerate(d_consts)
+            None if total is None else total + laid_out_like(own.astype(total.dtype), total)
+            for total, own in zip(d_consts, d_of_consts, strict=True)
         )
-        return (d_kernel, d_bias, d_consts), (values, d_hidden, d_args)
+        return (d_kernel, d_bias, d_consts), (values.astype(dtype), d_hidden, d_args)
 
     sums = (
         zeros_if(live.kernel, kernel, of_kernel),
@@ -195,7 +191,26 @@ def _gradients_over_chunks(plan, operands, g, live):
     if d_bias is not None:
         d_bias = laid_out(d_bias, layout.spec(classes))
     gradients = Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
-    return values, times(scale, gradients)
+    return values, gradients
+
+
+def _pulled(plan, logits, args, consts, g, flags):  # noqa: PLR0917
+    """The losses of a chunk, and of all flagged that they are made of the cotangents, else None."""
+    primals, first = (logits, *args, *consts), 1 + len(args)
+    chosen = [i for i, flag in enumerate(flags) if flag]
+
+    def loss(*active):
+        full = list(primals)
+        for i, value in zip(chosen, active, strict=True):
+            full[i] = value
+        return plan.loss(full[first:], *full[:first])
+
+    values, pull = jax.vjp(loss, *(primals[i] for i in chosen))
+    g = varying(g.astype(values.dtype), manual_axes(values))
+    ds: list[Any] = [None] * len(primals)
+    for i, d in zip(chosen, pull(g), strict=True):
+        ds[i] = finite_if_counted(d, g) if plan.weighted and i < first else d
+    return values, ds[0], tuple(ds[1:first]), tuple(ds[first:])
 
 
 def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
@@ -214,9 +229,11 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
         chunks, of_rest = -(-n // size), layout.rest(x, 1)
         spec = layout.spec(layout.token_axes, None, *of_rest)
         x = jnp.reshape(x, (shards, n, *rest), out_sharding=spec)
-        if missing := chunks * size - n:
+        missing = chunks * size - n
+        if missing != 0:  # or it is symbolic, in an export, and may be 0
             last = x[:, -1:] if of_last else jnp.zeros_like(x[:, -1:])
-            x = jnp.concatenate([x, jnp.repeat(last, missing, axis=1)], axis=1)
+            last = jnp.broadcast_to(last, (shards, missing, *rest))
+            x = jnp.concatenate([x, last], axis=1)
         spec = layout.spec(layout.token_axes, None, None, *of_rest)
         x = jnp.moveaxis(jnp.reshape(x, (shards, size, chunks, *rest), out_sharding=spec), 2, 0)
         spec = layout.spec(None, layout.token_axes, *of_rest)
@@ -232,10 +249,11 @@ def _unchunked(plan, y, n):
     shards = math.prod(layout.token_shards)
     rest, of_rest = y.shape[2:], layout.rest(y, 2)
     spec = layout.spec(None, layout.token_axes, None, *of_rest)
-    y = jnp.reshape(y, (y.shape[0], shards, plan.size, *rest), out_sharding=spec)
+    chunks = y.shape[0]
+    y = jnp.reshape(y, (chunks, shards, plan.size, *rest), out_sharding=spec)
     y = jnp.moveaxis(y, 0, 2)
     spec = layout.spec(layout.token_axes, None, *of_rest)
-    y = jnp.reshape(y, (shards, -1, *rest), out_sharding=spec)[:, : n // shards]
+    y = jnp.reshape(y, (shards, plan.size * chunks, *rest), out_sharding=spec)[:, : n // shards]
     return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._numerics import accumulation_dtype
-from ._products import dot, opened, product, times, without_scale
+from ._products import dot, opened, product, rounded, times
 from ._sharding import (
     Layout,
     as_bits,
@@ -84,7 +84,7 @@ def _forward(plan, operands):
         both = jax.tree.map(lambda *pair: jnp.stack(pair), rows, own)
         return combined(both, partial(jnp.max, axis=0, keepdims=True), _sums(0))
 
-    none = Rows(zeros - jnp.inf, zeros + jnp.nan, zeros)
+    none = Rows(zeros - jnp.inf, zeros, zeros)
     if wanted.entropy:
         none = none._replace(gaps=zeros)
     if wanted.spread:
@@ -115,7 +115,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     tokens, classes = layout.token_axes, layout.classes
     operands = _by_shard(plan, given)
     hidden, kernel, bias, transform, weights, labels = operands
-    g, scale = without_scale(poisoned(live(cotangents), labels), kernel.dtype)
+    g = poisoned(live(cotangents), labels)
     unused = unused_rows(g, rows.r)
     rows, g, unused, labels = _of_rows(plan, (rows, g, unused, labels))
     dtype = rows.m.dtype
@@ -139,9 +139,9 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         d_transform = jax.tree.map(jnp.add, d_transform, d)
         if asked.bias:
             d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
-            d = times(scale, d).astype(bias.dtype)
-            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d, start, axis=-1)
-        d_raw = _joined(plan, d_raw.astype(kernel.dtype), layout.spec(tokens, classes))
+            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d.astype(bias.dtype), start, axis=-1)
+        d_raw, scale = rounded(d_raw, kernel.dtype)
+        d_raw = _joined(plan, d_raw, layout.spec(tokens, classes))
         if asked.kernel:
             spec = layout.spec(None, classes, unreduced=tokens)
             d = dot(hidden, d_raw, ((0,), (0,)), plan.precision, spec)
@@ -153,7 +153,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
                 plan, slice_in_loop(kernel, start, size, axis=-1), layout.spec(None, classes)
             )
             d = dot(d_raw, block, ((1,), (1,)), plan.precision, of_hidden)
-            d_hidden = d_hidden + d
+            d_hidden = d_hidden + times(scale, d)
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
     start = (
@@ -165,7 +165,6 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     )
     sums = _over_blocks(plan, step, jax.tree.map(everywhere, start), kernel.shape[-1])
     d_hidden, d_kernel, d_bias, d_transform, d_weights = sums
-    d_hidden, d_transform, d_weights = times(scale, (d_hidden, d_transform, d_weights))
     d_kernel = None if d_kernel is None else from_bits(d_kernel, kernel.dtype)
     d_kernel = _joined(plan, d_kernel, layout.spec(None, classes, unreduced=tokens))
     d_bias = _joined(plan, d_bias, layout.spec(classes, unreduced=tokens))

@@ -7,6 +7,7 @@ nothing but sums of one number a token.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layouts import AXES, LAYOUTS, Layout, mesh_of, tpu_devices
+from layouts import AXES, LAYOUTS, Layout, mesh_of, names, tpu_devices
 
 import jaxsoftmax
 from bench.collectives import Collective, collectives
@@ -180,3 +181,65 @@ def test_data_and_vocabulary_on_an_automatic_mesh_of_tpus():
     d_kernel = [one for one in found for dims in one.dims if role(dims) == "kernel"]
     assert [one.kind for one in d_kernel] == ["all-reduce"]
     assert not d_kernel[0].in_loop
+
+
+def operations(mesh, layout, sizes, chunk_size, *, told=False):
+    """How many times a device's share of the three products one device does, of the whole loop."""
+    batch, sequence, width, classes = sizes
+    chunks = set()
+
+    def loss(logits, labels):
+        chunks.add(logits.shape[0])
+        return jaxsoftmax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    head: Any = functools.partial(jaxsoftmax.linear_loss, loss, chunk_size=chunk_size)
+    if told:
+        head = jax.sharding.explicit_axes(head, in_sharding=specs(layout))
+    platform = mesh.devices.flat[0].platform
+    shapes = ((batch, sequence, width), (width, classes), (batch, sequence))
+    with jax.set_mesh(mesh):
+        arguments = [
+            jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+            for shape, kind, spec in zip(
+                shapes, (jnp.bfloat16, jnp.bfloat16, jnp.int32), specs(layout), strict=True
+            )
+        ]
+        step = jax.jit(jax.value_and_grad(head, argnums=(0, 1)))
+        compiled = step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+    (chunk,) = chunks
+    tokens = batch * sequence
+    axes = (*layout.token_axes, *names(layout.classes))
+    shards = math.prod(mesh.shape[axis] for axis in layout.token_axes) if told else 1
+    loops = -(-tokens // (chunk * shards))  # of which XLA counts one
+    share = 6 * tokens * width * classes / math.prod(mesh.shape[axis] for axis in axes)
+    return loops * (compiled.cost_analysis() or {})["flops"] / share
+
+
+SPREAD = Layout(tokens=(AXES, None))
+UNTOLD = {
+    "data over all devices": SPREAD,
+    "data over two axes and vocabulary": Layout((("data", "fsdp"), None), (None, "vocab")),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [250, 400])
+@pytest.mark.parametrize("layout", UNTOLD.values(), ids=list(UNTOLD))
+def test_each_device_does_its_share_on_an_automatic_mesh_of_cpus(layout, chunk_size):
+    """Of any number of tokens, 8 times 211, which no chunk divides."""
+    sizes = (8, 211, 256, 2048)
+    # The softmax and the padding are a few hundredths beside products of width 256.
+    assert operations(mesh_of(AxisType.Auto), layout, sizes, chunk_size) < 1.1
+
+
+def test_each_device_does_its_share_where_the_sequence_is_sharded():
+    """Which an automatic mesh cannot, unless it is told."""
+    layout, mesh = Layout(tokens=("data", ("fsdp", "vocab"))), mesh_of(AxisType.Auto)
+    sizes = (8, 212, 256, 2048)
+    assert operations(mesh, layout, sizes, 50, told=True) < 1.1
+    assert operations(mesh, layout, sizes, 400) > 2
+
+
+@pytest.mark.parametrize("layout", UNTOLD.values(), ids=list(UNTOLD))
+def test_each_device_does_its_share_on_an_automatic_mesh_of_tpus(layout):
+    mesh = tpu_mesh("v5e:2x4", AxisType.Auto)
+    assert operations(mesh, layout, (8, 1021, 1024, 16000), 3670) < 1.05

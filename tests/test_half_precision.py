@@ -5,7 +5,7 @@ Losses come in float32 and are within its bounds. `assert_within` allows a half-
 what rounding anything within the float32 bounds gives.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -234,3 +234,97 @@ def test_heads_of_more_classes_than_float16_can_count(gradients):
     ds = check_head(gradients, (hidden, kernel, bias, labels))
     check_head(gradients, (0 * hidden, kernel, bias, labels))
     assert all(np.isfinite(d).all() for d in ds)
+
+
+# Slopes of all sizes: the head in float16 is that in float32, its d_logits rounded once. Hidden
+# states and kernel are diagonal, so that every gradient's entry is one product.
+H16 = np.float16
+STEEP: dict[str, dict[str, Any]] = {
+    "class weights": {"class_weights": np.full(4, 1e4, np.float32)},
+    "larger class weights": {"class_weights": np.full(4, 1e30, np.float32), "denominator": 1e30},
+    "overflow": {"class_weights": np.full(4, 1e7, np.float32), "reduction": "sum"},
+    "half class weights": {"class_weights": np.full(4, 6e4, H16), "label_smoothing": H16(0.1)},
+    "z-loss": {"z_loss": H16(1e4)},
+    "temperature": {"temperature": np.float32(1e-4)},
+    "half temperature": {"temperature": H16(1e-4)},
+    "half soft cap": {"soft_cap": H16(1e-3), "class_weights": np.full(4, 6e4, H16)},
+    "flat": {"denominator": np.float32(1e12), "weights": np.full(4, 1e6, np.float32)},
+    "half denominator": {"denominator": H16(6e4)},
+}
+
+
+def assert_rounded_once_and_cast(got, want):
+    """Twice half an ulp, of products of one term; what float16 cannot hold is infinite."""
+    for x, true in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        # The largest that rounds to 65504: the next, 65536, would be infinity.
+        large = (np.abs(true) >= 65520) & (x.dtype == H16)
+        held = np.where(large, np.copysign(np.inf, true), true)
+        np.testing.assert_allclose(x.astype(np.float32), held, rtol=2**-9, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_float16_heads_take_slopes_of_all_sizes(name):
+    hidden = np.eye(4, dtype=H16)
+    kernel = np.diag([0.5, -1, 2, 0.25])
+    labels = np.arange(4, dtype=np.int32)
+
+    @partial(jax.jit, static_argnames="gradients")
+    def run(hidden, kernel, options, gradients):
+        fixed = {k: v for k, v in STEEP[name].items() if k == "reduction"}
+
+        def f(hidden, kernel, options):
+            return js.linear_softmax_cross_entropy(
+                *(hidden, kernel, labels), gradients=gradients, chunk_size=2, **options, **fixed
+            )
+
+        return jax.grad(f, (0, 1, 2))(hidden, kernel, options)
+
+    options = {k: np.asarray(v) for k, v in STEEP[name].items() if k != "reduction"}
+    wide = {k: v.astype(np.float32) for k, v in options.items()}
+    want = run(hidden.astype(np.float32), kernel.astype(np.float32), wide, "recompute")
+    for gradients in ("in_forward", "recompute"):
+        assert_rounded_once_and_cast(run(hidden, kernel.astype(H16), options, gradients), want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", None])
+@pytest.mark.parametrize("slope", [1e-6, 1.0, 1e4, 1e30])
+def test_any_loss_of_any_slope_in_float16(reduction, slope):
+    """d_kernel = slope/2 · 2 l · h: the slope is taken back by the weights, after the loss."""
+    hidden, kernel = np.array([[1], [0.5]], H16), np.array([[5000, 3]], H16)
+
+    def total(hidden, kernel):
+        def loss(z):
+            return slope * jnp.sum(z**2, axis=-1)
+
+        weights = np.full(2, 1e-4 / slope, np.float32)
+        options = {"weights": weights, "reduction": reduction}
+        if reduction == "mean":
+            options["denominator"] = 1
+        return jnp.sum(js.linear_loss(loss, hidden, kernel, **options))
+
+    d_hidden, d_kernel = jax.grad(total, (0, 1))(hidden, kernel)
+    h, k = (a.astype(np.float64) for a in (hidden, kernel))
+    d = 2e-4 * (h @ k)
+    np.testing.assert_allclose(d_hidden.astype(float), d @ k.T, rtol=2**-9)
+    np.testing.assert_allclose(d_kernel.astype(float), h.T @ d, rtol=2**-9)
+
+
+@both_ways
+def test_second_derivatives_of_float16_heads(gradients):
+    """A tangent of d_logits has the scale of d_logits, and room for 64 times that."""
+    hidden, kernel, bias, labels = problem(5, 3, 7, H16)
+
+    def slopes(hidden):
+        def f(h):
+            return js.linear_softmax_cross_entropy(
+                h, kernel.astype(h.dtype), labels, bias=bias, gradients=gradients, chunk_size=2
+            )
+
+        return jax.grad(f)(hidden)
+
+    tangent = np.cos(np.arange(hidden.size)).reshape(hidden.shape).astype(H16)
+    got = jax.jvp(slopes, (hidden,), (tangent,))[1]
+    want = jax.jvp(slopes, (hidden.astype(np.float32),), (tangent.astype(np.float32),))[1]
+    np.testing.assert_allclose(
+        got.astype(np.float32), want, rtol=0, atol=2**-8 * np.abs(want).max()
+    )

@@ -2,6 +2,7 @@
 """The linear head against the plain one in float64, whatever the chunks; and what it computes."""
 
 import contextlib
+import functools
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import on_device
+from jax import export
 
 import jaxsoftmax
 
@@ -98,11 +100,18 @@ def test_losses_and_gradients_whatever_the_chunks(shape, reduction, gradients):
 
 @pytest.mark.parametrize(("backend", "mebibytes"), [("cpu", 56), ("gpu", 448), ("tpu", 448)])
 @pytest.mark.parametrize("classes", [100, 10_000, 50_257, 1_000_000])
-def test_the_default_chunk_is_the_documented_one(monkeypatch, classes, backend, mebibytes):
-    """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two."""
+@pytest.mark.parametrize("devices", [1, 8, 12, 600])
+def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes, backend, mebibytes):
+    """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two.
+
+    Where there are more devices, multiples of their number.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
-    for tokens, chunk in ((most, most), (most + 1, -(-(most + 1) // 2))):
+    most = max(most // devices, 1) * devices
+    half = -(-(most + 1) // 2)
+    for tokens, chunk in ((most, most), (most + 1, -(-half // devices) * devices)):
         seen = set()
 
         def loss(logits, seen=seen):
@@ -422,19 +431,112 @@ def test_tokens_in_several_axes():
 def test_a_head_of_width_0_has_its_bias_for_logits(gradients):
     _, _, bias, _, labels = problem(5, 3, 10)
 
-    def head(bias):
+    def head(hidden, kernel, bias):
         return jaxsoftmax.linear_softmax_cross_entropy(
-            np.zeros((5, 0), np.float32),
-            np.zeros((0, 10), np.float32),
-            labels,
-            bias=bias,
-            gradients=gradients,
+            hidden, kernel, labels, bias=bias, gradients=gradients, chunk_size=2
         )
 
     losses, (_, _, d) = truth(np.zeros((5, 1)), np.zeros((1, 10)), bias, labels, np.full(5, 0.2))
-    value, got = jax.value_and_grad(head)(bias)
+    nothing = np.zeros((5, 0), np.float32), np.zeros((0, 10), np.float32)
+    value, got = jax.value_and_grad(head, (0, 1, 2))(*nothing, bias)
     np.testing.assert_allclose(value, losses.mean(), rtol=1e-6)
-    np.testing.assert_allclose(got, d, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got[2], d, rtol=1e-5, atol=1e-7)
+    assert [g.shape for g in got[:2]] == [a.shape for a in nothing]
+
+
+@pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_a_bad_label_is_one_token_of_a_mean_with_class_weights(gradients, bad):
+    """Its loss and its gradient are NaN, the others' what they are with 1 for its class weight."""
+    hidden, kernel, bias, weights, labels = problem(5, 3, 10)
+    class_weights = jnp.linspace(0.5, 2, 10)
+
+    def head(hidden, class_weights, labels):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            *(hidden, kernel, labels),
+            bias=bias,
+            weights=weights,
+            class_weights=class_weights,
+            gradients=gradients,
+            chunk_size=3,
+        )
+
+    step = jax.value_and_grad(head, (0, 1))
+    value, (d, d_weights) = step(hidden, class_weights, labels.at[2].set(bad))
+    assert np.isnan(value)
+    w, u = (np.asarray(a, np.float64) for a in (weights, class_weights))
+    counts = w * np.where(np.arange(5) == 2, 1, u[labels])
+    _, (expected, _, _) = truth(hidden, kernel, bias, labels, w * u[labels] / counts.sum())
+    others = np.arange(5) != 2
+    np.testing.assert_allclose(d[others], expected[others], rtol=1e-5, atol=1e-6)
+    assert np.isnan(d[2]).all()
+    # Of the mean's divisor each class has a share, whose derivative is that of a NaN mean.
+    assert np.isnan(d_weights[labels[others]]).all()
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_losses_of_any_dtype_come_in_that_of_sums(x64):
+    """Whatever `loss_fn` gives, reduced or not, with and without tokens."""
+    with jax.enable_x64(x64):
+        hidden, kernel = (np.ones(s, np.float64 if x64 else np.float16) for s in ((5, 3), (3, 10)))
+        for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+            for reduction in ("mean", None):
+                for n in (5, 0):
+
+                    def f(hidden, dtype=dtype, reduction: Any = reduction):
+                        loss = lambda z: z[:, 0].astype(dtype)  # noqa: E731
+                        return jaxsoftmax.linear_loss(loss, hidden, kernel, reduction=reduction)
+
+                    out, pull = jax.vjp(f, hidden[:n])
+                    assert out.dtype == (jnp.float64 if x64 else jnp.float32)
+                    assert pull(jnp.ones_like(out))[0].dtype == hidden.dtype
+
+
+def symbolic(*shape, dtype: Any = np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+_head = jaxsoftmax.linear_softmax_cross_entropy
+HEADS: dict[str, Any] = {
+    "in forward": _head,
+    "in forward, small chunks": functools.partial(_head, chunk_size=3),
+    "recompute": functools.partial(_head, gradients="recompute", chunk_size=3),
+    "log-probabilities": functools.partial(jaxsoftmax.linear_log_probs, with_entropy=True),
+    "any loss": functools.partial(
+        jaxsoftmax.linear_loss,
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        reduction=None,
+        chunk_size=3,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("anywhere", "in forward"), *(("one CPU device", name) for name in HEADS)],
+    indirect=["device"],
+)
+def test_value_and_gradient_exported_for_any_number_of_tokens(device, name):
+    """One program for cpu, cuda and tpu, of two axes of tokens whose sizes it does not know."""
+
+    def step(hidden, kernel, labels):
+        def total(hidden, kernel):
+            return sum(jnp.sum(x) for x in jax.tree.leaves(HEADS[name](hidden, kernel, labels)))
+
+        return jax.value_and_grad(total, (0, 1))(hidden, kernel)
+
+    batch, length = export.symbolic_shape("batch, length")
+    tokens = (batch, length)
+    exported = export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(
+        symbolic(*tokens, 4), symbolic(4, 10), symbolic(*tokens, dtype=np.int32)
+    )
+    _, kernel, *_ = problem(1, 4, 10)
+    for shape in ((1, 1), (5, 7)):
+        hidden, _, _, _, labels = problem(shape[0] * shape[1], 4, 10)
+        arguments = (hidden.reshape(*shape, 4), kernel, labels.reshape(shape))
+        got, want = exported.call(*arguments), jax.jit(step)(*arguments)
+        for x, true in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(x, true, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradients", ["in_forward", "recompute"])

@@ -41,10 +41,12 @@ LAYERS = [
     "_statistics",
     "_options",
     "_cross_entropy",
+    "_closures",
     "_products",
+    "_head",
     "_token_chunks",
     "_vocabulary_blocks",
-    "_head",
+    "_head_programs",
     "_linear",
 ]
 OUTSIDE = ("jaxsoftmax/training", "jaxsoftmax_command", "bench", "examples", "tests")

@@ -134,6 +134,12 @@ def test_label_outside(label):
     used = gradient(lambda x: integer(x, labels)[1:], X)
     assert (used[0] == 0).all()
     np.testing.assert_array_equal(used[1], gradient(lambda x: integer(x, LABELS), X)[1])
+    for options in ({}, {"class_weights": jnp.ones(4)}):
+        mean = lambda x, options=options: head(x, jnp.eye(4), labels, **options)  # noqa: E731
+        assert np.isnan(mean(X))
+        d = gradient(mean, X)
+        assert np.isnan(d[0]).all()
+        np.testing.assert_allclose(d[1], used[1] / 2, rtol=ULPS)
 
 
 @row("`soft_cap`, `temperature`")
@@ -189,6 +195,25 @@ def test_ignore_index():
     assert (gradient(lambda x: integer(x, labels, ignore_index=-100), x)[1] == 0).all()
     mean = head(X, jnp.eye(4), labels, ignore_index=-100)
     np.testing.assert_allclose(mean, truth()[0], rtol=ULPS)
+    d = jax.grad(lambda k: head(x, k, labels, ignore_index=-100))(jnp.eye(4))
+    assert np.isfinite(d).all()
+
+
+@row("`weights` of a head")
+def test_weights_of_a_head():
+    def mean(w, x, kernel=None):
+        return head(x, jnp.eye(4) if kernel is None else kernel, LABELS, weights=w)
+
+    w = jnp.array([2.0, 0.0])
+    np.testing.assert_allclose(mean(w, X), truth()[0], rtol=ULPS)
+    # (w₀ l₀ + w₁ l₁) / (w₀ + w₁), by w₁ at w₁ = 0
+    np.testing.assert_allclose(jax.grad(mean)(w, X)[1], (truth()[1] - truth()[0]) / 2, rtol=ULPS)
+    broken = X.at[1].set(math.nan)
+    np.testing.assert_allclose(mean(w, broken), truth()[0], rtol=ULPS)
+    d = jax.grad(mean, (0, 1, 2))(w, broken, jnp.eye(4))
+    assert all(np.isfinite(x).all() for x in d)
+    assert d[0][1] == 0
+    assert (d[1][1] == 0).all()
 
 
 @row("which options may be traced and differentiated")

@@ -2,6 +2,7 @@
 """Values and gradients on a mesh are those of one device: any layout, any way to say it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layouts import LAYOUTS, mesh_of, names, put
+from layouts import AXES, LAYOUTS, mesh_of, names, put
 
 import jaxsoftmax
 from bench.collectives import collectives
@@ -431,6 +432,54 @@ def test_a_mesh_axis_of_one_device(gradients, shape):
         np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
 
 
+UNREDUCED = {
+    "recompute": lambda a: head(*of_head(a), reduction=None, chunk_size=5),
+    "any loss": lambda a: jaxsoftmax.linear_loss(
+        integer_labels, *of_head(a), reduction=None, chunk_size=3
+    ),
+    "log-probabilities": lambda a: jaxsoftmax.linear_log_probs(*of_head(a)).log_probs,
+}
+# Of the mesh ("data", "fsdp", "vocab"), with axes that a larger machine has more devices along.
+ONE_DEVICE_AXES = [
+    pytest.param((4, 1, 2), "hybrid", id="fsdp of 1"),
+    pytest.param((1, 4, 1), "hybrid", id="data and vocab of 1"),
+    pytest.param((4, 1, 2), "data and sequence", id="sequence of 1"),
+    pytest.param((1, 1, 1), "hybrid", id="all of 1", marks=pytest.mark.wide),
+    pytest.param((4, 1, 1), "vocabulary over two axes", id="classes of 1", marks=pytest.mark.wide),
+]
+
+
+@pytest.mark.parametrize("name", UNREDUCED)
+@pytest.mark.parametrize(("shape", "layout_name"), ONE_DEVICE_AXES)
+def test_results_name_every_mesh_axis_of_their_tokens(shape, layout_name, name):
+    """Of one device as well, alone or in a tuple: otherwise `losses * weights` raises."""
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    names_of = ("hidden", "kernel", "labels", "weights")
+
+    def weighted(arrays):
+        losses = UNREDUCED[name](arrays)
+        return jnp.sum(losses * arrays["weights"]), losses
+
+    @jax.jit
+    def step(floating, labels):
+        f = lambda floating: weighted(floating | {"labels": labels})  # noqa: E731
+        return jax.value_and_grad(f, has_aux=True)(floating)
+
+    def run(a):
+        return step({name: a[name] for name in names_of if name != "labels"}, a["labels"])
+
+    true = run(ARRAYS)
+    with jax.set_mesh(mesh):
+        arrays = put(mesh, LAYOUTS[layout_name], {name: ARRAYS[name] for name in names_of})
+        (total, losses), gradients = run(arrays)
+    assert jax.typeof(losses).sharding == jax.typeof(arrays["weights"]).sharding
+    for name_of, gradient in gradients.items():
+        assert jax.typeof(gradient) == jax.typeof(arrays[name_of])
+    for g, t in zip(*map(jax.tree.leaves, (((total, losses), gradients), true)), strict=True):
+        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+
+
 @pytest.mark.parametrize("classes", [12, 100, 1024])
 def test_labels_sharded_over_one_device_beside_whole_logits(monkeypatch, classes):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -451,6 +500,63 @@ def test_a_mesh_that_is_partly_automatic_is_refused():
     said = r"^linear_softmax_cross_entropy: the mesh must be explicit or automatic along all axes"
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
         head(jax.device_put(ARRAYS["hidden"], P("data")), ARRAYS["kernel"], labels)
+
+
+def partly_manual(name, layout, manual):
+    """The program in a `shard_map` over these axes; the others stay the mesh's."""
+
+    def only(spec):
+        axes = (names(entry) for entry in spec)
+        kept = (tuple(a for a in entry if a in manual) for entry in axes)
+        return P(*(entry or None for entry in kept))
+
+    def body(a):
+        def reduced(x):
+            axes = tuple(jax.typeof(x).manual_axis_type.varying)
+            return lax.psum(x, axes) if axes else x
+
+        classes = layout.classes if layout.classes in manual else None
+        return PROGRAMS[name](a, reduced, classes)
+
+    specs = {name: only(spec) for name, spec in layout.specs().items()}
+    return jax.shard_map(body, in_specs=(specs,), out_specs=P(), axis_names=set(manual))
+
+
+@pytest.mark.parametrize("name", ["in_forward", "recompute", "any_loss"])
+@pytest.mark.parametrize("manual", [("vocab",), ("data",), ("data", "vocab")], ids=str)
+def test_a_shard_map_over_some_axes_of_an_automatic_mesh(manual, name):
+    layout = LAYOUTS["data and vocabulary"]
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        arrays = put(mesh, layout, ARRAYS)
+        program = partly_manual(name, layout, manual)
+        value, gradients = jax.jit(lambda a: value_and_gradients(program, a))(arrays)
+    true_value, true_gradients = unsharded(name)
+    np.testing.assert_allclose(value, true_value, rtol=TOLERANCE)
+    for array in FLOATING:
+        got, true = (np.asarray(g[array]) for g in (gradients, true_gradients))
+        np.testing.assert_allclose(got, true, rtol=0, atol=TOLERANCE * np.abs(true).max())
+
+
+@pytest.mark.parametrize("name", ["in_forward", "recompute", "any_loss", "log_probs"])
+def test_a_shard_map_over_some_axes_of_an_explicit_mesh_is_refused(name):
+    """XLA would end the process."""
+    layout = LAYOUTS["data and vocabulary"]
+    mesh = mesh_of(AxisType.Explicit)
+    said = (
+        r"^linear_\w+: inside shard_map the mesh must be manual or automatic along all axes \(name"
+    )
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+        partly_manual(name, layout, ("vocab",))(put(mesh, layout, ARRAYS))
+
+
+@pytest.mark.parametrize("name", ["in_forward", "recompute", "any_loss", "log_probs"])
+def test_a_shard_map_without_jit(name):
+    layout = LAYOUTS["data and vocabulary"]
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh):
+        value = in_shard_map(name, layout)(put(mesh, layout, ARRAYS))
+    np.testing.assert_allclose(value, unsharded(name)[0], rtol=TOLERANCE)
 
 
 def test_what_axis_name_needs_is_said():

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's function with what it closes over as arguments, so that its program can be found again.
+
+Two traces that come out alike are one program, whichever Python function they are of: a function
+made anew in every call is compiled once, and one that closes over another number than before is
+not mistaken for what it was.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+class Closed:
+    """A traced function of its constants and arguments; equal to one that was traced alike."""
+
+    def __init__(self, traced: Any):
+        self._jaxpr = core.ClosedJaxpr(traced.jaxpr, [None] * len(traced.consts))
+        self._key = _key(self._jaxpr, {})
+        self._hash = hash(self._key)
+        types = (aval.manual_axis_type for aval in traced.out_avals)
+        self.varying = frozenset().union(*(t.varying for t in types))  # over manual mesh axes
+
+    def __call__(self, consts: Any, *args: Any) -> Any:
+        """The one result, of the constants and the arguments."""
+        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
+        return core.jaxpr_as_fun(closed)(*args)[0]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Closed) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def closed(function: Callable[..., Any], *example: Any) -> tuple[Closed, tuple[Any, ...], Any]:
+    """The function traced for these arguments; what it closes over; the shapes of its result.
+
+    All arrays that it closes over, traced or not, are arguments afterwards: integers, booleans and
+    keys as well, which `jax.closure_convert` leaves where they are.
+    """
+    # Never from a cache: what it closes over may be another than in the last call.
+    traced, shape = jax.make_jaxpr(partial(function), return_shape=True)(*example)
+    return Closed(traced), tuple(traced.consts), shape
+
+
+def _key(jaxpr: Any, seen: dict[int, int]) -> Hashable:
+    """All that a jaxpr computes, to be compared by value; `seen` are those on the way to it."""
+    if id(jaxpr) in seen:
+        return seen[id(jaxpr)]
+    seen[id(jaxpr)] = len(seen)
+    inside, consts = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+    numbers: dict[int, int] = {}
+
+    def atom(v):
+        if isinstance(v, core.Literal):
+            return (v.aval, _data(v.val, seen))
+        return numbers.setdefault(id(v), len(numbers))
+
+    inputs = tuple((atom(v), v.aval) for v in (*inside.constvars, *inside.invars))
+    equations = tuple(
+        (
+            e.primitive,
+            e.ctx,
+            tuple((name, _data(value, seen)) for name, value in sorted(e.params.items())),
+            tuple(map(atom, e.invars)),
+            tuple((atom(v), v.aval) for v in e.outvars),
+        )
+        for e in inside.eqns
+    )
+    return (inputs, tuple(map(_Same, consts)), equations, tuple(map(atom, inside.outvars)))
+
+
+def _data(value: Any, seen: dict[int, int]) -> Hashable:
+    if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
+        return _key(value, seen)
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple(_data(v, seen) for v in value))
+    if isinstance(value, (int, float, complex, np.ndarray, np.generic)):
+        array = np.asarray(value)  # bit by bit: −0 is not 0, and NaN is NaN
+        return (type(value), array.dtype, array.shape, array.tobytes())
+    if callable(value) and not isinstance(value, type):
+        return _Same(value)  # a custom derivative's, say
+    try:
+        hash(value)
+    except TypeError:
+        return _Same(value)
+    return value
+
+
+class _Same:
+    """Equal where it is the very same object."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
