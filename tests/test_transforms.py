@@ -278,11 +278,14 @@ def reverse_thrice(f, *arguments):
 @functools.cache
 def truth(function, operation, classes):
     """`operation` on the definition in float64, for each row: stacked."""
+    return _wide(jax.vmap(functools.partial(operation, function.definition)), function, classes)
+
+
+def _wide(compute, function, classes):
     with jax.enable_x64(True):
         arguments = function.arguments(classes)
         wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arguments]
-        compute = jax.jit(jax.vmap(functools.partial(operation, function.definition)))
-        return jax.tree.map(np.asarray, compute(*wide))
+        return jax.tree.map(np.asarray, jax.jit(compute)(*wide))
 
 
 def at(tree, index):
@@ -472,12 +475,12 @@ def test_second_derivatives_of_a_scan(function, classes):
 
         return jax.lax.scan(step, jnp.zeros((), arguments[0].dtype), arguments)[0]
 
-    expected = truth(function, forward_over_reverse, classes)
+    twice = functools.partial(forward_over_reverse, functools.partial(loop, function.definition))
+    expected = _wide(twice, function, classes)
     for operation in (reverse_over_reverse, forward_over_reverse):
-        actual = jax.jit(functools.partial(operation, functools.partial(loop, function.call)))(
-            *arguments
-        )
-        assert_close(actual, expected, size=max(1, classes / 4))
+        twice = functools.partial(operation, functools.partial(loop, function.call))
+        actual = jax.jit(twice)(*arguments)
+        assert_close(actual, expected, size=max(1, classes / 4))  # as above
 
 
 def _value_and_gradients(f, *arguments):
