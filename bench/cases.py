@@ -316,8 +316,9 @@ def program(
 
     def step(*inputs: Any) -> tuple[Any, tuple[Any, ...]]:
         value, gradients = value_and_grad(*inputs)
+        # A peer may hand out float32 gradients of half-precision parameters.
         return value, tuple(
-            parameter - LEARNING_RATE * gradient
+            parameter - (LEARNING_RATE * gradient).astype(parameter.dtype)
             for parameter, gradient in zip(inputs, gradients, strict=False)
         )
 

@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START = """
 import runpy, sys
 from bench import cases, roofs
-cases.MOST_COPIES, roofs.COPY_BYTES, roofs.WIDTHS = 16, 2**22, {"cpu": 256}
+cases.MOST_COPIES, roofs.COPY_BYTES, roofs.WIDTHS = 16, {"cpu": 2**22}, {"cpu": 256}
 sys.modules.update(dict.fromkeys(%s))
 runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
@@ -677,7 +677,7 @@ def little():
     """Measure on little: the tests run everything, and believe no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "MOST_COPIES", 16)
-        patch.setattr(roofs, "COPY_BYTES", 2**22)
+        patch.setattr(roofs, "COPY_BYTES", {"cpu": 2**22})
         patch.setattr(roofs, "WIDTHS", {"cpu": 64})
         yield
 
@@ -894,6 +894,23 @@ def test_a_training_step_descends_and_writes_where_it_read():
     assert not any(array.is_deleted() for array in after)
     for step in steps.values():
         assert step.memory_analysis().alias_size_in_bytes >= 4 * 5 * (6 + 16)
+
+
+def test_a_training_step_keeps_the_dtype_of_its_parameters():
+    """Where a head hands out float32 gradients of bfloat16, the next one gets bfloat16 again."""
+
+    def head(hidden, kernel, labels):
+        wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
+        return jnp.sum(wide[0]) + jnp.sum(labels), wide
+
+    case = Head(6, 5, 16, Dtype.BFLOAT16)
+    step = cases.program(head, Mode.TRAINING_STEP, 2, whole=True)
+    before = case.inputs()[0]
+    after = step(*before)[1]
+    assert [a.dtype for a in after] == [a.dtype for a in before[:2]]
+    for new, old in zip(after, before, strict=False):
+        expected = (1 - cases.LEARNING_RATE) * np.asarray(old, np.float64)
+        np.testing.assert_allclose(np.asarray(new, np.float64), expected, rtol=2**-7)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
