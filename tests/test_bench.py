@@ -901,7 +901,7 @@ def test_a_training_step_keeps_the_dtype_of_its_parameters():
 
     def head(hidden, kernel, labels):
         wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
-        return jnp.sum(wide[0]) + jnp.sum(labels), wide
+        return jnp.sum(wide[0]) + jnp.sum(labels.astype(jnp.float32)), wide
 
     case = Head(6, 5, 16, Dtype.BFLOAT16)
     step = cases.program(head, Mode.TRAINING_STEP, 2, whole=True)
