@@ -371,8 +371,8 @@ def _spread_sums(weights, of, x, m, *scalars):
         return classes, classes, costs
     z = of(x, *scalars)
     inside, _, u = _inside(z, m, weights)
-    has_sum, *finite = rows_with_sum(z, m)  # that another row is NaN, its r says
-    costs = jnp.sum(u * _inside(*finite, None)[1], axis=-1)
+    has_sum, z, m = rows_with_sum(z, m)  # that another row is NaN, its r says
+    costs = jnp.sum(u * _inside(z, m, None)[1], axis=-1)
     mass = jnp.where(has_sum, jnp.sum(u, axis=-1), 0)
     return jnp.sum(inside, axis=-1, dtype=m.dtype), mass, jnp.where(has_sum, costs, 0)
 

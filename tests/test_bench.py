@@ -899,7 +899,7 @@ def test_a_training_step_descends_and_writes_where_it_read():
 def test_a_training_step_keeps_the_dtype_of_its_parameters():
     """Where a head hands out float32 gradients of bfloat16, the next one gets bfloat16 again."""
 
-    def head(hidden, kernel, labels):
+    def head(hidden, kernel, labels) -> Any:
         wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
         return jnp.sum(wide[0]) + jnp.sum(labels.astype(jnp.float32)), wide
 
