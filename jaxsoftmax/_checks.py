@@ -78,11 +78,30 @@ def as_inexact(function: str, name: str, value: ArrayLike) -> jax.Array:
     return array.astype(jax.eval_shape(jnp.exp, array).dtype)
 
 
+def promoted(function: str, values: Mapping[str, ArrayLike]) -> jnp.dtype:
+    """The dtype that the arguments of these names have in common."""
+    try:
+        return jnp.result_type(*values.values())
+    except ValueError as error:  # JAX's TypePromotionError
+        dtypes = ", ".join(str(jnp.result_type(value)) for value in values.values())
+        raise TypeError(
+            f"{function}: {' and '.join(values)} must have dtypes that JAX promotes to one; "
+            f"got {dtypes}"
+        ) from error
+
+
 def as_labels(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """`value` as an array of integers."""
+    """`value` as an array of integers: none that JAX would cut to 32 bits."""
     array = as_array(function, name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}")
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != array.dtype:
+        limits = np.iinfo(array.dtype)
+        if np.any((value < limits.min) | (value > limits.max)):
+            raise ValueError(
+                f"{function}: {name} must fit {array.dtype}, which JAX makes of {value.dtype} "
+                f"without jax_enable_x64; got values from {value.min()} to {value.max()}"
+            )
     return array
 
 
@@ -375,8 +394,9 @@ def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | Non
     # NumPy keeps 64 bits, which JAX would cut off without x64.
     if not isinstance(labels, (np.ndarray, np.generic, int)):
         labels = as_labels(name, "labels", labels)
-    array = np.asarray(labels)
-    if not np.issubdtype(array.dtype, np.integer):
+    whole = isinstance(labels, int) and not isinstance(labels, bool)  # of any size
+    array = np.asarray(labels, object if whole else None)
+    if not whole and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: labels must have an integer dtype; got {array.dtype}")
     wrong = (array < 0) | (array >= num_classes)
     if ignore_index is not None:

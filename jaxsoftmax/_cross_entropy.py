@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from . import _checks
 from ._numerics import accumulation_dtype, broadcast_to
 from ._options import (
+    MIXED,
     as_options,
     ignored_tokens,
     label_index,
@@ -109,12 +110,14 @@ def softmax_cross_entropy_with_integer_labels(
         (logits, where), axes = _one_axis(axes, logits, where)
         wanted = wanted_by(options, axis_name)
         summed = token_statistics(wanted).now()
-        return _integer_labels(summed, wanted, logits, labels, where, options, axes, ignore_index)
+        return _integer_labels(
+            summed, MIXED.now(), wanted, logits, labels, where, options, axes, ignore_index
+        )
 
 
-@partial(jax.jit, static_argnames=("summed", "wanted", "axes", "ignore_index"))
+@partial(jax.jit, static_argnames=("summed", "mixed", "wanted", "axes", "ignore_index"))
 def _integer_labels(  # noqa: PLR0917
-    summed, wanted, logits, labels, where, options, axes, ignore_index
+    summed, mixed, wanted, logits, labels, where, options, axes, ignore_index
 ):
     logits, labels, where = joined(logits, jnp.expand_dims(labels, axes), where)
     labels, included = jnp.squeeze(labels, axes), None
@@ -131,7 +134,7 @@ def _integer_labels(  # noqa: PLR0917
     statistics = summed(rows, index, options.transform, weights if wanted.spread else None)
     if weights is not None:
         weights = label_weights(labels, ignore_index, weights, wanted.axis_name)
-    return token_losses(statistics, labels, weights, ignore_index, options, included)
+    return token_losses(mixed, statistics, labels, weights, ignore_index, options, included)
 
 
 def softmax_cross_entropy(
@@ -207,11 +210,13 @@ def softmax_cross_entropy(
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
         wanted = wanted_by(options, axis_name)
         summed = target_statistics(wanted).now()
-        return _dense_labels(summed, axis_name, logits, labels, where, options, axes)
+        return _dense_labels(summed, MIXED.now(), axis_name, logits, labels, where, options, axes)
 
 
-@partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
-def _dense_labels(summed, axis_name, logits, labels, where, options, axes):  # noqa: PLR0917
+@partial(jax.jit, static_argnames=("summed", "mixed", "axis_name", "axes"))
+def _dense_labels(  # noqa: PLR0917
+    summed, mixed, axis_name, logits, labels, where, options, axes
+):
     (logits, labels, where), included = joined(logits, labels, where), None
     if where is not None:
         logits, included = masked(logits, where, axes, axis_name)
@@ -219,7 +224,7 @@ def _dense_labels(summed, axis_name, logits, labels, where, options, axes):  # n
     rows, targets = to_rows(logits, axes), to_rows(labels, axes)
     if rows.shape[-1] == 0:
         return jnp.zeros(rows.shape[:-1], accumulation_dtype(rows.dtype, targets.dtype))
-    return target_losses(summed(rows, targets, options.transform), options, included)
+    return target_losses(mixed, summed(rows, targets, options.transform), options, included)
 
 
 class LogProbs(NamedTuple):

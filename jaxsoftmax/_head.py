@@ -44,13 +44,15 @@ class Head:
         """That of sums, and of the losses."""
         return accumulation_dtype(self.hidden.dtype, self.kernel.dtype)
 
-    def rows(self) -> "Head":
-        """Tokens in one axis, operands in one dtype."""
-        layout, dtype = self.layout, jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
+    def rows(self, *others: Any) -> "Head":
+        """Tokens in one axis, operands in one dtype, on the mesh of `others` if on none."""
+        layout = self.layout.on_mesh_of((self.bias, self.weights, others))
+        dtype = jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
         hidden = laid_out(self.hidden.astype(dtype), layout.spec(*layout.tokens, None))
         weights, denominator = self.weights, self.denominator
         return dataclasses.replace(
             self,
+            layout=layout,
             hidden=merged_tokens(layout, hidden),
             kernel=self.kernel.astype(dtype),
             weights=None if weights is None else merged_tokens(layout, weights.astype(self.dtype)),
@@ -138,6 +140,7 @@ def as_head(
     _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
     classes = kernel.shape[1]
     shape = tuple(tokens)
+    _checks.promoted(function, {"hidden": hidden, "kernel": kernel})
     if bias is not None:
         bias = _checks.as_floating(function, "bias", bias)
         meaning = f"one number for each of the {classes} classes of kernel"

@@ -19,6 +19,7 @@ from ._closures import Closed, closed
 from ._cross_entropy import LogProbs, as_log_probs
 from ._head import Head
 from ._options import (
+    MIXED,
     Options,
     ignored_tokens,
     label_index,
@@ -96,7 +97,7 @@ def _any_loss(loss, size):
 
 
 def _rows(head, args):
-    head = head.rows()
+    head = head.rows(args)
     return head.without_uncounted(args=[merged_tokens(head.layout, a) for a in args])
 
 
@@ -111,7 +112,7 @@ def _in_forward(size, ignore_index, head, labels, options):
         summed = token_statistics(wanted).reverse
         index = label_index(labels, _classes(head), ignore_index)
         statistics = summed(logits, index, options.transform, _of_spread(options))
-        return token_losses(statistics, labels, weights, ignore_index, options)
+        return token_losses(MIXED.reverse, statistics, labels, weights, ignore_index, options)
 
     args = (labels,) if options.class_weights is None else (labels, head.counts)
     loss, consts, args = _closed(loss_fn, size, head, args, lambda *rows: rows)
@@ -125,12 +126,13 @@ def _recomputed(size, ignore_index, head, labels, options):
     index = label_index(labels, _classes(head), ignore_index)
     statistics: Any = _statistics(wanted, size, head, index, options.transform, of_spread)
     weights = None if options.class_weights is None else head.counts
-    losses = token_losses(statistics, labels, weights, ignore_index, options)
+    losses = token_losses(MIXED.reverse, statistics, labels, weights, ignore_index, options)
     return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
 
 
 def _labelled_rows(ignore_index, head, labels, options):
-    head, labels = head.rows(), merged_tokens(head.layout, labels)
+    head = head.rows(labels, options)
+    labels = merged_tokens(head.layout, labels)
     # The derivative of what is the same on all devices is summed over them once, here.
     axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
     axes = axes - axis_names(head.axis_name)
@@ -150,7 +152,8 @@ def _of_spread(options):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _log_probs(with_entropy, size, head, labels, transform):
-    head, labels = head.rows(), merged_tokens(head.layout, labels)
+    head = head.rows(labels)
+    labels = merged_tokens(head.layout, labels)
     wanted = Wanted(lse=True, entropy=with_entropy, axis_name=head.axis_name)
     index = to_index(labels, _classes(head))
     statistics = _statistics(wanted, size, head, index, transform, None)

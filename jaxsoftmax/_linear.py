@@ -48,7 +48,8 @@ def linear_loss(
         for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
         treat tokens independently. What it closes over may be traced: arrays of any dtype, keys;
         and differentiated. Outside `jit` all functions that trace alike are one program, compiled
-        once; one with a custom derivative of its own has it to be inside `jax.jit` for that.
+        once; one with a custom derivative in it (`jax.nn.relu`, say) has it to be inside `jax.jit`
+        for that, and a number that changes is to be a JAX array.
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
       *token_args: arrays `[*tokens, ...]` that go to `loss_fn`.
@@ -56,6 +57,8 @@ def linear_loss(
       weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
         whatever it holds: what is not finite in its `hidden`, `token_args`, loss or gradient is no
         part of a sum. The derivative by that weight is the loss, or 0 if anything is not finite.
+        (The gradient of what `loss_fn` closes over is a sum within: where `hidden` and `token_args`
+        are finite, the loss and its derivatives by that must be too.)
       reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the losses: plain arithmetic on one number a token, around the one rule."""
 
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,9 +14,12 @@ from jax.typing import ArrayLike
 from . import _checks
 from ._numerics import upcast
 from ._rows import to_index
+from ._rules import Rule, instantiated, rule
 from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
 from ._statistics import Statistics, Wanted, local
 from ._transform import Transform, as_transform
+
+Mixed = Callable[..., jax.Array]  # `MIXED` in one of its two modes
 
 
 class Options(NamedTuple):
@@ -103,6 +110,7 @@ def label_weights(
 
 
 def token_losses(  # noqa: PLR0917
+    mixed: Mixed,
     statistics: Statistics,
     labels: jax.Array,
     weights: jax.Array | None,
@@ -117,29 +125,57 @@ def token_losses(  # noqa: PLR0917
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None:
         included = ~ignored if included is None else included & ~ignored
-    return target_losses(statistics, options, included, weights)
+    return target_losses(mixed, statistics, options, included, weights)
 
 
 def target_losses(
+    mixed: Mixed,
     statistics: Statistics,
     options: Options,
     included: jax.Array | None = None,
     weights: jax.Array | None = None,
 ) -> jax.Array:
-    """(1 − ε) · weights · loss + ε · spread + λ · lse²; exactly 0 where not included."""
+    """The losses with all options, `mixed` from `MIXED`; exactly 0 where not included."""
     if included is not None:
         statistics = jax.tree.map(lambda s: jnp.where(included, s, 0), statistics)
+    if weights is None and options.label_smoothing is None and options.z_loss is None:
+        return statistics.loss
+    return mixed(statistics, weights, options.label_smoothing, options.z_loss)
+
+
+def _mix(statistics, weights, epsilon, z_loss):
+    """(1 − ε) · weights · loss + ε · spread + λ · lse², one number a token."""
     loss, dtype = statistics.loss, statistics.loss.dtype
     if weights is not None:
         loss = _times(weights.astype(dtype), loss)
-    if options.label_smoothing is not None:
-        epsilon = options.label_smoothing.astype(dtype)
+    if epsilon is not None:
+        epsilon = epsilon.astype(dtype)
         loss = _times(1 - epsilon, loss) + epsilon * statistics.spread
-    if options.z_loss is not None:
-        loss = loss + options.z_loss.astype(dtype) * statistics.lse**2
+    if z_loss is not None:
+        loss = loss + z_loss.astype(dtype) * statistics.lse**2
     return loss
 
 
 def _times(share: jax.Array, loss: jax.Array) -> jax.Array:
     """Nothing of an infinite loss is nothing: 0 · ∞ counts as 0."""
     return share * jnp.where((share == 0) & (loss == jnp.inf), 0, loss)
+
+
+def _mix_fwd(*args):
+    return _mix(*args), args
+
+
+def _mix_linear(args, g):
+    return jax.vjp(_mix, *args)[1](g)
+
+
+def _mix_bwd(args, g):
+    """Of a loss that is not used nothing reaches an option either, where 0 · NaN would be NaN."""
+    g, (statistics, *options) = instantiated(g), args
+    finite = [jnp.isfinite(s) for s in (_mix(*args), *jax.tree.leaves(statistics))]
+    unused = (g == 0) & ~functools.reduce(jnp.logical_and, finite)
+    statistics = jax.tree.map(lambda s: jnp.where(unused, 0, s), statistics)
+    return _mix_linear((statistics, *options), g)
+
+
+MIXED: Rule = rule(_mix_fwd, _mix_bwd, linear=_mix_linear)

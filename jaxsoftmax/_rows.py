@@ -11,13 +11,17 @@ from ._sharding import AxisName, merge_last, split_last, sum_over
 
 
 def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Moves `axes` to the end, in the given order, and merges them into one."""
+    """Moves `axes` to the end, in the given order, and merges them into one; none are one class."""
+    if not axes:
+        return x[..., None]
     x = _moved(x, axes)
     return x if len(axes) == 1 else merge_last(x, len(axes))
 
 
 def from_rows(rows: jax.Array, axes: Sequence[int], x: jax.Array) -> jax.Array:
     """Undoes `to_rows` for an array like `x`."""
+    if not axes:
+        return rows[..., 0]
     if len(axes) != 1:
         rows = split_last(rows, _moved(x, axes))
     return jnp.moveaxis(rows, range(x.ndim - len(axes), x.ndim), axes)

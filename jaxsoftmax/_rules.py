@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ._sharding import aligned
 
@@ -94,6 +96,12 @@ def rule(
     forward = jax.custom_jvp(function)
     forward.defjvp(jvp)
     return Rule(lambda *args: reverse(*aligned(args)), lambda *args: forward(*aligned(args)))
+
+
+def instantiated(g: Any) -> jax.Array:
+    """A cotangent of `symbolic_zeros` as an array."""
+    symbolic = isinstance(g, SymbolicZero)
+    return jnp.zeros(g.shape, jnp.dtype(g.dtype)) if symbolic else g  # pyright: ignore
 
 
 def values(tree: Any) -> Any:

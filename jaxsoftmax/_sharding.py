@@ -88,6 +88,14 @@ class Layout(NamedTuple):
         """Whether anything may be, the kernel's hidden axis as well."""
         return self.mesh is not None
 
+    def on_mesh_of(self, tree: Any) -> "Layout":
+        """The same on the first explicit mesh of these arrays, where it has none."""
+        if self.sharded:
+            return self
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+        explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+        return self._replace(mesh=explicit[0]) if explicit else self
+
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The mesh axes that shard the tokens, merged into one axis."""
@@ -181,7 +189,9 @@ def joined(*arrays: Any) -> tuple[Any, ...]:
 
 def laid_out_as(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`x` sharded so, if it is not yet."""
-    return x if jax.typeof(x).sharding.spec == sharding.spec else reshard(x, sharding)
+    now = jax.typeof(x).sharding
+    there = now.spec == sharding.spec and now.mesh == sharding.mesh
+    return x if there else reshard(x, sharding)
 
 
 def merge_last(x: jax.Array, count: int) -> jax.Array:

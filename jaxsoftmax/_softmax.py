@@ -166,10 +166,12 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
       >>> print(jaxsoftmax.logsumexp(jnp.zeros(70_000, jnp.float16)))
       11.16
     """
-    a = _checks.as_inexact("logsumexp", "a", a)
+    given, a = {"a": a, "b": b}, _checks.as_inexact("logsumexp", "a", a)
     if b is not None:
         b = _checks.as_inexact("logsumexp", "b", b)
-        dtype = jnp.result_type(a, b)
+        dtype = _checks.promoted("logsumexp", given)
+        if not jnp.issubdtype(dtype, jnp.floating):  # two arrays of integers
+            dtype = _checks.promoted("logsumexp", {"a": a, "b": b})
         try:
             shape = jnp.broadcast_shapes(a.shape, b.shape)
         except ValueError:

@@ -91,8 +91,11 @@ def _token_fwd(wanted, x, labels, transform, weights):
 
 
 def _token_bwd(wanted, residuals, cotangents):
-    g = poisoned(live(cotangents), residuals[1])
-    return _token_linear(wanted, residuals, g, unused_rows(g, residuals[-1].r))
+    _, labels, *_, rows = residuals
+    g = poisoned(live(cotangents), labels)
+    # Measured from a label that is no class, (m, r) say nothing of the row.
+    r = rows.r + nan_where(labels < 0, rows.r.dtype)
+    return _token_linear(wanted, residuals, g, unused_rows(g, r))
 
 
 def _token_linear(wanted, residuals, g, unused=None):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from ._closures import Closed
 from ._products import add_product, dot, finite_if_counted, opened, product, rounded, times
+from ._rules import instantiated
 from ._sharding import Layout, laid_out, laid_out_like, manual_axes, summed_as, varying
 
 
@@ -53,7 +53,7 @@ def _weighted_sum_fwd(plan, operands, weights):
 
 def _weighted_sum_bwd(plan, residuals, g):
     gradients, values, operands, weights = residuals
-    g = _instantiated(g)
+    g = instantiated(g)
 
     def scaled(d):
         dtype = np.promote_types(d.dtype, g.dtype)
@@ -84,7 +84,7 @@ def _losses_fwd(plan, operands):
 # Any cotangent: the chunks are done again.
 def _losses_bwd(plan, residuals, g):
     operands, live = residuals
-    gradients = _gradients_over_chunks(plan, operands, _instantiated(g), live)[1]
+    gradients = _gradients_over_chunks(plan, operands, instantiated(g), live)[1]
     return (_as_operands(gradients, operands),)
 
 
@@ -255,11 +255,6 @@ def _unchunked(plan, y, n):
     spec = layout.spec(layout.token_axes, None, *of_rest)
     y = jnp.reshape(y, (shards, plan.size * chunks, *rest), out_sharding=spec)[:, : n // shards]
     return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
-
-
-def _instantiated(g: Any) -> jax.Array:
-    symbolic = isinstance(g, SymbolicZero)
-    return jnp.zeros(g.shape, jnp.dtype(g.dtype)) if symbolic else g  # pyright: ignore
 
 
 def _as_operands(gradients, operands):

@@ -240,10 +240,16 @@ def test_a_label_that_is_no_class_is_nan_in_its_row_alone(device, classes, dtype
 
 
 def test_int64_labels_outside_int32_without_x64():
-    """JAX cuts int64 down to int32 before we see it; what it does with NumPy is its own affair."""
+    """JAX would cut them to 32 bits, and 2³² to class 0."""
     labels = np.array([0, 1], np.int64)
     value = integer(np.eye(2, dtype=np.float32), labels)
     np.testing.assert_allclose(value, np.log1p(np.exp(-1)), rtol=1e-6)
+    for wide in (labels + 2**32, labels - 2**31 - 1, labels.astype(np.uint64) + np.uint64(2**63)):
+        for ignore_index in (None, int(wide[0])):
+            with pytest.raises(
+                ValueError, match=r"labels must fit u?int32, which JAX makes of u?in"
+            ):
+                integer(np.eye(2, dtype=np.float32), wide, ignore_index=ignore_index)
 
 
 @pytest.mark.parametrize("label", [-1, -100, 4])
@@ -416,6 +422,29 @@ def test_zero_classes_are_as_in_jax_nn_and_optax(axis):
         assert js.softmax_jacobian(z, axis).shape == (*classes_last, 0)
 
 
+@pytest.mark.parametrize("module", [js, forward_mode])
+def test_no_axes_are_one_class(module):
+    x = logits(4)
+    mask = x > 0
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        ours, theirs = (getattr(m, name) for m in (module, jax.nn))
+        for where in (None, mask):
+            value, gradient = both(lambda x: ours(x, axis=(), where=where), x)  # noqa: B023
+            expected = both(lambda x: theirs(x, axis=(), where=where), x)  # noqa: B023
+            np.testing.assert_array_equal(value, expected[0])
+            np.testing.assert_array_equal(gradient, np.nan_to_num(expected[1]))
+    y = np.zeros(x.shape, np.int32)
+    for f in (
+        lambda x: module.softmax_cross_entropy_with_integer_labels(x, y, axis=(), where=mask),
+        lambda x: module.softmax_cross_entropy(x, mask, axis=()),
+        lambda x: module.label_log_probs(x, y, axis=()).log_probs,
+    ):
+        value, gradient = both(f, x)
+        assert value.shape == x.shape
+        assert not value.any()
+        assert not gradient.any()
+
+
 def test_zero_classes_have_no_label():
     with pytest.raises(ValueError, match="at least one class"):
         integer(np.zeros((2, 0), np.float32), np.zeros(2, np.int32))
@@ -481,6 +510,10 @@ def test_weak_types():
         with jax.numpy_rank_promotion("allow"):
             got = jnp.asarray(js.logsumexp(half, b=b))
             assert got.dtype == jax.nn.logsumexp(half, b=b).dtype == jnp.bfloat16
+    for b in (2, np.arange(1, 4), np.ones(3, np.int8), np.ones(3, bool)):
+        with jax.numpy_dtype_promotion("standard"):
+            assert js.logsumexp(half, b=b).dtype == jax.nn.logsumexp(half, b=b).dtype == half.dtype
+            assert js.logsumexp(np.ones(3, np.int32), b=b).dtype == jnp.float32
     weak_scalar = jnp.asarray(1.5)
     assert jax.grad(js.logsumexp)(weak_scalar) == 1
 

@@ -157,6 +157,24 @@ def test_forward_mode_alone_says_what_to_do(name):
         jax.jvp(f, (x,), (x,))
 
 
+def test_dtypes_that_do_not_promote():
+    narrow = jnp.ones((4, 16), jnp.float8_e4m3fn)
+    said = "must have dtypes that JAX promotes to one; got"
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(TypeError, match=rf"^logsumexp: a and b {said} float8_e4m3fn, float32"):
+            jaxsoftmax.logsumexp(narrow, b=jnp.ones(16))
+        for name in (HEAD, "linear_log_probs"):
+            said_of = rf"^{name}: hidden and kernel {said} bfloat16, float8_e4m3fn"
+            with pytest.raises(TypeError, match=said_of):
+                getattr(jaxsoftmax, name)(jnp.ones((4, 4), "bfloat16"), narrow, LABELS[:4])
+
+
+def test_check_labels_of_any_width():
+    jaxsoftmax.check_labels(jnp.array([0, 1], "int4"), 3)
+    with pytest.raises(ValueError, match=rf"got 1 that are not, the first {2**70} at index \(\)"):
+        jaxsoftmax.check_labels(2**70, 3)
+
+
 def test_integers_of_any_size_are_numbers():
     mean = call(HEAD, denominator=2**31)
     np.testing.assert_allclose(mean, call(HEAD, reduction="sum") / np.float32(2**31), rtol=1e-6)

@@ -328,3 +328,74 @@ def test_a_label_out_of_range_is_nan_in_its_token_alone(loss, operation, monkeyp
     assert not got[unused].any()
     kept = others & ~_at("weight 0")
     np.testing.assert_allclose(got[kept], expected[kept], rtol=1e-6, atol=1e-6)
+
+
+SPOILT = ["NaN inside", "infinity inside", "label out of range", "label at −∞", "square overflows"]
+
+
+def _spoilt(name, kind):
+    """Two tokens, of which the second has no finite loss, or no finite derivative by an option."""
+    rng = generator("orders", "spoilt")
+    a = {"x": rng.standard_normal((2, CLASSES)), "labels": np.array([1, 3], np.int32)}
+    if "head" in name:
+        a |= {"x": rng.standard_normal((2, WIDTH)), "bias": np.zeros(CLASSES)}
+        a["kernel"] = rng.standard_normal((WIDTH, CLASSES))
+    if kind == "label out of range":
+        a["labels"][1] = CLASSES
+    elif kind == "label at −∞" and "head" in name:
+        a["bias"][3] = -inf
+    elif kind == "label at −∞":
+        a["x"][1, 3] = -inf
+    else:
+        value = {"NaN inside": nan, "infinity inside": inf, "square overflows": 1e25}
+        a["x"][1, 2] = value[kind]
+    return {n: v if n == "labels" else v.astype(np.float32) for n, v in a.items()}
+
+
+def _of_used(losses, weights):
+    return jnp.sum(jnp.where(weights == 0, 0, losses))
+
+
+def _used(name, a, options, weights):
+    n = len(weights)
+    if name == "integer labels":
+        f = js.softmax_cross_entropy_with_integer_labels
+        return _of_used(f(a["x"][:n], a["labels"][:n], **options), weights)
+    if name == "dense labels":
+        y = jax.nn.one_hot(a["labels"][:n], CLASSES)
+        del options["class_weights"]
+        return _of_used(js.softmax_cross_entropy(a["x"][:n], y, **options), weights)
+    return js.linear_softmax_cross_entropy(
+        *(a["x"][:n], a["kernel"], a["labels"][:n]),
+        bias=a["bias"],
+        weights=weights,
+        reduction="sum",
+        gradients=name.removesuffix(" head"),
+        chunk_size=1 if name.startswith("in") else None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+@pytest.mark.parametrize(
+    "name", ["integer labels", "dense labels", "in_forward head", "recompute head"]
+)
+def test_a_loss_that_is_not_used_gives_nothing_an_option(name, kind):
+    """Alone and together, in the first derivative and in the second: as if it were not there."""
+    a = _spoilt(name, kind)
+    if name == "dense labels" and kind == "label out of range":
+        pytest.skip("a target is no number of a class")
+    floating = {n: v for n, v in a.items() if n != "labels"}
+    # A cap makes what is large small.
+    options = {n: v for n, v in OPTIONS.items() if n != "soft_cap" or kind != "square overflows"}
+
+    def both(x, options, weights):
+        f = lambda x: _used(name, a | x[0], {**x[1]}, weights)  # noqa: E731
+        x = (x, options)
+        return value_and_gradient(f, x), reverse_over_reverse(f, x)
+
+    run = jax.jit(both)
+    weights = np.array([1, 0], np.float32)
+    for chosen in (options, {"label_smoothing": OPTIONS["label_smoothing"]}):
+        given = floating, {"class_weights": OPTIONS["class_weights"]} | chosen
+        assert_close(run(*given, weights), run(*given, weights[:1]))

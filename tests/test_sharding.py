@@ -367,7 +367,7 @@ def test_what_all_devices_share_is_differentiated_once(layout_name, name):
 @pytest.mark.parametrize("gradients", ["in_forward", "recompute"])
 @pytest.mark.parametrize("alone", ["labels", "bias", "weights", "class_weights", "nothing set"])
 def test_sharded_as_nothing_else_is(alone, gradients):
-    """On an explicit mesh: one argument sharded and no other, or no mesh set."""
+    """On an explicit mesh: one argument sharded and no other, or on no mesh; or no mesh set."""
     mesh = mesh_of(AxisType.Explicit)
     specs = dict.fromkeys(("hidden", "kernel", "labels", "bias", "weights", "class_weights"), P())
     if alone == "nothing set":
@@ -390,20 +390,22 @@ def test_sharded_as_nothing_else_is(alone, gradients):
         )
 
     step = jax.jit(jax.value_and_grad(mean))
-    there = {
-        n: jax.device_put(arrays[n], NamedSharding(mesh, s))
-        for n, s in specs.items()
-        if n in arrays
-    }
-    floating = {name: array for name, array in there.items() if name not in {"labels", "logits"}}
+    given = {n: arrays[n] for n in specs}
+    there = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in given.items()}
+
+    def run(a):
+        return step({n: x for n, x in a.items() if n != "labels"}, a["labels"])
+
     if alone == "nothing set":
-        got = step(floating, there["labels"])
+        results = [run(there)]
     else:
         with jax.set_mesh(mesh):
-            got = step(floating, there["labels"])
-    true = step({name: arrays[name] for name in floating}, arrays["labels"])
-    for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
-        np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
+            results = [run(there)]
+        results.append(run(given | {alone: there[alone]}))
+    true = run(given)
+    for got in results:
+        for g, t in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+            np.testing.assert_allclose(g, t, rtol=0, atol=TOLERANCE * np.abs(t).max())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 2)])
