@@ -369,7 +369,8 @@ def test_what_all_devices_share_is_differentiated_once(layout_name, name):
 def test_sharded_as_nothing_else_is(alone, gradients):
     """On an explicit mesh: one argument sharded and no other, or on no mesh; or no mesh set."""
     mesh = mesh_of(AxisType.Explicit)
-    specs = dict.fromkeys(("hidden", "kernel", "labels", "bias", "weights", "class_weights"), P())
+    names = "hidden", "kernel", "labels", "bias", "weights", "class_weights"
+    specs: dict[str, P] = dict.fromkeys(names, P())
     if alone == "nothing set":
         specs |= LAYOUTS["fsdp and vocabulary"].specs()
     else:
@@ -390,7 +391,7 @@ def test_sharded_as_nothing_else_is(alone, gradients):
         )
 
     step = jax.jit(jax.value_and_grad(mean))
-    given = {n: arrays[n] for n in specs}
+    given = {n: arrays[n] for n in names}
     there = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in given.items()}
 
     def run(a):
