@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both orders of the linear head share: the product, and which operands are differentiated."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,18 +15,19 @@ from ._sharding import is_local, scaled
 _PRODUCT_BYTES = 8 << 20
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Live:
-    """Which operands are differentiated, one flag a leaf; static, so that the rest is not done."""
+def opened(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The values of a custom rule's arguments, and which leaves are differentiated: see `asked`.
 
-    flags: tuple[bool, ...]
-
-
-def opened(tree):
-    """The values of a custom rule's arguments, and which of them are differentiated."""
+    As residuals they are shapes of empty arrays. In the tree of the residuals nothing may depend on
+    what is differentiated: JAX keeps that of the rule's last trace, whatever was asked for in it.
+    """
     leaves = jax.tree.leaves(tree, is_leaf=is_primal)
-    return values(tree), Live(tuple(p.perturbed for p in leaves))
+    return values(tree), tuple(jnp.zeros((0, int(p.perturbed)), bool) for p in leaves)
+
+
+def asked(live: tuple[jax.Array, ...]) -> tuple[bool, ...]:
+    """One flag a leaf, known while tracing, so that the rest is not done."""
+    return tuple(flag.shape[-1] == 1 for flag in live)
 
 
 def dot(a, b, contract, precision, spec=None):

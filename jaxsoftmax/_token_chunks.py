@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from ._closures import Closed
-from ._products import add_product, dot, finite_if_counted, opened, product, rounded, times
+from ._products import add_product, asked, dot, finite_if_counted, opened, product, rounded, times
 from ._rules import instantiated
 from ._sharding import Layout, laid_out, laid_out_like, manual_axes, summed_as, varying
 
@@ -46,21 +46,22 @@ def weighted_sum(plan, operands, weights):
 def _weighted_sum_fwd(plan, operands, weights):
     operands, live = opened(operands)
     weights = weights.value
-    values, gradients = _gradients_over_chunks(plan, operands, weights, live)
+    values, ds = _gradients_over_chunks(plan, operands, weights, live)
     values = _counted(plan, values, weights)
-    return jnp.sum(values * weights), (gradients, values, operands, weights)
+    ds = [jnp.zeros(0) if d is None else d for d in ds]  # one tree, whatever is differentiated
+    return jnp.sum(values * weights), (ds, live, values, operands, weights)
 
 
 def _weighted_sum_bwd(plan, residuals, g):
-    gradients, values, operands, weights = residuals
+    ds, live, values, operands, weights = residuals
     g = instantiated(g)
 
     def scaled(d):
         dtype = np.promote_types(d.dtype, g.dtype)
         return g.astype(dtype) * d.astype(dtype)
 
-    gradients = _as_operands(jax.tree.map(scaled, gradients), operands)
-    return gradients, summed_as(g * values, weights)
+    ds = [scaled(d) if flag else None for d, flag in zip(ds, asked(live), strict=True)]
+    return _as_operands(ds, operands), summed_as(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -84,8 +85,8 @@ def _losses_fwd(plan, operands):
 # Any cotangent: the chunks are done again.
 def _losses_bwd(plan, residuals, g):
     operands, live = residuals
-    gradients = _gradients_over_chunks(plan, operands, instantiated(g), live)[1]
-    return (_as_operands(gradients, operands),)
+    ds = _gradients_over_chunks(plan, operands, instantiated(g), live)[1]
+    return (_as_operands(ds, operands),)
 
 
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
@@ -126,14 +127,14 @@ def _gathered(plan, operands):
 
 
 def _gradients_over_chunks(plan, operands, g, live):
-    """The losses and, for the cotangents `g [N]`, the gradients of the live operands, uncast.
+    """The losses and, for the cotangents `g [N]`, a gradient a leaf: uncast, None if not live.
 
     A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
     d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over
     devices in float32 after the loop, each device its part of d_kernel, which is gathered once it
     has the kernel's dtype.
     """
-    live = jax.tree.unflatten(jax.tree.structure(operands), live.flags)
+    live = jax.tree.unflatten(jax.tree.structure(operands), asked(live))
     (kernel, bias), dtype, layout = _gathered(plan, operands), g.dtype, plan.layout
     tokens, classes = layout.token_axes, layout.classes
     of_kernel, of_bias = (layout.spec(*a, unreduced=tokens) for a in ((None, classes), (classes,)))
@@ -190,8 +191,8 @@ def _gradients_over_chunks(plan, operands, g, live):
         d_kernel = laid_out(d_kernel, layout.scattered(operands.kernel))
     if d_bias is not None:
         d_bias = laid_out(d_bias, layout.spec(classes))
-    gradients = Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
-    return values, gradients
+    of_bias = () if bias is None else (d_bias,)  # a missing bias is no leaf
+    return values, [d_hidden, d_kernel, *of_bias, *d_args, *d_consts]
 
 
 def _pulled(plan, logits, args, consts, g, flags):  # noqa: PLR0917
@@ -257,12 +258,9 @@ def _unchunked(plan, y, n):
     return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
 
 
-def _as_operands(gradients, operands):
+def _as_operands(ds, operands):
     """Each gradient as its operand is: summed over devices, in its dtype and layout."""
     leaves, treedef = jax.tree.flatten(operands)
-    ds = jax.tree.leaves(gradients, is_leaf=lambda d: d is None)
-    # A missing bias is no leaf of the operands.
-    ds = ds if operands.bias is not None else [*ds[:2], *ds[3:]]
     return treedef.unflatten(
         None if d is None else laid_out_like(summed_as(d, x).astype(x.dtype), x)
         for x, d in zip(leaves, ds, strict=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._numerics import accumulation_dtype
-from ._products import dot, opened, product, rounded, times
+from ._products import asked, dot, opened, product, rounded, times
 from ._sharding import (
     Layout,
     as_bits,
@@ -110,7 +110,7 @@ def _linear_statistics_fwd(plan, operands):
 
 def _linear_statistics_bwd(plan, residuals, cotangents):
     given, rows, flags = residuals
-    asked = jax.tree.unflatten(jax.tree.structure(given), flags.flags)
+    wants = jax.tree.unflatten(jax.tree.structure(given), asked(flags))
     layout = plan.layout
     tokens, classes = layout.token_axes, layout.classes
     operands = _by_shard(plan, given)
@@ -137,18 +137,18 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
             d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=-1)
         d_raw, d = pull(dz)
         d_transform = jax.tree.map(jnp.add, d_transform, d)
-        if asked.bias:
+        if wants.bias:
             d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d.astype(bias.dtype), start, axis=-1)
         d_raw, scale = rounded(d_raw, kernel.dtype)
         d_raw = _joined(plan, d_raw, layout.spec(tokens, classes))
-        if asked.kernel:
+        if wants.kernel:
             spec = layout.spec(None, classes, unreduced=tokens)
             d = dot(hidden, d_raw, ((0,), (0,)), plan.precision, spec)
             d = as_slices(times(scale, d).astype(kernel.dtype))
             d = _split(plan, d, of_kernel)
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=-1)
-        if asked.hidden:
+        if wants.hidden:
             block = _joined(
                 plan, slice_in_loop(kernel, start, size, axis=-1), layout.spec(None, classes)
             )
@@ -157,9 +157,9 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
     start = (
-        laid_out(jnp.zeros(hidden.shape, dtype), of_hidden) if asked.hidden else None,
-        laid_out(as_slices(jnp.zeros_like(kernel)), of_kernel) if asked.kernel else None,
-        laid_out(jnp.zeros_like(bias), of_bias) if asked.bias else None,
+        laid_out(jnp.zeros(hidden.shape, dtype), of_hidden) if wants.hidden else None,
+        laid_out(as_slices(jnp.zeros_like(kernel)), of_kernel) if wants.kernel else None,
+        laid_out(jnp.zeros_like(bias), of_bias) if wants.bias else None,
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else laid_out_like(jnp.zeros_like(weights), weights),
     )

@@ -342,6 +342,36 @@ def test_transforms(gradients):
     check(lambda f: jax.grad(lambda h, k: 1024 * f(h, k), (0, 1))(hidden, kernel))
 
 
+@pytest.mark.parametrize("name", ["in_forward", "recompute", "unreduced", "log_probs"])
+def test_what_is_differentiated_is_asked_anew(name):
+    """Of one traced head, whatever was differentiated before: no call leaves its mark on another."""
+    hidden, kernel, bias, _, labels = problem(7, 5, 40)
+    integer = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+
+    @jax.jit
+    def head(hidden, kernel, bias, scale):
+        if name == "log_probs":
+            out = jaxsoftmax.linear_log_probs(hidden, kernel, labels, bias=bias, temperature=scale)
+            return jnp.mean(out.log_probs)
+        if name == "unreduced":
+            loss = lambda z, y: scale * integer(z, y)  # noqa: E731
+            return jnp.mean(
+                jaxsoftmax.linear_loss(loss, hidden, kernel, labels, bias=bias, reduction=None)
+            )
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, temperature=scale, gradients=name
+        )
+
+    arguments = (hidden, kernel, bias, jnp.float32(1.3))
+    every = range(len(arguments))
+    true = jax.grad(head, every)(*arguments)
+    for chosen in ((0,), (3,), (1, 2), (2,), (0, 3), (1,), (0, 1, 2, 3)):
+        for f in (head, jax.checkpoint(head)):
+            for got, i in zip(jax.grad(f, chosen)(*arguments), chosen, strict=True):
+                largest = np.abs(true[i]).max()
+                np.testing.assert_allclose(got, true[i], rtol=0, atol=1e-6 * largest)
+
+
 def test_microbatches_with_a_shared_denominator():
     hidden, kernel, _, weights, labels = problem(64, 17, 130)
 

@@ -81,6 +81,7 @@ def assert_same_numbers(folder: Path, whole: Path, epochs: int, steps: int) -> N
         np.testing.assert_allclose(a, b, rtol=0, atol=rounding * np.abs(b).max())
 
 
+@pytest.mark.wide
 def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path: Path) -> None:
     # Neither the 1438 rows, nor the batches of 50, nor the 10 classes divide evenly by four.
     steps = 29  # an epoch

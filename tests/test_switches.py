@@ -82,7 +82,11 @@ def total(f, x):
     return sum(jnp.sum(jnp.where(jnp.isinf(v), 0, v)) for v in jax.tree.leaves(f(x)))
 
 
-@pytest.mark.parametrize("jit", ["eager", "jit", "disable_jit"])
+# The functions are jitted inside: a jit around them is one more of the same.
+jitted = pytest.param("jit", marks=pytest.mark.wide)
+
+
+@pytest.mark.parametrize("jit", ["eager", jitted, "disable_jit"])
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_nothing_raises(call, switch, jit):
