@@ -344,7 +344,7 @@ def test_transforms(gradients):
 
 @pytest.mark.parametrize("name", ["in_forward", "recompute", "unreduced", "log_probs"])
 def test_what_is_differentiated_is_asked_anew(name):
-    """Of one traced head, whatever was differentiated before: no call leaves its mark on another."""
+    """Of one traced head, whatever was differentiated before: calls leave no mark."""
     hidden, kernel, bias, _, labels = problem(7, 5, 40)
     integer = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 

@@ -260,12 +260,7 @@ def vmapped(operation):
 
 
 ORDERS = [value_and_gradient, reverse_over_reverse]
-HIGHER = [
-    forward_over_reverse,
-    reverse_thrice,
-    vmapped(reverse_over_reverse),
-    vmapped(reverse_thrice),
-]
+HIGHER = [forward_over_reverse, vmapped(reverse_thrice)]
 
 
 def run(operation, f, loss):

@@ -87,6 +87,7 @@ def test_digits_are_learned_and_everything_is_written(
     }
 
 
+@pytest.mark.wide
 def test_seed_decides_the_numbers(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         trained("--output", tmp_path / name, "--epochs", 2, "--seed", seed, *SMALL)
