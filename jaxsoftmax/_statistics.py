@@ -94,8 +94,8 @@ def _token_bwd(wanted, residuals, cotangents):
     _, labels, *_, rows = residuals
     g = poisoned(live(cotangents), labels)
     # Measured from a label that is no class, (m, r) say nothing of the row.
-    r = rows.r + nan_where(labels < 0, rows.r.dtype)
-    return _token_linear(wanted, residuals, g, unused_rows(g, r))
+    known = jnp.isfinite(rows.r) & (labels >= 0)
+    return _token_linear(wanted, residuals, g, unused_rows(g, known))
 
 
 def _token_linear(wanted, residuals, g, unused=None):
@@ -147,7 +147,7 @@ def _target_fwd(wanted, x, y, transform):
 def _target_bwd(wanted, residuals, cotangents):
     g = live(cotangents)
     *_, total, rows = residuals
-    return _target_linear(wanted, residuals, g, unused_rows(g, rows.r + total))
+    return _target_linear(wanted, residuals, g, unused_rows(g, jnp.isfinite(rows.r + total)))
 
 
 # dy_k = g (lse − z_k) = g ((m − z_k) + log1p(r))
@@ -277,14 +277,14 @@ def poisoned(g: Statistics, labels: jax.Array) -> Statistics:
     return g._replace(loss=g.loss + nan_where(invalid, g.loss.dtype))
 
 
-def unused_rows(g: Statistics, r: jax.Array) -> jax.Array | None:
-    """Rows without a log-sum-exp of which nothing is used: their gradient is 0, not NaN.
+def unused_rows(g: Statistics, known: jax.Array) -> jax.Array | None:
+    """Rows without a known log-sum-exp of which nothing is used: their gradient is 0, not NaN.
 
     Other rows need no such care, and must have none: 0 times a finite gradient is 0, but its
     derivative by the cotangent is not.
     """
     asked = [c != 0 for c in g if c is not None]
-    return ~jnp.isfinite(r) & ~functools.reduce(jnp.logical_or, asked) if asked else None
+    return ~known & ~functools.reduce(jnp.logical_or, asked) if asked else None
 
 
 def without_rows(unused: jax.Array, rows: Rows, z: jax.Array) -> tuple[Rows, jax.Array]:

@@ -116,7 +116,7 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     operands = _by_shard(plan, given)
     hidden, kernel, bias, transform, weights, labels = operands
     g = poisoned(live(cotangents), labels)
-    unused = unused_rows(g, rows.r)
+    unused = unused_rows(g, jnp.isfinite(rows.r))
     rows, g, unused, labels = _of_rows(plan, (rows, g, unused, labels))
     dtype = rows.m.dtype
     everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
