@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the losses: plain arithmetic on one number a token, around the one rule."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import NamedTuple

@@ -191,8 +191,8 @@ def _gradients_over_chunks(plan, operands, g, live):
         d_kernel = laid_out(d_kernel, layout.scattered(operands.kernel))
     if d_bias is not None:
         d_bias = laid_out(d_bias, layout.spec(classes))
-    of_bias = () if bias is None else (d_bias,)  # a missing bias is no leaf
-    return values, [d_hidden, d_kernel, *of_bias, *d_args, *d_consts]
+    of_head = [d_hidden, d_kernel] if bias is None else [d_hidden, d_kernel, d_bias]
+    return values, [*of_head, *d_args, *d_consts]
 
 
 def _pulled(plan, logits, args, consts, g, flags):  # noqa: PLR0917

@@ -181,10 +181,22 @@ WRAPPED = {
 }
 
 
+FEW = ("jit", "scan, checkpoint, jit")
+
+
 @both_orders
 @pytest.mark.parametrize("name", CLOSED_OVER)
 def test_what_a_loss_closes_over(name, reduction):
-    """Traced, of any dtype, in any transform; with its gradient where it has one."""
+    """Traced, of any dtype; with its gradient where it has one."""
+    check_closed_over(name, reduction, FEW)
+
+
+@pytest.mark.parametrize("reduction", ["mean", pytest.param(None, marks=pytest.mark.wide)])
+def test_a_key_closed_over_in_any_transform(reduction):
+    check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW})
+
+
+def check_closed_over(name, reduction, ways):
     closed_over, made_of = CLOSED_OVER[name]
 
     def head(x, c):
@@ -198,11 +210,8 @@ def test_what_a_loss_closes_over(name, reduction):
     numbers = (0, 1) if name in ("floats", "complex") else 0
     c = jnp.asarray(closed_over)
     want = jax.value_and_grad(plain, numbers)(HIDDEN, c)
-    for how, wrap in WRAPPED.items():
-        every = name == "a key" and reduction is not None
-        if not every and how not in ("jit", "scan, checkpoint, jit"):
-            continue
-        run = jax.value_and_grad(wrap(head), numbers)
+    for how in ways:
+        run = jax.value_and_grad(WRAPPED[how](head), numbers)
         got = (jax.jit(run) if how == "jit of the gradient" else run)(HIDDEN, c)
         for x, true in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert x.dtype == true.dtype

@@ -260,7 +260,12 @@ def vmapped(operation):
 
 
 ORDERS = [value_and_gradient, reverse_over_reverse]
-HIGHER = [forward_over_reverse, vmapped(reverse_thrice)]
+HIGHER = [
+    forward_over_reverse,
+    reverse_thrice,
+    vmapped(reverse_over_reverse),
+    vmapped(reverse_thrice),
+]
 
 
 def run(operation, f, loss):
@@ -281,13 +286,16 @@ def truth(loss, operation):
 def assert_close(got, want):
     """Of sums over a few hundred terms of the size of the largest entry, 64 ulps of that size.
 
-    Of all entries: the derivative by an option is a sum over the logits of theirs times them.
+    By the temperature and the cap it is a sum over the logits of their derivatives times them:
+    there the largest entry of all counts.
     """
     wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
     leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
-    size = max(1, *(np.abs(e).max(initial=0) for e in jax.tree.leaves(wide(want))))
+    largest = max(np.abs(e).max(initial=0) for e in jax.tree.leaves(wide(want)))
     for (path, a), (_, e) in zip(*leaves, strict=True):
         assert np.isfinite(e).all(), path
+        of_logits = getattr(path[-1], "key", None) in TRANSFORM
+        size = max(1, largest if of_logits else np.abs(e).max(initial=0))
         np.testing.assert_allclose(a, e, rtol=0, atol=64 * 2**-24 * size, err_msg=f"{path}")
 
 
