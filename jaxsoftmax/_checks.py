@@ -224,7 +224,7 @@ def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
     return array
 
 
-def as_fraction(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
+def as_bounded(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
     """A real floating, finite scalar; in [0, most] where its value is known."""
     array = as_scalar(function, name, value)
     known = _known(value, array)
@@ -241,10 +241,8 @@ def as_ignore_index(function: str, value: object) -> int | None:
     raise TypeError(f"{function}: ignore_index must be an integer or None; got {_untraced(value)}")
 
 
-def as_axis_name(
-    function: str, value: object, parts: Mapping[str, Any], whole: Mapping[str, Any]
-) -> AxisName | None:
-    """The manual mesh axes that shard the classes of all `parts`, and of nothing in `whole`."""
+def as_axis_name(function: str, value: object) -> AxisName | None:
+    """Manual mesh axes that shard the classes, or None."""
     if value is None:
         return None
     names = (value,) if isinstance(value, str) else value
@@ -259,19 +257,31 @@ def as_axis_name(
             f"{function}: axis_name must name axes that an enclosing shard_map makes manual, here "
             f"{here}, each once; got {value!r}"
         )
-    for name, array in parts.items():
-        if array is not None and not set(names) <= manual_axes(array):
-            raise ValueError(
-                f"{function}: {name} must vary over axis_name {value!r}, as what in_specs shard "
-                f"does in a shard_map with check_vma=True; got {_varying(array)}"
-            )
-    for name, array in whole.items():
-        if set(names) & manual_axes(array):
-            raise ValueError(
-                f"{function}: {name} must be the same on all devices along axis_name {value!r}, "
-                f"which shards the classes; got {_varying(array)}"
-            )
     return value  # pyright: ignore[reportReturnType] - a str or a tuple of them
+
+
+def check_sharded_classes(
+    function: str, axis_name: AxisName | None, arrays: Mapping[str, Any]
+) -> None:
+    """Each array (or None) is this device's part of the classes."""
+    for name, array in arrays.items():
+        if array is not None and not axis_names(axis_name) <= manual_axes(array):
+            raise ValueError(
+                f"{function}: {name} must vary over axis_name {axis_name!r}, as what in_specs "
+                f"shard does in a shard_map with check_vma=True; got {_varying(array)}"
+            )
+
+
+def check_whole_classes(
+    function: str, axis_name: AxisName | None, arrays: Mapping[str, Any]
+) -> None:
+    """Each array is the same on all devices that share the classes."""
+    for name, array in arrays.items():
+        if axis_names(axis_name) & manual_axes(array):
+            raise ValueError(
+                f"{function}: {name} must be the same on all devices along axis_name "
+                f"{axis_name!r}, which shards the classes; got {_varying(array)}"
+            )
 
 
 def _varying(array: jax.Array) -> str:

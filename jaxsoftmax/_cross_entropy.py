@@ -14,21 +14,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
+from ._axes import broadcast_mask, masked, to_index, to_rows
 from ._numerics import accumulation_dtype, broadcast_to
 from ._options import (
-    MIXED,
     as_options,
     ignored_tokens,
     label_index,
     label_weights,
+    required_statistics,
     target_losses,
     token_losses,
-    wanted_by,
 )
-from ._rows import masked, to_index, to_rows
-from ._rules import ON_LOGITS, scope
-from ._sharding import AxisName, joined, shard_count
-from ._statistics import Statistics, Wanted, target_statistics, token_statistics
+from ._rules import ON_LOGITS, in_forward_mode, scope
+from ._sharding import AxisName, in_one_sharding, shard_count
+from ._statistics import Statistics, StatisticsSpec, target_statistics, token_statistics
 from ._transform import as_transform
 
 
@@ -93,7 +92,9 @@ def softmax_cross_entropy_with_integer_labels(
     """
     name = "softmax_cross_entropy_with_integer_labels"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
-    axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
+    axis_name = _checks.as_axis_name(name, axis_name)
+    _checks.check_sharded_classes(name, axis_name, {"logits": logits})
+    _checks.check_whole_classes(name, axis_name, {"labels": labels})
     where = _class_mask(name, where, logits.shape, axes, axis_name)
     ignore_index = _checks.as_ignore_index(name, ignore_index)
     options = as_options(
@@ -108,33 +109,33 @@ def softmax_cross_entropy_with_integer_labels(
     )
     with scope(name, ON_LOGITS):
         (logits, where), axes = _one_axis(axes, logits, where)
-        wanted = wanted_by(options, axis_name)
-        summed = token_statistics(wanted).now()
         return _integer_labels(
-            summed, MIXED.now(), wanted, logits, labels, where, options, axes, ignore_index
+            in_forward_mode(), axis_name, axes, ignore_index, logits, labels, where, options
         )
 
 
-@partial(jax.jit, static_argnames=("summed", "mixed", "wanted", "axes", "ignore_index"))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _integer_labels(  # noqa: PLR0917
-    summed, mixed, wanted, logits, labels, where, options, axes, ignore_index
+    forward_mode, axis_name, axes, ignore_index, logits, labels, where, options
 ):
-    logits, labels, where = joined(logits, jnp.expand_dims(labels, axes), where)
+    spec = required_statistics(options)
+    logits, labels, where = in_one_sharding(logits, jnp.expand_dims(labels, axes), where)
     labels, included = jnp.squeeze(labels, axes), None
     if where is not None:
-        logits, included = masked(logits, where, axes, wanted.axis_name)
+        logits, included = masked(logits, where, axes, axis_name)
         labels = jnp.where(included, labels, 0)
     rows = to_rows(logits, axes)
-    index = label_index(labels, rows.shape[-1] * shard_count(wanted.axis_name), ignore_index)
+    index = label_index(labels, rows.shape[-1] * shard_count(axis_name), ignore_index)
     ignored = ignored_tokens(labels, ignore_index)
-    if ignored is not None and summed is token_statistics(wanted).forward:
+    if ignored is not None and forward_mode:
         # A linear map cannot see that a token is not used: 0 · NaN would be NaN.
         rows = jnp.where(ignored[..., None], 0, rows)
     weights = options.class_weights
-    statistics = summed(rows, index, options.transform, weights if wanted.spread else None)
+    summed = token_statistics(spec, axis_name).for_mode(forward_mode)
+    statistics = summed(rows, index, options.transform, weights if spec.spread else None)
     if weights is not None:
-        weights = label_weights(labels, ignore_index, weights, wanted.axis_name)
-    return token_losses(mixed, statistics, labels, weights, ignore_index, options, included)
+        weights = label_weights(labels, ignore_index, weights, axis_name)
+    return token_losses(forward_mode, statistics, labels, weights, ignore_index, options, included)
 
 
 def softmax_cross_entropy(
@@ -182,7 +183,7 @@ def softmax_cross_entropy(
         (where its value is known: it may be traced).
 
     Differentiable in `logits`, in floating `labels` (`lse − z_k`) and in the options, in reverse
-    mode, to any order; forward mode over reverse works. docs/derivation.md equations (16) and (27).
+    mode, to any order; forward mode over reverse works. docs/derivation.md equation (27).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -194,8 +195,8 @@ def softmax_cross_entropy(
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_inexact(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim)
-    parts = {"logits": logits, "labels": labels}
-    axis_name = _checks.as_axis_name(name, axis_name, parts, {})
+    axis_name = _checks.as_axis_name(name, axis_name)
+    _checks.check_sharded_classes(name, axis_name, {"logits": logits, "labels": labels})
     _checks.check_broadcasts(name, "labels", labels.shape, logits.shape, "the shape of logits")
     where = _class_mask(name, where, logits.shape, axes, axis_name)
     options = as_options(
@@ -208,23 +209,23 @@ def softmax_cross_entropy(
     with scope(name, ON_LOGITS):
         labels = broadcast_to(labels, logits.shape)
         (logits, labels, where), axes = _one_axis(axes, logits, labels, where)
-        wanted = wanted_by(options, axis_name)
-        summed = target_statistics(wanted).now()
-        return _dense_labels(summed, MIXED.now(), axis_name, logits, labels, where, options, axes)
+        return _dense_labels(in_forward_mode(), axis_name, axes, logits, labels, where, options)
 
 
-@partial(jax.jit, static_argnames=("summed", "mixed", "axis_name", "axes"))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _dense_labels(  # noqa: PLR0917
-    summed, mixed, axis_name, logits, labels, where, options, axes
+    forward_mode, axis_name, axes, logits, labels, where, options
 ):
-    (logits, labels, where), included = joined(logits, labels, where), None
+    (logits, labels, where), included = in_one_sharding(logits, labels, where), None
     if where is not None:
         logits, included = masked(logits, where, axes, axis_name)
         labels = jnp.where(where, labels, 0)
     rows, targets = to_rows(logits, axes), to_rows(labels, axes)
     if rows.shape[-1] == 0:
         return jnp.zeros(rows.shape[:-1], accumulation_dtype(rows.dtype, targets.dtype))
-    return target_losses(mixed, summed(rows, targets, options.transform), options, included)
+    summed = target_statistics(required_statistics(options), axis_name).for_mode(forward_mode)
+    statistics = summed(rows, targets, options.transform)
+    return target_losses(forward_mode, statistics, options, included)
 
 
 class LogProbs(NamedTuple):
@@ -285,22 +286,28 @@ def label_log_probs(
     """
     name = "label_log_probs"
     logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
-    axis_name = _checks.as_axis_name(name, axis_name, {"logits": logits}, {"labels": labels})
+    axis_name = _checks.as_axis_name(name, axis_name)
+    _checks.check_sharded_classes(name, axis_name, {"logits": logits})
+    _checks.check_whole_classes(name, axis_name, {"labels": labels})
     transform = as_transform(name, soft_cap, temperature)
     with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
     with scope(name, ON_LOGITS):
         (logits,), axes = _one_axis(axes, logits)
-        wanted = Wanted(lse=True, entropy=with_entropy, axis_name=axis_name)
-        summed = token_statistics(wanted).now()
-        return _label_log_probs(summed, axis_name, logits, labels, transform, axes)
+        return _label_log_probs(
+            in_forward_mode(), with_entropy, axis_name, axes, logits, labels, transform
+        )
 
 
-@partial(jax.jit, static_argnames=("summed", "axis_name", "axes"))
-def _label_log_probs(summed, axis_name, logits, labels, transform, axes):  # noqa: PLR0917
-    logits, labels = joined(logits, jnp.expand_dims(labels, axes))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _label_log_probs(  # noqa: PLR0917
+    forward_mode, with_entropy, axis_name, axes, logits, labels, transform
+):
+    logits, labels = in_one_sharding(logits, jnp.expand_dims(labels, axes))
     labels = jnp.squeeze(labels, axes)
     rows = to_rows(logits, axes)
     index = to_index(labels, rows.shape[-1] * shard_count(axis_name))
+    spec = StatisticsSpec(lse=True, entropy=with_entropy)
+    summed = token_statistics(spec, axis_name).for_mode(forward_mode)
     return as_log_probs(summed(rows, index, transform, None))
 
 
@@ -340,17 +347,12 @@ def _class_mask(function, where, shape, axes, axis_name):
     if where is None:
         return None
     where = _checks.as_mask(function, "where", where)
-    if where.ndim != len(shape):
-        _checks.check_shape(
-            function,
-            "where",
-            where.shape,
-            _batch_shape(shape, axes),
-            f"one value per example, or have the {len(shape)} axes of logits",
-        )
-        _checks.as_axis_name(function, axis_name, {}, {"where": where})
-        where = jnp.expand_dims(where, axes)
+    if where.ndim == len(shape):
+        _checks.check_sharded_classes(function, axis_name, {"where": where})
     else:
-        _checks.as_axis_name(function, axis_name, {"where": where}, {})
-    _checks.check_broadcasts(function, "where", where.shape, shape, "the shape of logits")
-    return jnp.broadcast_to(where, shape)
+        meaning = f"one value per example, or have the {len(shape)} axes of logits"
+        batch = _batch_shape(shape, axes)
+        _checks.check_shape(function, "where", where.shape, batch, meaning)
+        _checks.check_whole_classes(function, axis_name, {"where": where})
+        where = jnp.expand_dims(where, axes)
+    return broadcast_mask(function, where, shape, "the shape of logits")

@@ -2,7 +2,8 @@
 """The linear head: a per-token loss of `hidden @ kernel + bias` that never holds the logits.
 
 The public functions, their arguments, and the choice between the two orders of the same work:
-_token_chunks.py, for any loss, and _vocabulary_blocks.py, for any cotangent at the least memory.
+_head/token_chunks.py, for any loss, and _head/vocabulary_blocks.py, for any cotangent at the
+least memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jaxtyping import Array, Float
 
 from . import _checks
 from ._cross_entropy import LogProbs
-from ._head import Reduction, as_head, as_per_token, as_token_labels
-from ._head_programs import any_loss, cross_entropy, log_probs
+from ._head.arguments import Reduction, as_head, as_per_token, as_token_labels
+from ._head.programs import any_loss, cross_entropy, log_probs
 from ._options import as_options
 from ._rules import OF_HEADS, scope
 from ._sharding import AxisName

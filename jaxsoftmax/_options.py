@@ -2,7 +2,6 @@
 """The options of the losses: plain arithmetic on one number a token, around the one rule."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,14 +9,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
+from ._axes import labels_in_block, to_index
 from ._numerics import upcast
-from ._rows import to_index
-from ._rules import Rule, instantiated, rule
-from ._sharding import AxisName, shard_count, shard_start, sum_over, taken
-from ._statistics import Statistics, Wanted, local
+from ._rules import instantiated, rule
+from ._sharding import AxisName, gather, shard_count, shard_start, sum_over
+from ._statistics import Statistics, StatisticsSpec
 from ._transform import Transform, as_transform
-
-Mixed = Callable[..., jax.Array]  # `MIXED` in one of its two modes
 
 
 class Options(NamedTuple):
@@ -45,7 +42,7 @@ def as_options(
         class_weights = upcast(_checks.as_inexact(function, "class_weights", class_weights))
         meaning = "one weight a class"
         _checks.check_shape(function, "class_weights", class_weights.shape, (classes,), meaning)
-        _checks.as_axis_name(function, axis_name, {"class_weights": class_weights}, {})
+        _checks.check_sharded_classes(function, axis_name, {"class_weights": class_weights})
     return Options(
         as_transform(function, soft_cap, temperature),
         _unless_zero(function, "label_smoothing", label_smoothing, 1.0),
@@ -57,16 +54,13 @@ def as_options(
 def _unless_zero(function, name, value, most):
     if isinstance(value, (int, float)) and value == 0 and value is not False:
         return None
-    return upcast(_checks.as_fraction(function, name, value, most))
+    return upcast(_checks.as_bounded(function, name, value, most))
 
 
-def wanted_by(options: Options, axis_name: AxisName | None) -> Wanted:
+def required_statistics(options: Options) -> StatisticsSpec:
     """What `target_losses` takes beside the loss."""
-    return Wanted(
-        lse=options.z_loss is not None,
-        spread=options.label_smoothing is not None,
-        axis_name=axis_name,
-    )
+    spread = options.label_smoothing is not None
+    return StatisticsSpec(lse=options.z_loss is not None, spread=spread)
 
 
 def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | None:
@@ -99,8 +93,8 @@ def label_weights(
         return None if ignored is None else (~ignored).astype(jnp.float32)
     classes = class_weights.shape[0]
     index = label_index(labels, classes * shard_count(axis_name), ignore_index)
-    here = local(index, shard_start(axis_name, classes), classes)
-    weights = jnp.where(here < 0, 0, taken(class_weights, jnp.maximum(here, 0)))
+    here = labels_in_block(index, shard_start(axis_name, classes), classes)
+    weights = jnp.where(here < 0, 0, gather(class_weights, jnp.maximum(here, 0)))
     if axis_name is not None:
         weights = sum_over(axis_name, weights)
     weights = jnp.where(index < 0, 1, weights)
@@ -108,7 +102,7 @@ def label_weights(
 
 
 def token_losses(  # noqa: PLR0917
-    mixed: Mixed,
+    forward_mode: bool,
     statistics: Statistics,
     labels: jax.Array,
     weights: jax.Array | None,
@@ -123,22 +117,23 @@ def token_losses(  # noqa: PLR0917
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None:
         included = ~ignored if included is None else included & ~ignored
-    return target_losses(mixed, statistics, options, included, weights)
+    return target_losses(forward_mode, statistics, options, included, weights)
 
 
 def target_losses(
-    mixed: Mixed,
+    forward_mode: bool,
     statistics: Statistics,
     options: Options,
     included: jax.Array | None = None,
     weights: jax.Array | None = None,
 ) -> jax.Array:
-    """The losses with all options, `mixed` from `MIXED`; exactly 0 where not included."""
+    """The losses with all options; exactly 0 where not included."""
     if included is not None:
         statistics = jax.tree.map(lambda s: jnp.where(included, s, 0), statistics)
     if weights is None and options.label_smoothing is None and options.z_loss is None:
         return statistics.loss
-    return mixed(statistics, weights, options.label_smoothing, options.z_loss)
+    mix = _MIX.for_mode(forward_mode)
+    return mix(statistics, weights, options.label_smoothing, options.z_loss)
 
 
 def _mix(statistics, weights, epsilon, z_loss):
@@ -176,4 +171,4 @@ def _mix_bwd(args, g):
     return _mix_linear((statistics, *options), g)
 
 
-MIXED: Rule = rule(_mix_fwd, _mix_bwd, linear=_mix_linear)
+_MIX = rule(_mix_fwd, _mix_bwd, linear=_mix_linear)

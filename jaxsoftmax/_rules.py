@@ -13,17 +13,22 @@ from jax.custom_derivatives import SymbolicZero
 
 from ._sharding import aligned
 
-_in_forward_mode = ContextVar("jaxsoftmax.forward_mode", default=False)
+_forward_mode = ContextVar("jaxsoftmax.forward_mode", default=False)
 
 
 @contextlib.contextmanager
 def forward_mode() -> Iterator[None]:
-    """Within, `Rule.now` is the forward-mode function."""
-    token = _in_forward_mode.set(True)
+    """Within, `in_forward_mode` is true."""
+    token = _forward_mode.set(True)
     try:
         yield
     finally:
-        _in_forward_mode.reset(token)
+        _forward_mode.reset(token)
+
+
+def in_forward_mode() -> bool:
+    """Which mode was asked for: a static argument of `jit`, whose cache does not know it else."""
+    return _forward_mode.get()
 
 
 @contextlib.contextmanager
@@ -49,9 +54,9 @@ class Rule(NamedTuple):
     reverse: Callable[..., Any]
     forward: Callable[..., Any]
 
-    def now(self) -> Callable[..., Any]:
-        """The one that was asked for; to be chosen before `jit`, whose cache knows no mode."""
-        return self.forward if _in_forward_mode.get() else self.reverse
+    def for_mode(self, forward: bool) -> Callable[..., Any]:
+        """The one for forward mode, or else for reverse mode."""
+        return self.forward if forward else self.reverse
 
 
 def rule(

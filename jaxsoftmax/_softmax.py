@@ -12,19 +12,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
+from ._axes import broadcast_mask, from_rows, masked, to_rows
 from ._numerics import (
     broadcast_to,
-    excess,
+    gradient_numerator,
     log_sum_exp,
-    max_and_remainder,
     nan_where,
     one_hot,
     shifted_exp,
     upcast,
 )
-from ._rows import from_rows, masked, to_rows
-from ._rules import ON_LOGITS, rule, scope
-from ._sharding import joined, sharded_first, whole_last
+from ._row_sums import shift_and_remainder
+from ._rules import ON_LOGITS, in_forward_mode, rule, scope
+from ._sharding import in_one_sharding, sharded_first, whole_last
 
 Axis = int | Sequence[int] | None
 
@@ -58,11 +58,11 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
     """
     x, axes, where = _prepare("softmax", x, axis, where)
     with scope("softmax", ON_LOGITS):
-        return _masked_apply(_softmax.now(), 0, x, axes, where)
+        return _masked_apply(_softmax, in_forward_mode(), 0, x, axes, where)
 
 
 def _softmax_fwd(x):
-    m, r = max_and_remainder(x)
+    m, r = shift_and_remainder(x)
     return (shifted_exp(x, m) / (1 + r)[..., None]).astype(x.dtype), (x, m, r)
 
 
@@ -111,11 +111,11 @@ def log_softmax(
     """
     x, axes, where = _prepare("log_softmax", x, axis, where)
     with scope("log_softmax", ON_LOGITS):
-        return _masked_apply(_log_softmax.now(), -jnp.inf, x, axes, where)
+        return _masked_apply(_log_softmax, in_forward_mode(), -jnp.inf, x, axes, where)
 
 
 def _log_softmax_fwd(x):
-    m, r = max_and_remainder(x)
+    m, r = shift_and_remainder(x)
     shifted = upcast(x) - m[..., None]
     return (shifted - jnp.log1p(r)[..., None]).astype(x.dtype), (x, m, r)
 
@@ -124,7 +124,7 @@ def _log_softmax_fwd(x):
 def _log_softmax_bwd(residuals, g):
     x, m, r = residuals
     g = upcast(g)
-    d = excess(jnp.sum(g, axis=-1), g, shifted_exp(x, m), r) / (1 + r)[..., None]
+    d = gradient_numerator(jnp.sum(g, axis=-1), g, shifted_exp(x, m), r) / (1 + r)[..., None]
     return ((-d).astype(x.dtype),)
 
 
@@ -183,10 +183,9 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     axes = _checks.as_axes("logsumexp", axis, a.ndim)
     keepdims = _checks.as_flag("logsumexp", "keepdims", keepdims)
     return_sign = _checks.as_flag("logsumexp", "return_sign", return_sign)
-    where = _broadcast_mask("logsumexp", where, a.shape, "the shape of a")
+    where = broadcast_mask("logsumexp", where, a.shape, "the shape of a")
     with scope("logsumexp", ON_LOGITS):
-        summed = (_row_logsumexp if b is None else _weighted_logsumexp).now()
-        out, sign = _logsumexp_axes(summed, a, b, where, axes)
+        out, sign = _logsumexp_axes(in_forward_mode(), a, b, where, axes)
         if keepdims:
             out, sign = jnp.expand_dims(out, axes), jnp.expand_dims(sign, axes)
         if return_sign:
@@ -194,11 +193,11 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
         return out if b is None else out + nan_where(sign < 0, out.dtype)
 
 
-@partial(jax.jit, static_argnames=("summed", "axes"))
-def _logsumexp_axes(summed, a, b, where, axes):
+@partial(jax.jit, static_argnames=("forward", "axes"))
+def _logsumexp_axes(forward, a, b, where, axes):
     dtype, included = a.dtype, None
     axes = sharded_first(a, axes)
-    a, b, where = joined(a, b, where)
+    a, b, where = in_one_sharding(a, b, where)
     if where is not None:
         a, included = masked(a, where, axes)
         b = None if b is None else jnp.where(where, b, 0)
@@ -207,16 +206,16 @@ def _logsumexp_axes(summed, a, b, where, axes):
         out = jnp.full(rows.shape[:-1], -jnp.inf, dtype)
         return out, jnp.zeros_like(out)
     if b is None:
-        out = summed(rows)
+        out = _row_logsumexp.for_mode(forward)(rows)
         out = out if included is None else jnp.where(included, out, -jnp.inf)
         sign = jnp.where(out == -jnp.inf, 0, jnp.where(jnp.isnan(out), out, 1))
     else:
-        out, sign = summed(rows, to_rows(b, axes))
+        out, sign = _weighted_logsumexp.for_mode(forward)(rows, to_rows(b, axes))
     return out.astype(dtype), jax.lax.stop_gradient(sign).astype(dtype)
 
 
 def _row_logsumexp_fwd(x):
-    m, r = max_and_remainder(x)
+    m, r = shift_and_remainder(x)
     return log_sum_exp(m, r), (x, m, r)
 
 
@@ -296,7 +295,7 @@ def _softmax_jacobian(x, axes):
     rows = upcast(to_rows(x, axes))  # once: so is its cotangent, of two uses, cast once
     if rows.shape[-1] == 0:
         return jnp.zeros((*rows.shape, 0), x.dtype)
-    m, r = max_and_remainder(rows)
+    m, r = shift_and_remainder(rows)
     e, r = shifted_exp(rows, m), r[..., None]
     probabilities = e / (1 + r)
     complement = ((1 - e) + r) / (1 + r)  # 1 − ŷ_i
@@ -306,28 +305,22 @@ def _softmax_jacobian(x, axes):
     return (probabilities[..., :, None] * factor).astype(x.dtype)
 
 
-def _broadcast_mask(function, where, shape, meaning):
-    if where is None:
-        return None
-    where = _checks.as_mask(function, "where", where)
-    _checks.check_broadcasts(function, "where", where.shape, shape, meaning)
-    return jnp.broadcast_to(where, shape)
-
-
 def _prepare(function, x, axis, where):
     x = _checks.as_inexact(function, "x", x)
     axes = _checks.as_axes(function, axis, x.ndim)
-    return x, axes, _broadcast_mask(function, where, x.shape, "the shape of x")
+    return x, axes, broadcast_mask(function, where, x.shape, "the shape of x")
 
 
-@partial(jax.jit, static_argnames=("rule", "excluded", "axes"))
-def _masked_apply(rule, excluded, x, axes, where):
+@partial(jax.jit, static_argnames=("rule", "forward", "excluded", "axes"))
+def _masked_apply(rule, forward, excluded, x, axes, where):  # noqa: PLR0917
     """`rule` on the rows of `x`; classes outside `where` enter as −inf, leave as `excluded`."""
     dtype = x.dtype
     axes = sharded_first(x, axes)
     if where is not None:
-        x, where = joined(x, where)
+        x, where = in_one_sharding(x, where)
         x, _ = masked(x, where, axes)
     rows = to_rows(x, axes)
-    out = from_rows(rows if rows.shape[-1] == 0 else rule(rows), axes, x).astype(dtype)
+    out = from_rows(rows if rows.shape[-1] == 0 else rule.for_mode(forward)(rows), axes, x).astype(
+        dtype
+    )
     return out if where is None else jnp.where(where, out, excluded)

@@ -12,7 +12,6 @@ The first and the last are cross-entropies, so one form of their derivative, Y �
 """
 
 import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,26 +19,39 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ._axes import labels_in_block
+from ._merge import BlockSums, merge_shards
 from ._numerics import (
     accumulation_dtype,
-    excess,
+    gradient_numerator,
     log_sum_exp,
-    max_and_remainder,
     nan_where,
     one_hot,
-    pick,
-    row_sums,
     rows_with_sum,
     shifted_exp,
     upcast,
 )
+from ._row_sums import pick, row_sums, shift_and_remainder
 from ._rules import Rule, rule
-from ._sharding import AxisName, laid_out_like, maximum_over, shard_start, sum_over
+from ._sharding import AxisName, resharded_like, shard_start
 from ._transform import Transform, as_function, transformed
 
 
+class StatisticsSpec(NamedTuple):
+    """Which statistics are asked for beside the loss; fixed while tracing."""
+
+    lse: bool = False
+    entropy: bool = False
+    spread: bool = False
+
+    @property
+    def loss_only(self) -> bool:
+        """Whether the loss is all, and may be measured from the label."""
+        return not any(self)
+
+
 class Statistics(NamedTuple):
-    """One number a token each, None where not wanted; or their cotangents, None where zero."""
+    """One number a token each, None where not asked for; or their cotangents, None where zero."""
 
     loss: Any
     lse: Any
@@ -47,86 +59,63 @@ class Statistics(NamedTuple):
     spread: Any
 
 
-class Wanted(NamedTuple):
-    """Which statistics beside the loss, and of what; fixed while tracing."""
-
-    lse: bool = False
-    entropy: bool = False
-    spread: bool = False
-    axis_name: AxisName | None = None  # the manual mesh axes that shard the classes
-
-
-class Rows(NamedTuple):
-    """What blocks of classes are put together by, one number a row; None where not wanted.
-
-    Labels and whole rows are spread over blocks: each holds its part of every sum, relative to its
-    own maximum. Whole rows whose loss alone is wanted may have their label's logit for m.
-    """
-
-    m: Any
-    r: Any
-    z_label: Any = None  # z_t; 0 where the label is in another block
-    gaps: Any = None  # Σ e (m − z), for the entropy
-    classes: Any = None  # those not at −inf, for the spread
-    mass: Any = None  # Σ u over those
-    costs: Any = None  # Σ u (m − z)
-
-
 # Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `to_index`, a
 # `Transform` and `weights [C]`, the u_k of the spread (1 where None).
 #
 #     loss = (m − z_t) + log1p(r)
-def _token_fwd(wanted, x, labels, transform, weights):
-    if wanted == Wanted():
+def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
+    if spec.loss_only and axis_name is None:
         of, scalars = as_function(transform)
         z_label = transformed(pick(x, labels), transform)
-        rows = Rows(*max_and_remainder(x, labels, of, *scalars), z_label)
+        sums = BlockSums(*shift_and_remainder(x, labels, of, *scalars), z_label)
     else:
-        start = shard_start(wanted.axis_name, x.shape[-1])
-        rows = block_rows(wanted, x, transform, labels, start, weights)
-    if wanted.axis_name is not None:
-        rows = over_shards(wanted.axis_name, rows)
-    out = with_label(outputs(wanted, rows), labels)
-    return out, (x, labels, transform, weights, rows._replace(costs=None))
+        start = shard_start(axis_name, x.shape[-1])
+        sums = block_sums(spec, x, transform, labels, start, weights)
+    if axis_name is not None:
+        sums = merge_shards(axis_name, sums)
+    out = with_label(outputs(spec, sums), labels)
+    return out, (x, labels, transform, weights, sums._replace(costs=None))
 
 
-def _token_bwd(wanted, residuals, cotangents):
-    _, labels, *_, rows = residuals
-    g = poisoned(live(cotangents), labels)
+def _token_bwd(axis_name, residuals, cotangents):
+    _, labels, *_, sums = residuals
+    g = nan_where_invalid(none_if_zero(cotangents), labels)
     # Measured from a label that is no class, (m, r) say nothing of the row.
-    known = jnp.isfinite(rows.r) & (labels >= 0)
-    return _token_linear(wanted, residuals, g, unused_rows(g, known))
+    known = jnp.isfinite(sums.r) & (labels >= 0)
+    return _token_linear(axis_name, residuals, g, rows_without_cotangent(g, known))
 
 
-def _token_linear(wanted, residuals, g, unused=None):
-    x, labels, transform, weights, rows = residuals
+def _token_linear(axis_name, residuals, g, unused=None):
+    x, labels, transform, weights, sums = residuals
     z, pull = jax.vjp(transformed, x, transform)
-    index = local(labels, shard_start(wanted.axis_name, z.shape[-1]), z.shape[-1])
-    dz, d_weights = label_cotangents(z, index, weights, rows, g, unused)
+    index = labels_in_block(labels, shard_start(axis_name, z.shape[-1]), z.shape[-1])
+    dz, d_weights = label_cotangents(z, index, weights, sums, g, unused)
     dx, d_transform = pull(dz)
-    d_weights = None if d_weights is None else laid_out_like(d_weights, weights)
+    d_weights = None if d_weights is None else resharded_like(d_weights, weights)
     return dx, None, d_transform, d_weights
 
 
-def _token_tangents(wanted, residuals, g):
+def _token_tangents(axis_name, residuals, g):
     factor = jnp.ones_like(g.loss) + nan_where(residuals[1] < 0, g.loss.dtype)
-    return _token_linear(wanted, residuals, g._replace(loss=factor * g.loss))
+    return _token_linear(axis_name, residuals, g._replace(loss=factor * g.loss))
 
 
 @functools.cache
-def token_statistics(wanted: Wanted) -> Rule:
-    """The rule `(x, labels, transform, weights) -> Statistics`, one object for each `wanted`."""
-    parts = (_token_fwd, _token_bwd, _token_tangents)
-    fwd, bwd, tangents = (partial(part, wanted) for part in parts)
-    return rule(fwd, bwd, linear=tangents)
+def token_statistics(spec: StatisticsSpec, axis_name: AxisName | None = None) -> Rule:
+    """The rule `(x, labels, transform, weights) -> Statistics`, one object for each kind.
+
+    `axis_name`: the manual mesh axes that shard the classes.
+    """
+    bwd, tangents = (partial(part, axis_name) for part in (_token_bwd, _token_tangents))
+    return rule(partial(_token_fwd, spec, axis_name), bwd, linear=tangents)
 
 
 # The same with a target `y [..., C]` in place of labels: loss = Σ_k y_k (m − z_k) + Y log1p(r)
-def _target_fwd(wanted, x, y, transform):
+def _target_fwd(spec, axis_name, x, y, transform):
     dtype = accumulation_dtype(x.dtype, y.dtype)
     z = transformed(x, transform)
-    rows = block_rows(wanted, x, transform, None, 0, None)
-    rows = jax.tree.map(lambda s: s.astype(dtype), rows)
+    sums = block_sums(spec, x, transform, None, 0, None)
+    sums = jax.tree.map(lambda s: s.astype(dtype), sums)
     z, y_ = z.astype(dtype), y.astype(dtype)
 
     def target_sums(m):
@@ -136,34 +125,33 @@ def _target_fwd(wanted, x, y, transform):
         cost = y_ * jnp.where(nothing, 0, gap)
         return jnp.sum(cost, axis=-1), jnp.sum(y_, axis=-1)
 
-    if wanted.axis_name is None:
-        cost, total = target_sums(rows.m)
+    if axis_name is None:
+        cost, total = target_sums(sums.m)
     else:
-        rows, (cost, total) = over_shards(wanted.axis_name, rows, target_sums)
-    out = outputs(wanted, rows)._replace(loss=cost + total * jnp.log1p(rows.r))
-    return out, (x, y, transform, total, rows._replace(costs=None))
+        sums, (cost, total) = merge_shards(axis_name, sums, target_sums)
+    out = outputs(spec, sums)._replace(loss=cost + total * jnp.log1p(sums.r))
+    return out, (x, y, transform, total, sums._replace(costs=None))
 
 
-def _target_bwd(wanted, residuals, cotangents):
-    g = live(cotangents)
-    *_, total, rows = residuals
-    return _target_linear(wanted, residuals, g, unused_rows(g, jnp.isfinite(rows.r + total)))
+def _target_bwd(residuals, cotangents):
+    g = none_if_zero(cotangents)
+    *_, total, sums = residuals
+    return _target_linear(residuals, g, rows_without_cotangent(g, jnp.isfinite(sums.r + total)))
 
 
 # dy_k = g (lse − z_k) = g ((m − z_k) + log1p(r))
-def _target_linear(wanted, residuals, g, unused=None):
-    del wanted
-    x, y, transform, total, rows = residuals
+def _target_linear(residuals, g, unused=None):
+    x, y, transform, total, sums = residuals
     z, pull = jax.vjp(transformed, x, transform)
-    z_, y_ = z.astype(rows.m.dtype), y.astype(rows.m.dtype)
+    z_, y_ = z.astype(sums.m.dtype), y.astype(sums.m.dtype)
     if unused is not None:
-        rows, z_ = without_rows(unused, rows, z_)
+        sums, z_ = without_rows(unused, sums, z_)
         total, y_ = jnp.where(unused, 0, total), jnp.where(unused[..., None], 0, y_)
-    m, r = rows.m, rows.r
+    m, r = sums.m, sums.r
     dy = jnp.zeros_like(y)
     targets = []
     if g.loss is not None:
-        targets = [(g.loss, partial(excess, total, y_))]
+        targets = [(g.loss, partial(gradient_numerator, total, y_))]
         g_ = g.loss[..., None]
         gap = m[..., None] - z_
         far = gap == jnp.inf
@@ -172,78 +160,33 @@ def _target_linear(wanted, residuals, g, unused=None):
             infinite = jnp.where(g_ < 0, -jnp.inf, jnp.where(g_ > 0, jnp.inf, g_))
             dy = jnp.where(far, jax.lax.stop_gradient(infinite), dy)
         dy = dy.astype(y.dtype)
-    dz, _ = _cotangents(z_, targets, None, rows, g)
+    dz, _ = _cotangents(z_, targets, None, sums, g)
     dx, d_transform = pull(dz.astype(z.dtype))
     return dx, dy, d_transform
 
 
 @functools.cache
-def target_statistics(wanted: Wanted) -> Rule:
-    """The rule `(x, y, transform) -> Statistics`, one object for each `wanted`."""
-    parts = (_target_fwd, _target_bwd, _target_linear)
-    fwd, bwd, tangents = (partial(part, wanted) for part in parts)
-    return rule(fwd, bwd, linear=tangents)
+def target_statistics(spec: StatisticsSpec, axis_name: AxisName | None = None) -> Rule:
+    """The rule `(x, y, transform) -> Statistics`, one object for each kind."""
+    return rule(partial(_target_fwd, spec, axis_name), _target_bwd, linear=_target_linear)
 
 
-def block_rows(  # noqa: PLR0917
-    wanted: Wanted, x: jax.Array, transform: Transform, labels: Any, start: Any, weights: Any
-) -> Rows:
+def block_sums(  # noqa: PLR0917
+    spec: StatisticsSpec, x: jax.Array, transform: Transform, labels: Any, start: Any, weights: Any
+) -> BlockSums:
     """Of raw logits `x [..., C]`, a block of the classes that begins at number `start`."""
     of, scalars = as_function(transform)
-    m, r = max_and_remainder(x, None, of, *scalars)
-    rows = Rows(m, r)
+    m, r = shift_and_remainder(x, None, of, *scalars)
+    sums = BlockSums(m, r)
     if labels is not None:
-        own = pick(x, local(labels, start, x.shape[-1]))
-        rows = rows._replace(z_label=transformed(own, transform))
-    if wanted.entropy:
-        rows = rows._replace(gaps=_gap_sum(of, x, m, *scalars))
-    if wanted.spread:
+        own = pick(x, labels_in_block(labels, start, x.shape[-1]))
+        sums = sums._replace(z_label=transformed(own, transform))
+    if spec.entropy:
+        sums = sums._replace(gaps=_gap_sum(of, x, m, *scalars))
+    if spec.spread:
         classes, mass, costs = _spread_sums(weights, of, x, m, *scalars)
-        rows = rows._replace(classes=classes, mass=mass, costs=costs)
-    return rows
-
-
-def combined(
-    rows: Rows,
-    highest: Callable[[Any], Any],
-    total: Callable[[Any], Any],
-    more: Callable[[Any], Any] = lambda _: (),
-) -> Any:
-    """Blocks of classes as one, by the maximum over them and the sums.
-
-    Of an axis of blocks, `highest` keeps it with size 1 and `total` takes it away. A block that
-    reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m); of those that
-    reach it one maximum is counted. A block of nothing but −inf gives nothing, unless all are such;
-    its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
-    `more(m)` is summed along.
-    """
-    m = highest(rows.m)
-    reached = rows.m == m
-    empty = (rows.m == -jnp.inf) & ~reached
-    rise = jnp.where(empty | reached | ~jnp.isfinite(m), 0, m - rows.m)
-    scale = jnp.where(empty, 0, jnp.exp(-rise))
-    # Nothing of an empty block enters a product, whose derivative would be NaN.
-    r = jnp.where(empty, 0, rows.r)
-    moved = rows._replace(m=None, r=jnp.where(reached, r, (1 + r) * scale))
-    if rows.gaps is not None:
-        gaps = jnp.where(empty, 0, rows.gaps)
-        moved = moved._replace(gaps=scale * (gaps + rise * (1 + r)))
-    if rows.costs is not None:
-        moved = moved._replace(costs=rows.costs + rise * rows.mass)
-    tops, moved, extra = total((reached.astype(r.dtype), moved, more(m)))
-    rows = moved._replace(m=m.reshape(tops.shape), r=moved.r + (tops - 1))
-    return (rows, extra) if extra else rows
-
-
-def over_shards(axis_name: AxisName, rows: Rows, more: Callable[[Any], Any] = lambda _: ()) -> Any:
-    """The blocks of all devices along a manual mesh axis as one: one maximum and one sum."""
-    return combined(rows, partial(maximum_over, axis_name), partial(sum_over, axis_name), more)
-
-
-def local(labels: jax.Array, start: Any, size: int) -> jax.Array:
-    """Labels as numbers within a block of classes; −1 for those of other blocks."""
-    shifted = labels - start
-    return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
+        sums = sums._replace(classes=classes, mass=mass, costs=costs)
+    return sums
 
 
 def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
@@ -252,24 +195,24 @@ def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
     return statistics._replace(loss=loss + nan_where(labels < 0, loss.dtype))
 
 
-def outputs(wanted: Wanted, rows: Rows) -> Statistics:
+def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
     """The statistics of whole rows; the loss of a label, where there is one."""
-    m, r, z_label, gaps, classes, mass, costs = rows
+    m, r, z_label, gaps, classes, mass, costs = sums
     log1p_r = jnp.log1p(r)
     return Statistics(
         None if z_label is None else (m - z_label) + log1p_r,
-        log_sum_exp(m, r) if wanted.lse else None,
+        log_sum_exp(m, r) if spec.lse else None,
         None if gaps is None else log1p_r + gaps / (1 + r),
         None if classes is None else (costs + mass * log1p_r) / classes,
     )
 
 
-def live(cotangents: Statistics) -> Statistics:
+def none_if_zero(cotangents: Statistics) -> Statistics:
     """Cotangents with None for a symbolic zero."""
     return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
 
 
-def poisoned(g: Statistics, labels: jax.Array) -> Statistics:
+def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
     """NaN where a label is out of range, unless that token's loss is not used."""
     if g.loss is None:
         return g
@@ -277,8 +220,8 @@ def poisoned(g: Statistics, labels: jax.Array) -> Statistics:
     return g._replace(loss=g.loss + nan_where(invalid, g.loss.dtype))
 
 
-def unused_rows(g: Statistics, known: jax.Array) -> jax.Array | None:
-    """Rows without a known log-sum-exp of which nothing is used: their gradient is 0, not NaN.
+def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
+    """BlockSums without a known log-sum-exp of which nothing is used: their gradient is 0, not NaN.
 
     Other rows need no such care, and must have none: 0 times a finite gradient is 0, but its
     derivative by the cotangent is not.
@@ -287,16 +230,16 @@ def unused_rows(g: Statistics, known: jax.Array) -> jax.Array | None:
     return ~known & ~functools.reduce(jnp.logical_or, asked) if asked else None
 
 
-def without_rows(unused: jax.Array, rows: Rows, z: jax.Array) -> tuple[Rows, jax.Array]:
+def without_rows(unused: jax.Array, sums: BlockSums, z: jax.Array) -> tuple[BlockSums, jax.Array]:
     """Finite numbers in place of all that is in these rows."""
-    rows = jax.tree.map(lambda s: jnp.where(unused, 0, s), rows)
-    if rows.classes is not None:
-        rows = rows._replace(classes=jnp.where(unused, 1, rows.classes))
-    return rows, jnp.where(unused[..., None], 0, z)
+    sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
+    if sums.classes is not None:
+        sums = sums._replace(classes=jnp.where(unused, 1, sums.classes))
+    return sums, jnp.where(unused[..., None], 0, z)
 
 
 def label_cotangents(  # noqa: PLR0917
-    z: jax.Array, labels: Any, weights: Any, rows: Rows, g: Statistics, unused: Any
+    z: jax.Array, labels: Any, weights: Any, sums: BlockSums, g: Statistics, unused: Any
 ) -> tuple[jax.Array, Any]:
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
 
@@ -308,32 +251,32 @@ def label_cotangents(  # noqa: PLR0917
     """
     dtype = z.dtype
     if unused is not None:
-        rows, z = without_rows(unused, rows, z)
+        sums, z = without_rows(unused, sums, z)
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
-    dz, d_weights = _cotangents(z, targets, weights, rows, g)
+    dz, d_weights = _cotangents(z, targets, weights, sums, g)
     if g.loss is None:
         return dz.astype(dtype), d_weights
     own_weight = None
     if weights is not None:
         own_weight = pick(jnp.broadcast_to(_as_row(weights, z.ndim), z.shape), labels)[..., None]
     targets = [(g.loss, lambda e, r: (e - 1) - r[..., None])]
-    own, _ = _cotangents(rows.z_label[..., None], targets, own_weight, rows, g)
+    own, _ = _cotangents(sums.z_label[..., None], targets, own_weight, sums, g)
     at_label = one_hot(labels, z.shape[-1])
     return jnp.where(at_label, own, dz).astype(dtype), d_weights
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
 # with the mean gap μ = Σ_k ŷ_k (m − z_k)
-def _cotangents(z, targets, weights, rows, g):
-    m, r = rows.m, rows.r
+def _cotangents(z, targets, weights, sums, g):
+    m, r = sums.m, sums.r
     scale = 1 / (1 + r)
     e = shifted_exp(z, m)
     terms = []
     d_weights = None
     if g.spread is not None:
         inside, gap, u = _inside(z, m, weights)
-        share = g.spread / rows.classes
-        targets = [*targets, (share, partial(excess, rows.mass, u))]
+        share = g.spread / sums.classes
+        targets = [*targets, (share, partial(gradient_numerator, sums.mass, u))]
         if weights is not None:
             cost = share[..., None] * jnp.where(inside, gap + jnp.log1p(r)[..., None], 0)
             d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(
@@ -345,7 +288,7 @@ def _cotangents(z, targets, weights, rows, g):
         terms.append((g.lse * scale)[..., None] * e)
     if g.entropy is not None:
         _, gap, _ = _inside(z, m, None)
-        mean_gap = rows.gaps * scale
+        mean_gap = sums.gaps * scale
         terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
     if not terms:
         return jnp.zeros_like(upcast(z)), d_weights

@@ -16,9 +16,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 import jaxsoftmax
-from jaxsoftmax.training import checkpoint, data, layout, model, plots, processes
+from jaxsoftmax.training import checkpoint, data, model, plots, processes
 from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.interrupts import on_interrupt
+from jaxsoftmax.training.mesh import DATA, make_mesh, split, whole
 from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, specs, train_epoch
 
 
@@ -65,7 +66,7 @@ def train(
             the run itself.
         folder: the output folder. Created only once the input is known to be good.
         resume: continue the run in `folder`; there must be one.
-        mesh: the sizes of the mesh's axes, see `layout.make_mesh`.
+        mesh: the sizes of the mesh's axes, see `make_mesh`.
         on_epoch: called with the epochs done, the epochs wanted, and the newest metrics: once
             before training and once after each epoch.
 
@@ -84,7 +85,7 @@ def train(
     # From here on the data is known by its full path: a run resumes from any directory.
     options = dataclasses.replace(options, data=dataset.source)
     _check_data(dataset, folder, recorded)
-    devices = layout.make_mesh(mesh)
+    devices = make_mesh(mesh)
     checkpoints = processes.together(
         lambda: _opened(options, dataset, folder, recorded) if processes.leads() else None
     )
@@ -196,10 +197,10 @@ def _train(
     history, state = processes.together(partial(_latest, folder, checkpoints, kept))
     history = processes.exchanged(history)[0]
     state = multihost_utils.broadcast_one_to_all(state)
-    state = layout.split(state, mesh, specs(optimizer, initial))
+    state = split(state, mesh, specs(optimizer, initial))
     resumed_from = len(history)
-    rows = PartitionSpec(layout.DATA)
-    train_x, train_y, test_x, test_y = layout.split(
+    rows = PartitionSpec(DATA)
+    train_x, train_y, test_x, test_y = split(
         (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y), mesh, rows
     )
     evaluated = partial(evaluate, classes=dataset.classes, mesh=mesh)
@@ -233,11 +234,11 @@ def _train(
                 exit_code=1,
             )
         history.append(metrics)
-        kept["state"] = layout.whole(state, initial)
+        kept["state"] = whole(state, initial)
         processes.together(partial(_write_epoch, folder, checkpoints, metrics, kept))
         on_epoch(epoch, options.epochs, metrics)
     test = evaluated(state.params, test_x, test_y, rows=len(dataset.test_y))
-    predictions = layout.whole(test.predictions, dataset.test_y)
+    predictions = whole(test.predictions, dataset.test_y)
     processes.together(partial(_draw, folder, checkpoints, history, dataset, predictions))
     return Result(
         options=options,

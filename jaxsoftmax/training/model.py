@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, PRNGKeyArray
 
-from jaxsoftmax.training.layout import VOCAB
+from jaxsoftmax.training.mesh import VOCAB
 
 Layer = tuple[Array, Array]
 Params = list[Layer]

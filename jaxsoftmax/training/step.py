@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PRNGKeyArray
 
 import jaxsoftmax
-from jaxsoftmax.training import layout, model
+from jaxsoftmax.training import model
+from jaxsoftmax.training.mesh import DATA
 
 OPTIMIZERS = {
     "adamw": optax.adamw,
@@ -98,8 +99,8 @@ def train_epoch(
     The minibatches are the same on any mesh: a device takes its share of each, from wherever
     those rows lie.
     """
-    share = NamedSharding(mesh, PartitionSpec(layout.DATA))
-    padding = -batch_size % mesh.shape[layout.DATA]
+    share = NamedSharding(mesh, PartitionSpec(DATA))
+    padding = -batch_size % mesh.shape[DATA]
 
     def step(state: State, batch: tuple[Array, Array]) -> tuple[State, None]:
         rows, weights = batch
@@ -134,7 +135,7 @@ def evaluate(
         return loss, jnp.argmax(logits)
 
     # Each device goes over its own rows.
-    shares = mesh.shape[layout.DATA]
+    shares = mesh.shape[DATA]
     by_share = jax.tree.map(lambda a: a.reshape(shares, -1, *a.shape[1:]), (x, y))
     results = jax.vmap(lambda share: jax.lax.map(one, share, batch_size=4096))(by_share)
     losses, predictions = (a.reshape(-1)[:rows] for a in results)

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both orders of the linear head share: the product, and which operands are differentiated."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ._numerics import accumulation_dtype
-from ._rules import is_primal, values
-from ._sharding import is_local, scaled
-
-# XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
-_PRODUCT_BYTES = 8 << 20
+from .. import _cpu
+from .._numerics import accumulation_dtype
+from .._rules import is_primal, values
+from .._sharding import is_local, psum_like, resharded, resharded_like
 
 
-def opened(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The values of a custom rule's arguments, and which leaves are differentiated: see `asked`.
+def split_perturbed(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The values of a custom rule's arguments, and which leaves are differentiated.
 
     As residuals they are shapes of empty arrays. In the tree of the residuals nothing may depend on
     what is differentiated: JAX keeps that of the rule's last trace, whatever was asked for in it.
@@ -25,9 +25,18 @@ def opened(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
     return values(tree), tuple(jnp.zeros((0, int(p.perturbed)), bool) for p in leaves)
 
 
-def asked(live: tuple[jax.Array, ...]) -> tuple[bool, ...]:
-    """One flag a leaf, known while tracing, so that the rest is not done."""
-    return tuple(flag.shape[-1] == 1 for flag in live)
+def perturbed(flags: tuple[jax.Array, ...], like: Any) -> Any:
+    """Its flags as booleans, known while tracing, in a tree `like` the arguments."""
+    return jax.tree.unflatten(jax.tree.structure(like), [flag.shape[-1] == 1 for flag in flags])
+
+
+def as_cotangents(ds: Any, operands: Any) -> Any:
+    """Each gradient (or None) as its operand is: summed over devices, in its sharding and dtype."""
+
+    def like(x, d):
+        return None if d is None else resharded_like(psum_like(d, x).astype(x.dtype), x)
+
+    return jax.tree.map(like, operands, ds)
 
 
 def dot(a, b, contract, precision, spec=None):
@@ -48,8 +57,8 @@ def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(unused & ~jnp.isfinite(x), 0, x)
 
 
-def rounded(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
-    """Cotangents in the operands' dtype, and what they were divided by: see `times`; None for 1.
+def scale_for_float16(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Cotangents in the operands' dtype, and what they were divided by (`undo_scale`); None for 1.
 
     float16 has room for 6e-8 to 65504, and the slope of a loss may be anything. A power of two that
     brings the largest to between 2⁹ and 2¹⁰ keeps all digits of what is 2⁻²⁴ of that, and leaves
@@ -65,9 +74,15 @@ def rounded(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None
     return (d / scale).astype(dtype), scale
 
 
-def times(scale: jax.Array | None, d: jax.Array) -> jax.Array:
-    """`d` times what its cotangents were divided by."""
-    return d if scale is None else scaled(d, scale)
+def undo_scale(d: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """`d` times what its cotangents were divided by, whatever it is still to be summed over."""
+    if scale is None:
+        return d
+    sharding, scale = jax.typeof(d).sharding, scale.astype(d.dtype)
+    if sharding.spec.unreduced:
+        reduced = PartitionSpec(reduced=sharding.spec.unreduced)
+        scale = resharded(scale, NamedSharding(sharding.mesh, reduced))
+    return d * scale
 
 
 def product(hidden, kernel, bias, precision):
@@ -81,27 +96,8 @@ def add_product(  # noqa: PLR0917
 ) -> Any:
     """`total [H, V] + scale · aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
 
-    def whole(total, a, b):
-        return total + times(scale, dot(a, b, ((0,), (0,)), precision, spec))
+    def add(total, a, b):
+        return total + undo_scale(dot(a, b, ((0,), (0,)), precision, spec), scale)
 
-    def by_block(total, a, b):
-        classes = total.shape[1]
-        # Of the product, and of the columns that go into it, unless an export does not know it.
-        rows = max(1, *(size for size in a.shape if isinstance(size, int)))
-        size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
-
-        def step(start, size, total):
-            columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)
-            sums = whole(lax.dynamic_slice_in_dim(total, start, size, axis=1), a, columns)
-            return lax.dynamic_update_slice_in_dim(total, sums, start, axis=1)
-
-        blocks, rest = divmod(classes, size)
-        total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)
-        if not rest:
-            return total
-        # Of a start that XLA knows it makes a plain slice, and then goes over all of `total`.
-        return step(lax.optimization_barrier(jnp.int32(blocks * size)), rest, total)
-
-    if is_local(a, b):
-        return lax.platform_dependent(total, a, b, cpu=by_block, default=whole)
-    return whole(total, a, b)
+    by_block = partial(_cpu.add_by_block, add)
+    return _cpu.or_plain(by_block, add, total, a, b, local=is_local(a, b))

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import _checks
-from ._numerics import accumulation_dtype
-from ._products import finite_if_counted
-from ._sharding import AxisName, Layout, laid_out, layout_of, merged_tokens, unmerged_tokens
+from .. import _checks
+from .._numerics import accumulation_dtype
+from .._options import Options, ignored_tokens, label_weights
+from .._sharding import AxisName, axis_names, manual_axes, shard_count, varying
+from .layout import HeadSharding, sharding_of_head
+from .products import finite_if_counted
 
 Reduction = Literal["mean", "sum"] | None
 
@@ -21,7 +23,7 @@ Reduction = Literal["mean", "sum"] | None
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("hidden", "kernel", "bias", "weights", "denominator", "counts"),
-    meta_fields=("shape", "reduction", "layout", "axis_name", "precision"),
+    meta_fields=("shape", "reduction", "sharding", "axis_name", "precision"),
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -34,7 +36,7 @@ class Head:
     denominator: jax.Array | None
     shape: tuple[int, ...]
     reduction: Reduction
-    layout: Layout
+    sharding: HeadSharding
     axis_name: AxisName | None
     precision: Any
     counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
@@ -46,16 +48,18 @@ class Head:
 
     def rows(self, *others: Any) -> "Head":
         """Tokens in one axis, operands in one dtype, on the mesh of `others` if on none."""
-        layout = self.layout.on_mesh_of((self.bias, self.weights, others))
+        sharding = self.sharding.on_mesh_of((self.bias, self.weights, others))
         dtype = jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
-        hidden = laid_out(self.hidden.astype(dtype), layout.spec(*layout.tokens, None))
+        hidden = sharding.resharded(self.hidden.astype(dtype), *sharding.tokens, None)
         weights, denominator = self.weights, self.denominator
+        if weights is not None:
+            weights = sharding.merge_tokens(weights.astype(self.dtype))
         return dataclasses.replace(
             self,
-            layout=layout,
-            hidden=merged_tokens(layout, hidden),
+            sharding=sharding,
+            hidden=sharding.merge_tokens(hidden),
             kernel=self.kernel.astype(dtype),
-            weights=None if weights is None else merged_tokens(layout, weights.astype(self.dtype)),
+            weights=weights,
             denominator=None if denominator is None else denominator.astype(self.dtype),
         )
 
@@ -84,9 +88,30 @@ class Head:
         hidden, *args = map(zeroed, (self.hidden, *args))
         return dataclasses.replace(self, hidden=hidden, weights=weights), tuple(args)
 
+    def labelled_rows(
+        self, labels: jax.Array, ignore_index: int | None, options: Options
+    ) -> tuple["Head", jax.Array, Options]:
+        """`rows` with labels and options laid out like them, and what each token counts."""
+        head = self.rows(labels, options)
+        labels = head.sharding.merge_tokens(labels)
+        # The derivative of what is the same on all devices is summed over them once, here.
+        axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
+        axes = axes - axis_names(head.axis_name)
+        options = jax.tree.map(lambda x: varying(x, axes), options)
+        weights = head.sharding.resharded(options.class_weights, head.sharding.classes)
+        counts = label_weights(labels, ignore_index, weights, head.axis_name)
+        head = dataclasses.replace(head, counts=counts)
+        head, _ = head.without_uncounted(ignored_tokens(labels, ignore_index))
+        return head, labels, options._replace(class_weights=weights)
+
+    @property
+    def classes(self) -> int:
+        """How many there are, on all devices."""
+        return self.kernel.shape[1] * shard_count(self.axis_name)
+
     def unreduced(self, losses: jax.Array) -> jax.Array:
         """The weighted losses, with the tokens' axes."""
-        return unmerged_tokens(self.layout, self._weighted(losses), self.shape)
+        return self.sharding.split_tokens(self._weighted(losses), self.shape)
 
     def reduced(self, losses: jax.Array) -> jax.Array:
         """Their sum or mean."""
@@ -145,8 +170,9 @@ def as_head(
         bias = _checks.as_floating(function, "bias", bias)
         meaning = f"one number for each of the {classes} classes of kernel"
         _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
-    parts, whole = {"kernel": kernel, "bias": bias}, {"hidden": hidden}
-    axis_name = _checks.as_axis_name(function, axis_name, parts, whole)
+    axis_name = _checks.as_axis_name(function, axis_name)
+    _checks.check_sharded_classes(function, axis_name, {"kernel": kernel, "bias": bias})
+    _checks.check_whole_classes(function, axis_name, {"hidden": hidden})
     _checks.check_mesh(function, hidden, kernel)
     if weights is not None:
         weights = _checks.as_inexact(function, "weights", weights)
@@ -169,7 +195,7 @@ def as_head(
         denominator,
         shape,
         reduction,
-        layout_of(hidden, kernel),
+        sharding_of_head(hidden, kernel),
         axis_name,
         tuple(precision) if isinstance(precision, list) else precision,
     )
@@ -187,6 +213,6 @@ def as_per_token(function: str, name: str, value: ArrayLike, head: Head) -> jax.
 def as_token_labels(function: str, labels: ArrayLike, head: Head) -> jax.Array:
     """One label a token."""
     labels = _checks.as_labels(function, "labels", labels)
-    _checks.as_axis_name(function, head.axis_name, {}, {"labels": labels})
+    _checks.check_whole_classes(function, head.axis_name, {"labels": labels})
     _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
     return labels

@@ -10,10 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._closures import Closed
-from ._products import add_product, asked, dot, finite_if_counted, opened, product, rounded, times
-from ._rules import instantiated
-from ._sharding import Layout, laid_out, laid_out_like, manual_axes, summed_as, varying
+from .._rules import instantiated
+from .._sharding import manual_axes, psum_like, resharded, resharded_like, varying
+from .closures import Closed
+from .layout import HeadSharding
+from .products import (
+    add_product,
+    as_cotangents,
+    dot,
+    finite_if_counted,
+    perturbed,
+    product,
+    scale_for_float16,
+    split_perturbed,
+    undo_scale,
+)
 
 
 class Plan(NamedTuple):
@@ -22,7 +33,7 @@ class Plan(NamedTuple):
     loss: Closed | None  # (consts, logits [c, V], *args [c, ...]) -> [c]
     size: int  # tokens in a chunk, of each shard of the tokens
     precision: Any
-    layout: Layout
+    sharding: HeadSharding
     weighted: bool = False  # weights may be 0, and then the loss need not be finite
 
 
@@ -44,24 +55,25 @@ def weighted_sum(plan, operands, weights):
 
 # The gradient is made in the forward pass: three products a chunk. The backward pass scales it.
 def _weighted_sum_fwd(plan, operands, weights):
-    operands, live = opened(operands)
+    operands, flags = split_perturbed(operands)
     weights = weights.value
-    values, ds = _gradients_over_chunks(plan, operands, weights, live)
+    values, ds = _gradients_over_chunks(plan, operands, weights, flags)
     values = _counted(plan, values, weights)
     ds = [jnp.zeros(0) if d is None else d for d in ds]  # one tree, whatever is differentiated
-    return jnp.sum(values * weights), (ds, live, values, operands, weights)
+    return jnp.sum(values * weights), (ds, flags, values, operands, weights)
 
 
 def _weighted_sum_bwd(plan, residuals, g):
-    ds, live, values, operands, weights = residuals
+    ds, flags, values, operands, weights = residuals
     g = instantiated(g)
 
     def scaled(d):
         dtype = np.promote_types(d.dtype, g.dtype)
         return g.astype(dtype) * d.astype(dtype)
 
-    ds = [scaled(d) if flag else None for d, flag in zip(ds, asked(live), strict=True)]
-    return _as_operands(ds, operands), summed_as(g * values, weights)
+    ds = jax.tree.unflatten(jax.tree.structure(operands), ds)
+    ds = jax.tree.map(lambda flag, d: scaled(d) if flag else None, perturbed(flags, operands), ds)
+    return as_cotangents(ds, operands), psum_like(g * values, weights)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -78,15 +90,15 @@ def losses(plan, operands):
 
 
 def _losses_fwd(plan, operands):
-    operands, live = opened(operands)
-    return _over_chunks(plan, operands, differentiated=True), (operands, live)
+    operands, flags = split_perturbed(operands)
+    return _over_chunks(plan, operands, differentiated=True), (operands, flags)
 
 
 # Any cotangent: the chunks are done again.
 def _losses_bwd(plan, residuals, g):
-    operands, live = residuals
-    ds = _gradients_over_chunks(plan, operands, instantiated(g), live)[1]
-    return (_as_operands(ds, operands),)
+    operands, flags = residuals
+    ds = _gradients_over_chunks(plan, operands, instantiated(g), flags)[1]
+    return (as_cotangents(jax.tree.unflatten(jax.tree.structure(operands), ds), operands),)
 
 
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
@@ -120,85 +132,84 @@ def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
 
 def _gathered(plan, operands):
     """Kernel and bias with nothing but their classes sharded: once, before the loop."""
-    layout = plan.layout
-    kernel = laid_out(operands.kernel, layout.spec(None, layout.classes))
-    bias = operands.bias
-    return kernel, None if bias is None else laid_out(bias, layout.spec(layout.classes))
+    sharding = plan.sharding
+    kernel = sharding.resharded(operands.kernel, None, sharding.classes)
+    return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 
-def _gradients_over_chunks(plan, operands, g, live):
-    """The losses and, for the cotangents `g [N]`, a gradient a leaf: uncast, None if not live.
+def _gradients_over_chunks(plan, operands, g, flags):
+    """The losses and, for the cotangents `g [N]`, a gradient a leaf: uncast, None if not asked for.
 
     A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
     d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over
     devices in float32 after the loop, each device its part of d_kernel, which is gathered once it
     has the kernel's dtype.
     """
-    live = jax.tree.unflatten(jax.tree.structure(operands), asked(live))
-    (kernel, bias), dtype, layout = _gathered(plan, operands), g.dtype, plan.layout
-    tokens, classes = layout.token_axes, layout.classes
-    of_kernel, of_bias = (layout.spec(*a, unreduced=tokens) for a in ((None, classes), (classes,)))
+    wants = perturbed(flags, operands)
+    (kernel, bias), dtype, sharding = _gathered(plan, operands), g.dtype, plan.sharding
+    tokens, classes = sharding.token_axes, sharding.classes
+    of_kernel = sharding.spec(None, classes, unreduced=tokens)
+    of_bias = sharding.spec(classes, unreduced=tokens)
     axes = manual_axes(g, *jax.tree.leaves(operands))
-    head_live = live.hidden or live.kernel or live.bias
+    of_logits = wants.hidden or wants.kernel or wants.bias
 
     def zeros_if(flag, array, spec):
-        return laid_out(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
+        return resharded(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
 
     def zeros_like_if(flag, array):
         # Its cotangents come summed over the axes that it does not vary over.
         if not flag:
             return None
         zeros = jnp.zeros(array.shape, np.promote_types(array.dtype, dtype))
-        return laid_out_like(varying(zeros, manual_axes(array)), array)
+        return resharded_like(varying(zeros, manual_axes(array)), array)
 
     def body(sums, xs):
         hidden, args, g = xs
         logits = product(hidden, kernel, bias, plan.precision)
-        flags = (head_live, *live.args, *live.consts)
-        values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, flags)
+        wanted = (of_logits, *wants.args, *wants.consts)
+        values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, wanted)
         d_hidden = None
         d_kernel, d_bias, d_consts = sums
-        if head_live:
-            if live.bias:
+        if of_logits:
+            if wants.bias:
                 d_bias = d_bias + lax.reduce_sum(d, (0,), out_sharding=of_bias)
-            d_logits, scale = rounded(d, kernel.dtype)
-            if live.hidden:
-                spec = layout.spec(tokens, None, unreduced=classes)
-                d_hidden = times(scale, dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec))
-            if live.kernel:
+            d_logits, scale = scale_for_float16(d, kernel.dtype)
+            if wants.hidden:
+                spec = sharding.spec(tokens, None, unreduced=classes)
+                d_hidden = dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec)
+                d_hidden = undo_scale(d_hidden, scale)
+            if wants.kernel:
                 d_kernel = add_product(d_kernel, hidden, d_logits, scale, plan.precision, of_kernel)
         d_consts = tuple(
-            None if total is None else total + laid_out_like(own.astype(total.dtype), total)
+            None if total is None else total + resharded_like(own.astype(total.dtype), total)
             for total, own in zip(d_consts, d_of_consts, strict=True)
         )
         return (d_kernel, d_bias, d_consts), (values.astype(dtype), d_hidden, d_args)
 
     sums = (
-        zeros_if(live.kernel, kernel, of_kernel),
-        None if bias is None else zeros_if(live.bias, bias, of_bias),
-        tuple(map(zeros_like_if, live.consts, operands.consts)),
+        zeros_if(wants.kernel, kernel, of_kernel),
+        None if bias is None else zeros_if(wants.bias, bias, of_bias),
+        tuple(map(zeros_like_if, wants.consts, operands.consts)),
     )
     xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
     sums, (values, d_hidden, d_args) = lax.scan(body, sums, xs)
     n = operands.hidden.shape[0]
-    if d_hidden is not None:
-        d_hidden = laid_out(d_hidden, layout.spec(None, tokens, None))
+    d_hidden = sharding.resharded(d_hidden, None, tokens, None)
     values, d_hidden, d_args = jax.tree.map(
         partial(_unchunked, plan, n=n), (values, d_hidden, d_args)
     )
     d_kernel, d_bias, d_consts = sums
     if d_kernel is not None:
-        d_kernel = laid_out(d_kernel, layout.scattered(operands.kernel))
-    if d_bias is not None:
-        d_bias = laid_out(d_bias, layout.spec(classes))
+        d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel))
+    d_bias = sharding.resharded(d_bias, classes)
     of_head = [d_hidden, d_kernel] if bias is None else [d_hidden, d_kernel, d_bias]
     return values, [*of_head, *d_args, *d_consts]
 
 
-def _pulled(plan, logits, args, consts, g, flags):  # noqa: PLR0917
-    """The losses of a chunk, and of all flagged that they are made of the cotangents, else None."""
+def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
+    """The losses of a chunk, and the cotangents of what is wanted, None of the rest."""
     primals, first = (logits, *args, *consts), 1 + len(args)
-    chosen = [i for i, flag in enumerate(flags) if flag]
+    chosen = [i for i, flag in enumerate(wanted) if flag]
 
     def loss(*active):
         full = list(primals)
@@ -222,23 +233,21 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     last in the tree where there are any, are padded with 0.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    layout, size = plan.layout, plan.size
-    shards = math.prod(layout.token_shards)
+    sharding, size = plan.sharding, plan.size
+    shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
 
     def split(x, of_last):
         n, rest = x.shape[0] // shards, x.shape[1:]
-        chunks, of_rest = -(-n // size), layout.rest(x, 1)
-        spec = layout.spec(layout.token_axes, None, *of_rest)
-        x = jnp.reshape(x, (shards, n, *rest), out_sharding=spec)
+        chunks, of_rest = -(-n // size), sharding.rest(x, 1)
+        x = sharding.reshape(x, (shards, n, *rest), tokens, None, *of_rest)
         missing = chunks * size - n
         if missing != 0:  # or it is symbolic, in an export, and may be 0
             last = x[:, -1:] if of_last else jnp.zeros_like(x[:, -1:])
             last = jnp.broadcast_to(last, (shards, missing, *rest))
             x = jnp.concatenate([x, last], axis=1)
-        spec = layout.spec(layout.token_axes, None, None, *of_rest)
-        x = jnp.moveaxis(jnp.reshape(x, (shards, size, chunks, *rest), out_sharding=spec), 2, 0)
-        spec = layout.spec(None, layout.token_axes, *of_rest)
-        return jnp.reshape(x, (chunks, shards * size, *rest), out_sharding=spec)
+        x = sharding.reshape(x, (shards, size, chunks, *rest), tokens, None, None, *of_rest)
+        x = jnp.moveaxis(x, 2, 0)
+        return sharding.reshape(x, (chunks, shards * size, *rest), None, tokens, *of_rest)
 
     of_last = [True] * len(leaves)
     of_last[-1] = not zero_last
@@ -246,22 +255,10 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
 
 
 def _unchunked(plan, y, n):
-    layout = plan.layout
-    shards = math.prod(layout.token_shards)
-    rest, of_rest = y.shape[2:], layout.rest(y, 2)
-    spec = layout.spec(None, layout.token_axes, None, *of_rest)
-    chunks = y.shape[0]
-    y = jnp.reshape(y, (chunks, shards, plan.size, *rest), out_sharding=spec)
+    sharding = plan.sharding
+    shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
+    chunks, rest, of_rest = y.shape[0], y.shape[2:], sharding.rest(y, 2)
+    y = sharding.reshape(y, (chunks, shards, plan.size, *rest), None, tokens, None, *of_rest)
     y = jnp.moveaxis(y, 0, 2)
-    spec = layout.spec(layout.token_axes, None, *of_rest)
-    y = jnp.reshape(y, (shards, plan.size * chunks, *rest), out_sharding=spec)[:, : n // shards]
-    return jnp.reshape(y, (n, *rest), out_sharding=layout.spec(layout.token_axes, *of_rest))
-
-
-def _as_operands(ds, operands):
-    """Each gradient as its operand is: summed over devices, in its dtype and layout."""
-    leaves, treedef = jax.tree.flatten(operands)
-    return treedef.unflatten(
-        None if d is None else laid_out_like(summed_as(d, x).astype(x.dtype), x)
-        for x, d in zip(leaves, ds, strict=True)
-    )
+    y = sharding.reshape(y, (shards, plan.size * chunks, *rest), tokens, None, *of_rest)
+    return sharding.reshape(y[:, : n // shards], (n, *rest), tokens, *of_rest)

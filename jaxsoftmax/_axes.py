@@ -2,11 +2,14 @@
 """Arguments as rows: the class axes as the last one, and back; labels as numbers in it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from . import _checks
 from ._sharding import AxisName, merge_last, split_last, sum_over
 
 
@@ -37,6 +40,23 @@ def to_index(labels: jax.Array, classes: int) -> jax.Array:
     fits = (labels >= 0) & (labels <= last)
     index = jnp.where(fits, labels, 0).astype(jnp.int32)
     return jnp.where(fits & (index < classes), index, -1)
+
+
+def labels_in_block(labels: jax.Array, start: Any, size: int) -> jax.Array:
+    """Labels as numbers within a block of classes; −1 for those of other blocks."""
+    shifted = labels - start
+    return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
+
+
+def broadcast_mask(
+    function: str, where: ArrayLike | None, shape: Sequence[int], meaning: str
+) -> jax.Array | None:
+    """A boolean mask of that shape, which `meaning` explains; None stays None."""
+    if where is None:
+        return None
+    where = _checks.as_mask(function, "where", where)
+    _checks.check_broadcasts(function, "where", where.shape, shape, meaning)
+    return jnp.broadcast_to(where, shape)
 
 
 def masked(

@@ -5,7 +5,6 @@ What decides the program comes first in every signature, the arguments of jit af
 tokens or classes go together is decided outside, where the default depends on the device.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -14,31 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _checks, _token_chunks, _vocabulary_blocks
-from ._closures import Closed, closed
-from ._cross_entropy import LogProbs, as_log_probs
-from ._head import Head
-from ._options import (
-    MIXED,
-    Options,
-    ignored_tokens,
-    label_index,
-    label_weights,
-    token_losses,
-    wanted_by,
-)
-from ._rows import to_index
-from ._sharding import (
-    axis_names,
-    laid_out,
-    manual_axes,
-    merged_tokens,
-    shard_count,
-    unseen_devices,
-    varying,
-)
-from ._statistics import Wanted, token_statistics
-from ._transform import Transform
+from .. import _checks
+from .._axes import to_index
+from .._cross_entropy import LogProbs, as_log_probs
+from .._options import Options, label_index, required_statistics, token_losses
+from .._sharding import manual_axes, unseen_devices, varying
+from .._statistics import StatisticsSpec, token_statistics
+from .._transform import Transform
+from . import token_chunks, vocabulary_blocks
+from .arguments import Head
+from .closures import Closed, closed
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
@@ -98,21 +82,21 @@ def _any_loss(loss, size):
 
 def _rows(head, args):
     head = head.rows(args)
-    return head.without_uncounted(args=[merged_tokens(head.layout, a) for a in args])
+    return head.without_uncounted(args=[head.sharding.merge_tokens(a) for a in args])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _in_forward(size, ignore_index, head, labels, options):
-    head, labels, options = _labelled_rows(ignore_index, head, labels, options)
+    head, labels, options = head.labelled_rows(labels, ignore_index, options)
     if size is None:
         return _over_tokens(None, size, head, (), ())
-    wanted = wanted_by(options, head.axis_name)
+    spec = required_statistics(options)
 
     def loss_fn(logits, labels, weights=None):
-        summed = token_statistics(wanted).reverse
-        index = label_index(labels, _classes(head), ignore_index)
+        summed = token_statistics(spec, head.axis_name).reverse
+        index = label_index(labels, head.classes, ignore_index)
         statistics = summed(logits, index, options.transform, _of_spread(options))
-        return token_losses(MIXED.reverse, statistics, labels, weights, ignore_index, options)
+        return token_losses(False, statistics, labels, weights, ignore_index, options)
 
     args = (labels,) if options.class_weights is None else (labels, head.counts)
     loss, consts, args = _closed(loss_fn, size, head, args, lambda *rows: rows)
@@ -121,29 +105,13 @@ def _in_forward(size, ignore_index, head, labels, options):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _recomputed(size, ignore_index, head, labels, options):
-    head, labels, options = _labelled_rows(ignore_index, head, labels, options)
-    wanted, of_spread = wanted_by(options, head.axis_name), _of_spread(options)
-    index = label_index(labels, _classes(head), ignore_index)
-    statistics: Any = _statistics(wanted, size, head, index, options.transform, of_spread)
+    head, labels, options = head.labelled_rows(labels, ignore_index, options)
+    index = label_index(labels, head.classes, ignore_index)
+    spec, of_spread = required_statistics(options), _of_spread(options)
+    statistics = _statistics(spec, size, head, index, options.transform, of_spread)
     weights = None if options.class_weights is None else head.counts
-    losses = token_losses(MIXED.reverse, statistics, labels, weights, ignore_index, options)
+    losses = token_losses(False, statistics, labels, weights, ignore_index, options)
     return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
-
-
-def _labelled_rows(ignore_index, head, labels, options):
-    head = head.rows(labels, options)
-    labels = merged_tokens(head.layout, labels)
-    # The derivative of what is the same on all devices is summed over them once, here.
-    axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
-    axes = axes - axis_names(head.axis_name)
-    options = jax.tree.map(lambda x: varying(x, axes), options)
-    if options.class_weights is not None:
-        of_classes = head.layout.spec(head.layout.classes)
-        options = options._replace(class_weights=laid_out(options.class_weights, of_classes))
-    counts = label_weights(labels, ignore_index, options.class_weights, head.axis_name)
-    head = dataclasses.replace(head, counts=counts)
-    head, _ = head.without_uncounted(ignored_tokens(labels, ignore_index))
-    return head, labels, options
 
 
 def _of_spread(options):
@@ -153,24 +121,18 @@ def _of_spread(options):
 @partial(jax.jit, static_argnums=(0, 1))
 def _log_probs(with_entropy, size, head, labels, transform):
     head = head.rows(labels)
-    labels = merged_tokens(head.layout, labels)
-    wanted = Wanted(lse=True, entropy=with_entropy, axis_name=head.axis_name)
-    index = to_index(labels, _classes(head))
-    statistics = _statistics(wanted, size, head, index, transform, None)
+    index = to_index(head.sharding.merge_tokens(labels), head.classes)
+    spec = StatisticsSpec(lse=True, entropy=with_entropy)
+    statistics = _statistics(spec, size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
-def _classes(head):
-    return head.kernel.shape[1] * shard_count(head.axis_name)
-
-
-def _statistics(wanted, size, head, index, transform, of_spread):  # noqa: PLR0917
-    return _vocabulary_blocks.linear_statistics(
-        _vocabulary_blocks.Plan(size, head.precision, wanted, head.layout),
-        _vocabulary_blocks.Operands(
-            head.hidden, head.kernel, head.bias, transform, of_spread, index
-        ),
+def _statistics(spec, size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
+    plan = vocabulary_blocks.Plan(size, head.precision, spec, head.sharding, head.axis_name)
+    operands = vocabulary_blocks.Operands(
+        head.hidden, head.kernel, head.bias, transform, of_spread, index
     )
+    return vocabulary_blocks.linear_statistics(plan, operands)
 
 
 def _closed(
@@ -185,7 +147,7 @@ def _closed(
     def trace(args):
         def first(head, args):
             plan, operands = _plan_and_operands(None, size, *rows(head, args), ())
-            example = _token_chunks.first_chunk(plan, operands)
+            example = token_chunks.first_chunk(plan, operands)
             loss, consts, losses = closed(loss_fn, *example)
             shape = example[0].shape
             _checks.check_losses("linear_loss", losses, shape, loss.varying, head.axis_name)
@@ -205,8 +167,8 @@ def _closed(
 
 
 def _plan_and_operands(loss, size, head, args, consts):
-    plan = _token_chunks.Plan(loss, size, head.precision, head.layout, head.weights is not None)
-    operands = _token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), consts)
+    plan = token_chunks.Plan(loss, size, head.precision, head.sharding, head.weights is not None)
+    operands = token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), consts)
     return plan, operands
 
 
@@ -216,17 +178,17 @@ def _over_tokens(loss, size, head, args, consts):
         return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
     plan, operands = _plan_and_operands(loss, size, head, args, consts)
     if head.reduction is None:
-        return head.unreduced(_token_chunks.losses(plan, operands))
+        return head.unreduced(token_chunks.losses(plan, operands))
     if any(_is_real(c) and not loss.varying <= manual_axes(c) for c in consts):
         # In `shard_map`, of what is the same on all devices: its cotangents come summed over them,
         # too late for another factor on each.
-        return head.reduced(_token_chunks.losses(plan, operands))
-    layout, weights = head.layout, head.weights
+        return head.reduced(token_chunks.losses(plan, operands))
+    weights = head.weights
     if weights is None:
         ones = jnp.ones(head.hidden.shape[:1], head.dtype)
-        weights = laid_out(ones, layout.spec(layout.token_axes))
+        weights = head.sharding.resharded(ones, head.sharding.token_axes)
     # Divided first, d_kernel is finished by the loop and handed out where it lies.
-    return _token_chunks.weighted_sum(plan, operands, head.divided(weights))
+    return token_chunks.weighted_sum(plan, operands, head.divided(weights))
 
 
 def _is_real(x):
@@ -239,10 +201,10 @@ def _chunk_tokens(head, most):
     Where an automatic mesh may spread the tokens, a multiple of its devices: otherwise XLA gathers
     all of `hidden`, and every device does the whole head.
     """
-    layout = head.layout
-    classes = head.kernel.shape[1] // layout.class_shards
-    n = math.prod(head.shape) // math.prod(layout.token_shards)
-    devices = 1 if layout.sharded else unseen_devices()
+    sharding = head.sharding
+    classes = head.kernel.shape[1] // sharding.class_shards
+    n = math.prod(head.shape) // math.prod(sharding.token_shards)
+    devices = unseen_devices() if sharding.mesh is None else 1
     if most is None:
         budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
         most = max(min(max(budget // (4 * classes), _LEAST), _MOST), devices)

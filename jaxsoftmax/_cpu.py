@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a row in the forms that XLA:CPU is fast at, and the ways around its weak points.
+
+The mathematics is that of `_numerics`, and so are the results, to rounding. docs/performance.md has
+a table of the forms and what each was measured against.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._numerics import (
+    Elementwise,
+    accumulation_dtype,
+    finite_shift,
+    max_and_remainder,
+    one_hot,
+    remainder,
+    shifted_exp,
+    upcast,
+)
+
+# Up to _FEW classes go column by column; from _SOME on by whole blocks, if any divide them; the
+# rest a chunk of rows at a time, from _MANY on by block (see `shift_and_remainder`).
+# A chunk of rows of _CHUNK_BYTES stays in cache between its two passes: 1, 2, 4, 8, 16 MiB took
+# 79, 67, 57, 58, 130 ms at [4096, 32000] float32 on 2 cores with 1 MiB L2 each and 32 MiB L3.
+_FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
+_CHUNK_BYTES = 4 << 20
+# A row is measured from its label only while the others sum to less than this: the loss below 16.6.
+# The others are computed again, 1 MiB of rows at a time: with 4 MiB one such row costs more, with
+# less many do.
+_NEAR = 2.0**24
+_AGAIN_BYTES = 1 << 20
+# XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
+_PRODUCT_BYTES = 8 << 20
+
+
+def or_plain(form: Callable[..., Any], plain: Callable[..., Any], *args: Any, local: bool) -> Any:
+    """`form(*args)` where that runs on a CPU and each array is known to lie on one device."""
+    if not local:
+        return plain(*args)
+    return lax.platform_dependent(*args, cpu=form, default=plain)
+
+
+def shift_and_remainder(
+    of: Elementwise, x: jax.Array, labels: jax.Array | None, *scalars: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(m, r) of each row of of(x, *scalars), from the label where there is one.
+
+    At the speed of XLA:CPU's plain log-sum-exp, or better.
+    """
+    *batch, classes = x.shape
+    if not isinstance(classes, int) or classes > jnp.iinfo(jnp.int32).max:
+        # Symbolic, in an export; or more than int32 counts.
+        return max_and_remainder(of(x, *scalars))
+    wide = x.dtype.itemsize >= 4
+    block = _whole_block(classes)
+    if classes <= _FEW:
+        from_maximum, others = _by_column, _others_by_column
+    elif block and wide:
+        from_maximum = partial(_by_whole_block, block=block)
+        others = partial(_others_by_whole_block, block=block)
+    else:
+        from_maximum = partial(_in_chunks, max_and_remainder if classes < _MANY else _by_block)
+        others = _others_in_chunks if classes < _MANY and wide else None
+    x = x.reshape(math.prod(batch), classes)
+    if of is not upcast:  # in chunks, so that there is no other array of the logits' size
+        m, r = _in_chunks(lambda x: from_maximum(of(x, *scalars)), x)
+    elif labels is None or others is None:
+        m, r = from_maximum(x)
+    else:
+        m, r = _from_label(x, labels.reshape(x.shape[:-1]), others, from_maximum)
+    return m.reshape(batch), r.reshape(batch)
+
+
+def _from_label(x, labels, others, from_maximum):
+    """(m, r) from the label's logit, or from the first few classes' largest where that is higher.
+
+    From the maximum where the rest sums to too much even so. `others(x, m, index)` is r without the
+    class m is of. A row whose label is out of range has no loss: it is not looked at again, and
+    gets an m and r that are finite.
+    """
+    n, classes = x.shape
+    none, index = labels < 0, jnp.maximum(labels, 0)
+    m = pick(x, index)
+    if classes >= _MANY:  # in a shorter row looking is not cheap enough
+        few = min(_BLOCK, classes // 64)
+        first = upcast(x[:, :few])
+        highest = jnp.max(first, axis=-1)
+        index = jnp.where(highest > m, _first(first == highest[:, None]), index)
+        m = jnp.where(highest > m, highest, m)
+    r = others(x, m, index)
+    far = ~(r < _NEAR) & ~none  # NaN too: a label at −∞, or a row with +∞ or NaN
+    rows = max(1, _AGAIN_BYTES // (classes * m.dtype.itemsize))
+
+    def all_again():
+        m_max, r_max = from_maximum(x)
+        return jnp.where(far, m_max, m), jnp.where(far, r_max, r)
+
+    def some_again():
+        (index,) = jnp.nonzero(far, size=n, fill_value=n)
+
+        def chunk(i, statistics):
+            at = lax.dynamic_slice_in_dim(index, i * rows, rows)
+            found = from_maximum(x.at[at].get(mode="clip"))
+            return tuple(
+                s.at[at].set(f, mode="drop") for s, f in zip(statistics, found, strict=True)
+            )
+
+        chunks = (jnp.sum(far, dtype=jnp.int32) + (rows - 1)) // rows
+        return lax.fori_loop(0, chunks, chunk, (m, r))
+
+    # n is symbolic in an export.
+    in_one = classes <= _FEW or not isinstance(n, int) or n <= rows
+    m, r = lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
+    return jnp.where(none, jnp.finfo(m.dtype).max, m), jnp.where(none, 0, r)
+
+
+def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+    """Rows of medium width: without the label's term, no maximum and no ties to count."""
+
+    def others(x, m, labels):
+        return (jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m)),)
+
+    return _in_chunks(partial(_written_sums, others), x, m, labels)[0]
+
+
+def _any(flags: jax.Array) -> jax.Array:
+    """`jnp.any`, as the sum that XLA:CPU is faster at."""
+    return jnp.sum(flags, dtype=jnp.float32) > 0
+
+
+def _whole_block(classes: int) -> int | None:
+    """How many classes a block of `_by_whole_block` has; None where none would do.
+
+    Measured at 512 to 256000 classes: about √(2C) at few, where a block more is read again for each
+    row, and up to 256 at many; a multiple of 8, or else one of at least _BLOCK.
+    """
+    if classes < _SOME:
+        return None
+    most = min(2 * _BLOCK, math.isqrt(2 * classes))
+    even = [b for b in range(16, most + 1, 8) if classes % b == 0]
+    odd = [b for b in range(_BLOCK, min(_MANY, classes // 16) + 1) if classes % b == 0]
+    return even[-1] if even else odd[0] if odd else None
+
+
+def _by_whole_block(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Blocks that divide the classes: plain sums of all rows, without a loop.
+
+    The barrier keeps XLA from merging the maximum of maxima into one of whole rows, which is slow.
+    """
+    n, classes = x.shape
+    maxima = jnp.max(x.reshape(n, classes // block, block), axis=-1) if classes >= _MANY else x
+    m = jnp.max(lax.optimization_barrier(maxima), axis=-1)
+    return m, _others_by_whole_block(x, finite_shift(m), None, block)
+
+
+def _others_by_whole_block(
+    x: jax.Array, m: jax.Array, labels: jax.Array | None, block: int
+) -> jax.Array:
+    """r, from the logit m of the label, or from the maximum.
+
+    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses nothing, ties included. Below there is
+    one maximum, m, whose block is taken anew without it: the label's, or that with the largest sum.
+    The barriers keep XLA from merging sums of sums into sums of whole rows, which are slower.
+    """
+    n, classes = x.shape
+    blocks = x.reshape(n, classes // block, block)
+    sums = jnp.sum(shifted_exp(blocks, m[:, None]), axis=-1)
+    sums = lax.optimization_barrier(sums)
+    s = _sum_in_lanes(sums)
+
+    def without_m():
+        if labels is None:
+            largest = lax.optimization_barrier(jnp.max(sums, axis=-1, keepdims=True))
+            at = _first(sums == largest)
+        else:
+            at = labels // block
+        z = jnp.take_along_axis(blocks, at[:, None, None], axis=1, mode="clip")[:, 0]
+        # `remainder` would count ties, of which there are none: 40 against 26 ms at [65536, 1000].
+        is_m = z == m[:, None] if labels is None else one_hot(labels % block, block)
+        e = jnp.where(is_m, 0, shifted_exp(z, m))
+        return _sum_without(sums, at) + jnp.sum(lax.optimization_barrier(e), axis=-1)
+
+    confident = s < 2
+    r = lax.cond(_any(confident), without_m, lambda: s)
+    return jnp.where(confident, r, s - 1)
+
+
+def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Many classes: plain sums over blocks, then the block that holds the maximum once more.
+
+    XLA:CPU does not vectorise a wide reduction that compares, so only that block is compared.
+    The barriers keep XLA from merging the reduction over blocks into the one inside them,
+    which would read the row again.
+    """
+    n, classes = x.shape
+    whole = classes // _BLOCK * _BLOCK
+    parts = [upcast(x[:, :whole]).reshape(n, whole // _BLOCK, _BLOCK)]
+    if whole < classes:
+        parts.append(upcast(x[:, whole:])[:, None])
+    parts = lax.optimization_barrier(parts)
+    block_max = jnp.concatenate([jnp.max(z, axis=-1) for z in parts], axis=-1)
+    block_max = lax.optimization_barrier(block_max)
+    m = jnp.max(block_max, axis=-1)
+    shift = finite_shift(m)[:, None]
+    sums = jnp.concatenate([jnp.sum(shifted_exp(z, shift), axis=-1) for z in parts], axis=-1)
+    top = _first(block_max == m[:, None])  # a NaN row finds none, and stays NaN
+    # The last block may be short: read _BLOCK classes that end with the row, mask what is not it.
+    start = jnp.minimum(top * _BLOCK, classes - _BLOCK)
+    at = start[:, None] + jnp.arange(_BLOCK, dtype=jnp.int32).reshape(1, -1)
+    block = upcast(jnp.take_along_axis(x, at, axis=-1, mode="clip"))
+    block = jnp.where(at < (top * _BLOCK)[:, None], -jnp.inf, block)
+    return m, _sum_without(sums, top) + remainder(block, m)
+
+
+def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Few classes: elementwise over the rows, where a reduction of a short axis is slow."""
+    columns = _columns(x)
+    m = functools.reduce(jnp.maximum, columns)
+    e = [jnp.exp(z_k - finite_shift(m)) for z_k in columns]
+    tops = [(z_k == m).astype(m.dtype) for z_k in columns]
+    others = [e_k - top for e_k, top in zip(e, tops, strict=True)]
+    return m, functools.reduce(jnp.add, others) + (functools.reduce(jnp.add, tops) - 1)
+
+
+def _others_by_column(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
+    others = [jnp.where(labels == k, 0, jnp.exp(z - m)) for k, z in enumerate(_columns(x))]
+    return functools.reduce(jnp.add, others)
+
+
+def _columns(x: jax.Array) -> list[jax.Array]:
+    z = lax.optimization_barrier(upcast(x))
+    return [z[..., k] for k in range(x.shape[-1])]
+
+
+def _first(flags: jax.Array) -> jax.Array:
+    """The first of each row that is True, the last if none: a tenth of XLA:CPU's argmax's time."""
+    count = flags.shape[-1]
+    index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (flags.ndim - 1) + (-1,))
+    return jnp.min(jnp.where(flags, index, count - 1), axis=-1)
+
+
+def _sum_without(terms: jax.Array, index: jax.Array) -> jax.Array:
+    return _sum_in_lanes(jnp.where(one_hot(index, terms.shape[-1]), 0, terms))
+
+
+def _sum_in_lanes(terms: jax.Array) -> jax.Array:
+    """The sum of each row of `terms [n, k]`; of a small array eight terms at a time, then in pairs.
+
+    XLA:CPU adds those of a small one (up to about 5000 numbers) one after the other: twice the
+    error at 25 terms of 64 rows.
+    """
+    n, count = terms.shape
+    if not isinstance(n, int) or n * count > 8192:  # n: symbolic in an export
+        return jnp.sum(terms, axis=-1)
+    terms = jnp.pad(terms, ((0, 0), (0, -count % 8)))
+    lanes = lax.optimization_barrier(jnp.sum(terms.reshape(n, -(-count // 8), 8), axis=1))
+    for half in (4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def _in_chunks(form, x, *numbers):
+    """`form` of the rows of `x [*batch, C]`, and of numbers `[*batch]`: numbers again.
+
+    Rows are taken a chunk at a time, so that a second pass reads from cache; the last chunk is
+    moved back to end with the last row, so that any number of rows fits.
+    """
+    *batch, classes = x.shape
+    if not isinstance(classes, int):
+        return form(x, *numbers)
+    n = math.prod(batch)
+    x, *numbers = (a.reshape(n, *a.shape[len(batch) :]) for a in (x, *numbers))
+    rows = max(1, _CHUNK_BYTES // (classes * accumulation_dtype(x.dtype).itemsize))
+    if not isinstance(n, int) or n <= rows:  # n: symbolic in an export
+        return tuple(s.reshape(batch) for s in form(x, *numbers))
+
+    def chunk(i):
+        start = jnp.minimum(i * rows, n - rows)
+        part = slice_in_loop(x, start, rows, axis=0)
+        return form(part, *(lax.dynamic_slice_in_dim(a, start, rows) for a in numbers))
+
+    chunks = -(-n // rows)
+    sums = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
+    fresh = n - (chunks - 1) * rows  # rows of the last chunk that no other has seen
+
+    def joined(s):
+        return jnp.concatenate([s[:-1].reshape(-1), s[-1, rows - fresh :]]).reshape(batch)
+
+    return tuple(joined(s) for s in sums)
+
+
+def _written_sums(terms, *rows):
+    """The sums of `terms(*rows)`, of a chunk of rows, whose terms are written to cache first.
+
+    XLA:CPU adds up numbers that lie there several times faster than numbers it selects on the way.
+    """
+    return tuple(jnp.sum(t, axis=-1) for t in lax.optimization_barrier(terms(*rows)))
+
+
+def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
+    """The logit of each row at its label."""
+    classes = x.shape[-1]
+    if x.dtype.itemsize < 4 and isinstance(classes, int) and classes <= _FEW:
+        # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
+        own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
+        return functools.reduce(jnp.add, own)
+    return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
+
+
+def row_sums(
+    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array, *scalars: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The sum over each row's classes of each of `terms(x, m, *scalars)`."""
+    return _in_chunks(partial(_written_sums, lambda x, m: terms(x, m, *scalars)), x, m)
+
+
+def add_by_block(
+    add: Callable[..., jax.Array], total: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """`add(total, a, b)`, a sum `[H, V]` with a product of `a [c, H]` and `b [c, V]`, in place."""
+    classes = total.shape[1]
+    # Of the product, and of the columns that go into it, unless an export does not know it.
+    rows = max(1, *(size for size in a.shape if isinstance(size, int)))
+    size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
+
+    def step(start, size, total):
+        columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)
+        sums = add(lax.dynamic_slice_in_dim(total, start, size, axis=1), a, columns)
+        return lax.dynamic_update_slice_in_dim(total, sums, start, axis=1)
+
+    blocks, rest = divmod(classes, size)
+    total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)
+    if not rest:
+        return total
+    # Of a start that XLA knows it makes a plain slice, and then goes over all of `total`.
+    return step(lax.optimization_barrier(jnp.int32(blocks * size)), rest, total)
+
+
+def slice_in_loop(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` in a loop, without a copy of all of `x`.
+
+    XLA:CPU of JAX 0.10 slices a bfloat16 array by making a float32 copy of it, but as integers in
+    place, unless it takes that view before the loop, as a copy: the barrier keeps it inside
+    ([4096, 32000], its (m, r): 224, 126 and 49 ms).
+    """
+    if x.dtype == jnp.bfloat16 and _on_old_cpu():
+        x, start = lax.optimization_barrier((x, start))
+        piece = lax.dynamic_slice_in_dim(as_bits(x), start, size, axis)
+        return from_bits(piece, jnp.bfloat16)
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """`x` as XLA:CPU of JAX 0.10 updates a slice of it in place; see `slice_in_loop`."""
+    if x.dtype == jnp.bfloat16 and _on_old_cpu():
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
+def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What `as_bits` made of an array of this dtype, as such again."""
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def _on_old_cpu() -> bool:
+    return jax.__version_info__ < (0, 11) and jax.default_backend() == "cpu"

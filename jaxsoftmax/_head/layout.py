@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a mesh shards a head, read off its arguments; arrays laid out for the engines and back."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._sharding import mesh_axes, resharded
+
+
+class HeadSharding(NamedTuple):
+    """How an explicit mesh shards a head: the mesh axes of each token axis, and of the classes.
+
+    Nothing, where the mesh is automatic or there is none. A mesh axis of the tokens shards nothing
+    of the kernel within: the kernel is gathered over it, as over those of its hidden axis. A mesh
+    axis of one device shards nothing, and is named by the results alone.
+    """
+
+    tokens: tuple[tuple[str, ...], ...] = ()
+    classes: tuple[str, ...] = ()
+    token_shards: tuple[int, ...] = ()
+    class_shards: int = 1
+    mesh: Any = None  # None where it has no explicit axes
+    named: tuple[Any, ...] = ()  # `tokens` as the arguments have them
+
+    def on_mesh_of(self, tree: Any) -> "HeadSharding":
+        """The same on the first explicit mesh of these arrays, where it has none."""
+        if self.mesh is not None:
+            return self
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+        explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+        return self._replace(mesh=explicit[0]) if explicit else self
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes that shard the tokens, merged into one axis."""
+        return sum(self.tokens, ())
+
+    def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> NamedSharding | None:
+        """The sharding by the mesh axes of each array axis; None without an explicit mesh."""
+        if self.mesh is None:
+            return None
+        entries = (axis or None for axis in axes)
+        return NamedSharding(self.mesh, PartitionSpec(*entries, unreduced=frozenset(unreduced)))
+
+    def resharded(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
+        """`x` (None stays None) by these mesh axes."""
+        return None if x is None else resharded(x, self.spec(*axes, unreduced=unreduced))
+
+    def reshape(
+        self, x: Any, shape: tuple[int, ...], *axes: Any, unreduced: tuple[str, ...] = ()
+    ) -> Any:
+        """`x` (None stays None) in this shape, by these mesh axes."""
+        if x is None:
+            return None
+        return jnp.reshape(x, shape, out_sharding=self.spec(*axes, unreduced=unreduced))
+
+    def rest(self, x: jax.Array, start: int) -> list[Any]:
+        """The mesh axes of the other axes of `x`, from `start` on, as far as tokens leave them."""
+        if self.mesh is None:
+            return [None] * (x.ndim - start)
+        entries = map(mesh_axes, jax.typeof(x).sharding.spec[start:])
+        return [tuple(a for a in axes if a not in self.token_axes) or None for axes in entries]
+
+    def of_summed_kernel(self, kernel: jax.Array) -> NamedSharding | None:
+        """Where the sum over all tokens of d_kernel is made.
+
+        As `kernel` is, and its hidden axis over the tokens' mesh axes as well, if its size allows.
+        """
+        if self.mesh is None:
+            return None
+        hidden, classes = map(mesh_axes, jax.typeof(kernel).sharding.spec)
+        all_hidden = hidden + tuple(a for a in self.token_axes if a not in hidden + classes)
+        if kernel.shape[0] % math.prod(self.mesh.shape[a] for a in all_hidden):
+            all_hidden = hidden
+        return self.spec(all_hidden, classes)
+
+    def merge_tokens(self, x: jax.Array) -> jax.Array:
+        """`x [*tokens, …]` as `[N, …]`; shards stay where they are, so tokens change places."""
+        count = len(self.tokens)
+        tokens, rest = x.shape[:count], x.shape[count:]
+        n = math.prod(tokens)
+        if self.mesh is None:
+            return x.reshape(n, *rest)
+        of_rest = self.rest(x, count)
+        x = self.resharded(x, *self.tokens, *of_rest)
+        sizes = [(s, size // s) for s, size in zip(self.token_shards, tokens, strict=True)]
+        of_split = [entry for axes in self.tokens for entry in (axes, None)]
+        x = self.reshape(x, (*sum(sizes, ()), *rest), *of_split, *of_rest)
+        shards_first = [*range(0, 2 * count, 2), *range(1, 2 * count, 2)]
+        x = jnp.transpose(x, [*shards_first, *range(2 * count, x.ndim)])
+        return self.reshape(x, (n, *rest), self.token_axes, *of_rest)
+
+    def split_tokens(self, x: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
+        """Undoes `merge_tokens` for `x [N]`."""
+        if self.mesh is None:
+            return x.reshape(tokens)
+        count, shards = len(self.tokens), self.token_shards
+        sizes = [size // s for size, s in zip(tokens, shards, strict=True)]
+        x = self.reshape(x, (*shards, *sizes), *self.tokens, *[None] * count)
+        x = jnp.transpose(x, [i for axis in range(count) for i in (axis, count + axis)])
+        return self.resharded(self.reshape(x, tokens, *self.tokens), *self.named)
+
+    def split_classes(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
+        """The last axis of `x`, classes, as [shards, classes / shards] where they are sharded."""
+        count = self.class_shards
+        if count == 1 or x is None:
+            return x
+        shape = (*x.shape[:-1], count, x.shape[-1] // count)
+        return self.reshape(x, shape, *axes, self.classes, None, unreduced=unreduced)
+
+    def merge_classes(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
+        """Undoes `split_classes`: products are of matrices."""
+        if self.class_shards == 1 or x is None:
+            return x
+        shape = (*x.shape[:-2], x.shape[-2] * x.shape[-1])
+        return self.reshape(x, shape, *axes, self.classes, unreduced=unreduced)
+
+
+def sharding_of_head(hidden: jax.Array, kernel: jax.Array) -> HeadSharding:
+    """How `hidden [*tokens, H]` and `kernel [H, V]` are sharded."""
+    of_hidden, of_kernel = (jax.typeof(x).sharding for x in (hidden, kernel))
+    mesh = of_kernel.mesh if of_hidden.mesh.empty else of_hidden.mesh
+
+    def axes(entry):
+        return tuple(a for a in mesh_axes(entry) if mesh.shape[a] > 1)
+
+    def shards(axes):
+        return math.prod(mesh.shape[a] for a in axes)
+
+    named = tuple(of_hidden.spec[:-1])
+    tokens = tuple(map(axes, named))
+    classes = tuple(a for a in axes(of_kernel.spec[1]) if a not in sum(tokens, ()))
+    explicit = mesh if mesh.explicit_axes else None
+    return HeadSharding(
+        tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit, named
+    )

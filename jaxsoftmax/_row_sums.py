@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is summed or picked along each row of logits, in the form that is fast where it runs.
+
+The plain forms of `_numerics` everywhere, those of `_cpu` where an array lies on one CPU.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from . import _cpu
+from ._numerics import (
+    Elementwise,
+    max_and_remainder,
+    remainder_tangent,
+    rows_with_sum,
+    selected,
+    upcast,
+)
+from ._sharding import is_local
+
+
+def shift_and_remainder(
+    x: jax.Array, labels: jax.Array | None = None, of: Elementwise = upcast, *scalars: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
+
+    Without labels m is the maximum. With `labels [...]` (from `to_index`) it may be the label's
+    logit and r the sum over all others, where r < 2²⁴: as good for the loss and its gradient, and
+    found without a pass over the row.
+    """
+    local = is_local(*jax.tree.leaves((x, labels)))
+    labels = labels if local and of is upcast else None
+    rows = (x, *scalars) if labels is None else (x, *scalars, labels)
+    m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labels is not None, local=local)
+    return checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
+
+
+# A primitive of its own: a function with its derivative and its batching, which JAX never looks
+# into. (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+_shift_and_remainder = Primitive("shift_and_remainder")
+_shift_and_remainder.multiple_results = True
+
+
+@partial(jax.jit, static_argnames=("of", "labelled", "local"))
+def _compute(x, *rest, of, labelled, local):
+    scalars, labels = (rest[:-1], rest[-1]) if labelled else (rest, None)
+    plain = lambda x, labels, *scalars: max_and_remainder(of(x, *scalars))  # noqa: E731
+    on_cpu = partial(_cpu.shift_and_remainder, of)
+    m, r = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
+    # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
+    # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
+    m = jnp.where(jnp.isnan(r), r, m)
+    return m, r + (m - m)  # NaN where m is not finite; no NaN written down, for `jax_debug_nans`
+
+
+@_shift_and_remainder.def_abstract_eval
+def _abstract(x, *rest, of, labelled, local):
+    del local
+    scalars = rest[:-1] if labelled else rest
+    plain = jax.make_jaxpr(lambda *a: max_and_remainder(of(*a)))(x, *scalars)
+    return [out.aval for out in plain.jaxpr.outvars]
+
+
+def _differentiated(rows, tangents, *, of, labelled, local):
+    m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labelled, local=local)
+    logits = rows[: len(rows) - labelled]
+    changes = tuple(map(ad.instantiate_zeros, tangents[: len(logits)]))
+    z, dz = jax.jvp(of, logits, changes)
+    return (m, r), (jnp.zeros_like(m), remainder_tangent(z, dz, m))
+
+
+def _batched(rows, axes, *, of, labelled, local):
+    """A mapped axis is one more axis of rows: what no row needs is skipped, as without it."""
+    bind = partial(_shift_and_remainder.bind, local=local)
+    (x, *scalars), labels = (rows[:-1], rows[-1]) if labelled else (rows, None)
+    of_x, *of_scalars = axes[: len(rows) - labelled]
+    if any(axis is not None for axis in of_scalars):
+        z = jax.vmap(of, (of_x, *of_scalars))(x, *scalars)
+        return bind(z, of=upcast, labelled=False), (0, 0)
+    if of_x is None:  # the same rows for all labels: from their maximum
+        return bind(x, *scalars, of=of, labelled=False), (None, None)
+    x = jnp.moveaxis(x, of_x, 0)
+    if labels is None:
+        return bind(x, *scalars, of=of, labelled=False), (0, 0)
+    if axes[-1] is None:
+        labels = jnp.broadcast_to(labels, x.shape[:-1])
+    else:
+        labels = jnp.moveaxis(labels, axes[-1], 0)
+    return bind(x, *scalars, labels, of=of, labelled=True), (0, 0)
+
+
+_shift_and_remainder.def_impl(_compute)
+ad.primitive_jvps[_shift_and_remainder] = _differentiated
+batching.primitive_batchers[_shift_and_remainder] = _batched
+mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_results=True))
+
+
+def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
+    """The logit z_t at each row's label (from `to_index`); 0 for −1."""
+    z = _cpu.or_plain(_cpu.pick, selected, x, jnp.maximum(labels, 0), local=is_local(x, labels))
+    return jnp.where(labels < 0, 0, z)
+
+
+def row_sums(
+    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array, *scalars: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The sum over each row's classes of each of `terms(x, m, *scalars)`, arrays `[..., C]`."""
+
+    def plain(x, m, *scalars):
+        return tuple(jnp.sum(t, axis=-1) for t in terms(x, m, *scalars))
+
+    @jax.custom_jvp
+    def sums(x, m, *scalars):
+        on_cpu = partial(_cpu.row_sums, terms)
+        return _cpu.or_plain(on_cpu, plain, x, m, *scalars, local=is_local(x))
+
+    @sums.defjvp
+    def _(primals, tangents):
+        x, m, *scalars = primals
+        has_sum, *finite = rows_with_sum(x, m)
+        changes = jax.jvp(plain, (*finite, *scalars), tangents)[1]
+        return sums(*primals), tuple(jnp.where(has_sum, change, 0) for change in changes)
+
+    return sums(x, m, *scalars)
