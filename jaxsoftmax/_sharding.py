@@ -40,6 +40,19 @@ def unseen_devices() -> int:
     return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
+def devices_of_automatic_mesh() -> int:
+    """How many devices the automatic mesh that is set has; 1 without such a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+
+
+def hidden_axis_whole(kernel: jax.Array) -> jax.Array:
+    """A kernel `[H, V]` with its hidden axis on each device of an automatic mesh that is set."""
+    if devices_of_automatic_mesh() == 1:
+        return kernel
+    return lax.with_sharding_constraint(kernel, PartitionSpec(None, PartitionSpec.UNCONSTRAINED))
+
+
 def manual_axes(*arrays: Any) -> frozenset[str]:
     """The mesh axes of `shard_map` over which any of the arrays varies."""
     return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))

@@ -17,7 +17,7 @@ from .. import _checks
 from .._axes import to_index
 from .._cross_entropy import LogProbs, as_log_probs
 from .._options import Options, label_index, required_statistics, token_losses
-from .._sharding import manual_axes, unseen_devices, varying
+from .._sharding import devices_of_automatic_mesh, manual_axes, unseen_devices, varying
 from .._statistics import StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import token_chunks, vocabulary_blocks
@@ -29,7 +29,8 @@ from .closures import Closed, closed
 # suffice a CPU, an accelerator wants as many as the budget allows.
 _BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
 _LEAST, _MOST = 256, 4096
-_BLOCK = 2048
+# Classes in a block; of each shard at least, as a TPU wants the last axis of its arrays.
+_BLOCK, _LEAST_BLOCK = 2048, 128
 
 
 def any_loss(
@@ -53,7 +54,7 @@ def cross_entropy(  # noqa: PLR0917
 ) -> jax.Array:
     """The cross-entropies of labels `[*tokens]`, or what they are reduced to."""
     if not in_forward:
-        return _recomputed(chunk_size or _BLOCK, ignore_index, head, labels, options)
+        return _recomputed(chunk_size, ignore_index, head, labels, options)
     size = None if 0 in head.shape else _chunk_tokens(head, chunk_size)
     return _in_forward(size, ignore_index, head, labels, options)
 
@@ -66,7 +67,7 @@ def log_probs(
     chunk_size: int | None,
 ) -> LogProbs:
     """Of labels `[*tokens]`."""
-    return _log_probs(with_entropy, chunk_size or _BLOCK, head, labels, transform)
+    return _log_probs(with_entropy, chunk_size, head, labels, transform)
 
 
 # Losses with a custom derivative of their own are each time another: their programs must go again.
@@ -104,11 +105,11 @@ def _in_forward(size, ignore_index, head, labels, options):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _recomputed(size, ignore_index, head, labels, options):
+def _recomputed(chunk_size, ignore_index, head, labels, options):
     head, labels, options = head.labelled_rows(labels, ignore_index, options)
     index = label_index(labels, head.classes, ignore_index)
     spec, of_spread = required_statistics(options), _of_spread(options)
-    statistics = _statistics(spec, size, head, index, options.transform, of_spread)
+    statistics = _statistics(spec, chunk_size, head, index, options.transform, of_spread)
     weights = None if options.class_weights is None else head.counts
     losses = token_losses(False, statistics, labels, weights, ignore_index, options)
     return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
@@ -119,16 +120,17 @@ def _of_spread(options):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _log_probs(with_entropy, size, head, labels, transform):
+def _log_probs(with_entropy, chunk_size, head, labels, transform):
     head = head.rows(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
     spec = StatisticsSpec(lse=True, entropy=with_entropy)
-    statistics = _statistics(spec, size, head, index, transform, None)
+    statistics = _statistics(spec, chunk_size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
-def _statistics(spec, size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
-    plan = vocabulary_blocks.Plan(size, head.precision, spec, head.sharding, head.axis_name)
+def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
+    sharding, size = _class_blocks(head, chunk_size)
+    plan = vocabulary_blocks.Plan(size, head.precision, spec, sharding, head.axis_name)
     operands = vocabulary_blocks.Operands(
         head.hidden, head.kernel, head.bias, transform, of_spread, index
     )
@@ -214,6 +216,20 @@ def _chunk_tokens(head, most):
     size = _ceil(n, chunks)
     # All tokens at once are spread as they come.
     return size if isinstance(n, int) and chunks == 1 else _ceil(size, devices) * devices
+
+
+def _class_blocks(head, most):
+    """How the classes are sharded, and how many of each shard are in a block.
+
+    A block that cuts through a sharded axis is gathered, with all that is made of it. On an
+    automatic mesh, where shards cannot be seen, each device is taken to hold one: as many blocks go
+    together as there are devices, and those that hold whole classes lose nothing by it.
+    """
+    sharding, devices = head.sharding, devices_of_automatic_mesh()
+    if sharding.mesh is not None or head.kernel.shape[1] % devices:
+        return sharding, most or _BLOCK
+    size = (most or max(_BLOCK, _LEAST_BLOCK * devices)) // devices
+    return sharding._replace(class_shards=devices), max(1, size)
 
 
 def _ceil(n, size):

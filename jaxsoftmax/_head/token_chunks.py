@@ -11,7 +11,14 @@ import numpy as np
 from jax import lax
 
 from .._rules import instantiated
-from .._sharding import manual_axes, psum_like, resharded, resharded_like, varying
+from .._sharding import (
+    hidden_axis_whole,
+    manual_axes,
+    psum_like,
+    resharded,
+    resharded_like,
+    varying,
+)
 from .closures import Closed
 from .layout import HeadSharding
 from .products import (
@@ -133,7 +140,7 @@ def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
 def _gathered(plan, operands):
     """Kernel and bias with nothing but their classes sharded: once, before the loop."""
     sharding = plan.sharding
-    kernel = sharding.resharded(operands.kernel, None, sharding.classes)
+    kernel = sharding.resharded(hidden_axis_whole(operands.kernel), None, sharding.classes)
     return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 
@@ -200,6 +207,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
     )
     d_kernel, d_bias, d_consts = sums
     if d_kernel is not None:
+        d_kernel = hidden_axis_whole(d_kernel)
         d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel))
     d_bias = sharding.resharded(d_bias, classes)
     of_head = [d_hidden, d_kernel] if bias is None else [d_hidden, d_kernel, d_bias]

@@ -12,7 +12,15 @@ from .._axes import labels_in_block
 from .._cpu import as_bits, from_bits, slice_in_loop
 from .._merge import BlockSums, merge_blocks, merge_shards
 from .._numerics import accumulation_dtype
-from .._sharding import AxisName, manual_axes, resharded, resharded_like, shard_start, varying
+from .._sharding import (
+    AxisName,
+    hidden_axis_whole,
+    manual_axes,
+    resharded,
+    resharded_like,
+    shard_start,
+    varying,
+)
 from .._statistics import (
     StatisticsSpec,
     block_sums,
@@ -179,7 +187,7 @@ def _by_shard(plan, operands):
         return sharding.split_classes(x, *before)
 
     return operands._replace(
-        kernel=split(operands.kernel, None),
+        kernel=split(hidden_axis_whole(operands.kernel), None),
         bias=split(operands.bias),
         weights=split(operands.weights),
     )
