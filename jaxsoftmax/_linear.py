@@ -264,8 +264,9 @@ def linear_log_probs(
       with_entropy: also compute the entropies.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
         `linear_softmax_cross_entropy`).
-      chunk_size: classes in a block, 2048 by default; of each shard, where they are sharded. Any
-        number of classes fits.
+      chunk_size: classes in a block, 2048 by default; of each shard where an explicit mesh shards
+        them, and of all D devices together where an automatic one is set, by default at least
+        128·D (docs/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the losses: plain arithmetic on one number a token, around the one rule."""
+"""The options of the losses: plain arithmetic on one number per token, around the one rule."""
 
 import functools
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def as_options(
     """Check what is the same for every loss."""
     if class_weights is not None:
         class_weights = upcast(_checks.as_inexact(function, "class_weights", class_weights))
-        meaning = "one weight a class"
+        meaning = "one weight per class"
         _checks.check_shape(function, "class_weights", class_weights.shape, (classes,), meaning)
         _checks.check_sharded_classes(function, axis_name, {"class_weights": class_weights})
     return Options(

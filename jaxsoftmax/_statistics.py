@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-token numbers every loss and log-probability is made of, and their one derivative.
+"""The numbers per token that every loss and log-probability is made of, and their derivative.
 
 With z the transformed logits, (m, r) of a row, lse = m + log1p(r) and ŷ = e / (1 + r):
 
@@ -51,7 +51,7 @@ class StatisticsSpec(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """One number a token each, None where not asked for; or their cotangents, None where zero."""
+    """One number per token each, None where not asked for; or their cotangents, None where zero."""
 
     loss: Any
     lse: Any
@@ -80,7 +80,7 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
 def _token_bwd(axis_name, residuals, cotangents):
     _, labels, *_, sums = residuals
     g = nan_where_invalid(none_if_zero(cotangents), labels)
-    # Measured from a label that is no class, (m, r) say nothing of the row.
+    # Measured from a label out of range, (m, r) say nothing of the row.
     known = jnp.isfinite(sums.r) & (labels >= 0)
     return _token_linear(axis_name, residuals, g, rows_without_cotangent(g, known))
 
@@ -243,7 +243,7 @@ def label_cotangents(  # noqa: PLR0917
 ) -> tuple[jax.Array, Any]:
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
 
-    Every entry as if it were not the label's, then the label's own in its place: one number a row,
+    Every entry as if it were not the label's, then the label's own in its place: one number per row,
     so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000] float32,
     in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would keep
     logits that are not an argument, and so twice their memory). Rounded once, at the end: selected

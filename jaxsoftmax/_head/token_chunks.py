@@ -66,7 +66,8 @@ def _weighted_sum_fwd(plan, operands, weights):
     weights = weights.value
     values, ds = _gradients_over_chunks(plan, operands, weights, flags)
     values = _counted(plan, values, weights)
-    ds = [jnp.zeros(0) if d is None else d for d in ds]  # one tree, whatever is differentiated
+    # One tree, whatever is differentiated.
+    ds = jax.tree.map(lambda _, d: jnp.zeros(0) if d is None else d, operands, ds)
     return jnp.sum(values * weights), (ds, flags, values, operands, weights)
 
 
@@ -74,12 +75,11 @@ def _weighted_sum_bwd(plan, residuals, g):
     ds, flags, values, operands, weights = residuals
     g = instantiated(g)
 
-    def scaled(d):
+    def scaled(flag, d):
         dtype = np.promote_types(d.dtype, g.dtype)
-        return g.astype(dtype) * d.astype(dtype)
+        return g.astype(dtype) * d.astype(dtype) if flag else None
 
-    ds = jax.tree.unflatten(jax.tree.structure(operands), ds)
-    ds = jax.tree.map(lambda flag, d: scaled(d) if flag else None, perturbed(flags, operands), ds)
+    ds = jax.tree.map(scaled, perturbed(flags, operands), ds)
     return as_cotangents(ds, operands), psum_like(g * values, weights)
 
 
@@ -105,7 +105,7 @@ def _losses_fwd(plan, operands):
 def _losses_bwd(plan, residuals, g):
     operands, flags = residuals
     ds = _gradients_over_chunks(plan, operands, instantiated(g), flags)[1]
-    return (as_cotangents(jax.tree.unflatten(jax.tree.structure(operands), ds), operands),)
+    return (as_cotangents(ds, operands),)
 
 
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
@@ -145,7 +145,7 @@ def _gathered(plan, operands):
 
 
 def _gradients_over_chunks(plan, operands, g, flags):
-    """The losses and, for the cotangents `g [N]`, a gradient a leaf: uncast, None if not asked for.
+    """The losses and, for the cotangents `g [N]`, their gradients, None if not asked for.
 
     A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
     d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over
@@ -210,8 +210,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
         d_kernel = hidden_axis_whole(d_kernel)
         d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel))
     d_bias = sharding.resharded(d_bias, classes)
-    of_head = [d_hidden, d_kernel] if bias is None else [d_hidden, d_kernel, d_bias]
-    return values, [*of_head, *d_args, *d_consts]
+    return values, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
 
 
 def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
