@@ -243,11 +243,11 @@ def label_cotangents(  # noqa: PLR0917
 ) -> tuple[jax.Array, Any]:
     """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
 
-    Every entry as if it were not the label's, then the label's own in its place: one number per row,
-    so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000] float32,
-    in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would keep
-    logits that are not an argument, and so twice their memory). Rounded once, at the end: selected
-    in bfloat16, a training step in place of [16384, 10] takes 2.5 times as long.
+    Every entry as if it were not the label's, then the label's own in its place: one number per
+    row, so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000]
+    float32, in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would
+    keep logits that are not an argument, and so twice their memory). Rounded once, at the end:
+    selected in bfloat16, a training step in place of [16384, 10] takes 2.5 times as long.
     """
     dtype = z.dtype
     if unused is not None:
