@@ -45,7 +45,7 @@ def _apply(function, numbers):
     return np.vectorize(function, otypes=[object])(numbers)
 
 
-def _wide(numbers):
+def wide(numbers):
     """From mpf to long double: the nearest float64 and the rest."""
     high = np.vectorize(float, otypes=[np.float64])(numbers)
     finite = np.isfinite(high)
@@ -60,7 +60,7 @@ def _literal(z):
         p = exponentials / totals[:, None]
         lse = _apply(mpmath.log, totals)
         nll = _apply(lambda v: -mpmath.log(v), p)
-        return tuple(_wide(a) for a in (p, 1 - p, nll, lse))
+        return tuple(wide(a) for a in (p, 1 - p, nll, lse))
 
 
 def _long_double(z):
@@ -212,7 +212,7 @@ def jacobian(z: np.ndarray) -> np.ndarray:
     with mpmath.workdps(DIGITS):
         e = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), np.asarray(z, np.float64))
         p = e / e.sum()
-        return _wide(p[:, None] * (np.eye(len(p), dtype=int) - p[None, :]))
+        return wide(p[:, None] * (np.eye(len(p), dtype=int) - p[None, :]))
 
 
 def weighted_logsumexp(a: np.ndarray, b: np.ndarray):
@@ -223,4 +223,4 @@ def weighted_logsumexp(a: np.ndarray, b: np.ndarray):
         total = terms.sum()
         condition = float(np.abs(terms).sum() / abs(total))
         out = float(mpmath.log(abs(total)))
-        return out, float(mpmath.sign(total)), _wide(terms / total), _wide(e / total), condition
+        return out, float(mpmath.sign(total)), wide(terms / total), wide(e / total), condition
