@@ -238,6 +238,14 @@ def cotangent_of(function: Function, data: Rows, dtype) -> np.ndarray:
     return g.astype(jnp.dtype(dtype))
 
 
+def class_rows(a: np.ndarray, axis=-1) -> np.ndarray:
+    """[R, V]: one row for each example; the class axes, in the given order, as one."""
+    axes = range(a.ndim) if axis is None else [int(i) % a.ndim for i in np.atleast_1d(axis)]
+    kept = [i for i in range(a.ndim) if i not in axes]
+    batch = [a.shape[i] for i in kept]
+    return a.transpose([*kept, *axes]).reshape(int(np.prod(batch)), -1)
+
+
 def x64(dtype):
     """The context in which arrays of `dtype` exist."""
     return jax.enable_x64(np.dtype(jnp.dtype(dtype)) == np.float64)
