@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a result may be from the truth, and the message that says where it is further."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +44,19 @@ def assert_within(got, true, bound, name: str = "") -> None:
             f"{name}: {wrong.sum()} of {wrong.size} outside; worst at {tuple(map(int, at))}: "
             f"got {got[at]!r}, true {true[at]!r} ± {bound[at]!r}, {float(excess[at]):.3g} bounds"
         )
+
+
+def assert_close(got, want, units, size=lambda path: 0, name: str = "") -> None:
+    """Each leaf to so many u of float32, of its largest entry, of 1 or of `size`.
+
+    What is a sum of some hundred terms of that size may be so far off.
+    """
+    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
+    leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
+    for (path, a), (_, e) in zip(*leaves, strict=True):
+        assert np.isfinite(e).all(), f"{name}{path}"
+        bound = units * 2.0**-24 * max(1, size(path), np.abs(e).max(initial=0))
+        np.testing.assert_allclose(a, e, rtol=0, atol=bound, err_msg=f"{name}{path}")
 
 
 def assert_dtype(got, dtype) -> None:

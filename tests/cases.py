@@ -8,7 +8,7 @@ class for the label. A function that is added to FUNCTIONS gets every property.
 
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -158,72 +158,64 @@ class Function(NamedTuple):
     call: Callable  # (logits, targets) -> result
     value: Callable  # (Truth, targets) -> oracle.Value
     gradient: Callable  # (Truth, targets, cotangent) -> oracle.Value
-    targets: str | None  # the field of Rows that the function takes, if any
-    result: str  # "row" or "entry"
-    accumulates: bool  # the result comes in the accumulation dtype, not in the logits' dtype
-    invariant: bool = True  # under a shift of the row: its gradient sums to zero
+    targets: str | None = None  # the field of Rows that the function takes, if any
     label_gradient: Callable | None = None  # (Truth, targets, cotangent) -> oracle.Value
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def accumulates(self) -> bool:
+        """The result comes in the accumulation dtype, not in the logits' dtype."""
+        return self.targets is not None
 
-def _integer(z, labels):
-    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(z, labels)
+    @property
+    def invariant(self) -> bool:
+        """Under a shift of the row: its gradient sums to zero."""
+        return self.name != "logsumexp"
 
 
-def _dense(z, y):
-    return jaxsoftmax.softmax_cross_entropy(z, y)
+def alone(f):
+    """Of what has no targets."""
+    return lambda of, _, *g: f(of, *g)
 
 
+def _at_one(f):
+    """Of one-hot targets."""
+    return lambda t, y, *g: f(t, y.argmax(-1), *g)
+
+
+INTEGER = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+DENSE = jaxsoftmax.softmax_cross_entropy
+LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
 FUNCTIONS = [
-    Function("integer labels", _integer, oracle.nll, oracle.nll_gradient, "labels", "row", True),
-    Function(
-        "one-hot labels",
-        _dense,
-        lambda t, y: oracle.nll(t, y.argmax(-1)),
-        lambda t, y, g: oracle.nll_gradient(t, y.argmax(-1), g),
-        "one_hot",
-        "row",
-        True,
-    ),
+    Function("integer labels", INTEGER, LOSS, GRADIENT, "labels"),
+    Function("one-hot labels", DENSE, _at_one(LOSS), _at_one(GRADIENT), "one_hot"),
     Function(
         "dense labels",
-        _dense,
+        DENSE,
         oracle.cross_entropy,
         oracle.cross_entropy_gradient,
         "targets",
-        "row",
-        True,
-        label_gradient=oracle.cross_entropy_label_gradient,
+        oracle.cross_entropy_label_gradient,
     ),
-    Function(
-        "softmax",
-        lambda z, _: jaxsoftmax.softmax(z),
-        lambda t, _: t.p,
-        lambda t, _, g: oracle.softmax_gradient(t, g),
-        None,
-        "entry",
-        False,
-    ),
-    Function(
-        "log_softmax",
-        lambda z, _: jaxsoftmax.log_softmax(z),
-        lambda t, _: oracle.log_probabilities(t),
-        lambda t, _, g: oracle.log_softmax_gradient(t, g),
-        None,
-        "entry",
-        False,
-    ),
-    Function(
-        "logsumexp",
-        lambda z, _: jaxsoftmax.logsumexp(z, axis=-1),
-        lambda t, _: t.lse,
-        lambda t, _, g: oracle.lse_gradient(t, g),
-        None,
-        "row",
-        False,
-        invariant=False,
+    *(
+        Function(name, alone(call), alone(value), alone(gradient))
+        for name, call, value, gradient in (
+            ("softmax", jaxsoftmax.softmax, lambda t: t.p, oracle.softmax_gradient),
+            (
+                "log_softmax",
+                jaxsoftmax.log_softmax,
+                oracle.log_probabilities,
+                oracle.log_softmax_gradient,
+            ),
+            (
+                "logsumexp",
+                partial(jaxsoftmax.logsumexp, axis=-1),
+                lambda t: t.lse,
+                oracle.lse_gradient,
+            ),
+        )
     ),
 ]
 
@@ -234,8 +226,16 @@ def targets_of(function: Function, data: Rows) -> np.ndarray | None:
 
 def cotangent_of(function: Function, data: Rows, dtype) -> np.ndarray:
     """The cotangent, representable in the result's dtype."""
-    g = data.cotangent if function.result == "row" else data.wide_cotangent
+    g = data.wide_cotangent if "softmax" in function.name else data.cotangent
     return g.astype(jnp.dtype(dtype))
+
+
+def class_rows(a: np.ndarray, axis=-1) -> np.ndarray:
+    """[R, V]: one row for each example; the class axes, in the given order, as one."""
+    axes = range(a.ndim) if axis is None else [int(i) % a.ndim for i in np.atleast_1d(axis)]
+    kept = [i for i in range(a.ndim) if i not in axes]
+    batch = [a.shape[i] for i in kept]
+    return a.transpose([*kept, *axes]).reshape(int(np.prod(batch)), -1)
 
 
 def x64(dtype):

@@ -45,7 +45,7 @@ def _apply(function, numbers):
     return np.vectorize(function, otypes=[object])(numbers)
 
 
-def _wide(numbers):
+def wide(numbers):
     """From mpf to long double: the nearest float64 and the rest."""
     high = np.vectorize(float, otypes=[np.float64])(numbers)
     finite = np.isfinite(high)
@@ -60,7 +60,7 @@ def _literal(z):
         p = exponentials / totals[:, None]
         lse = _apply(mpmath.log, totals)
         nll = _apply(lambda v: -mpmath.log(v), p)
-        return tuple(_wide(a) for a in (p, 1 - p, nll, lse))
+        return tuple(wide(a) for a in (p, 1 - p, nll, lse))
 
 
 def _long_double(z):
@@ -204,15 +204,85 @@ def _scaled(v: Value, g: np.ndarray, t: Truth) -> Value:
     return Value(g * v.value, np.abs(g) * (v.bound + t.u * np.abs(v.value)) + t.tiny)
 
 
-# Functions of one row, literally at 80 digits.
+# Log-probabilities with lse and entropy, and the Jacobian of softmax.
 
 
-def jacobian(z: np.ndarray) -> np.ndarray:
-    """∂ŷ_i/∂z_j = ŷ_i (δ_ij − ŷ_j) of one row."""
-    with mpmath.workdps(DIGITS):
-        e = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), np.asarray(z, np.float64))
-        p = e / e.sum()
-        return _wide(p[:, None] * (np.eye(len(p), dtype=int) - p[None, :]))
+def rounded(v: Value, t, roundings) -> Value:
+    finite = np.where(np.isfinite(v.value), np.abs(v.value), 0)
+    return Value(v.value, v.bound + roundings * t.u * finite)
+
+
+def _first(a, t):
+    return a[np.arange(len(a)), t.top]
+
+
+def _gaps(t):
+    """γ_k; their mean Γ over ŷ; its bound: that of ŷ, half an ulp of γ, product and sum."""
+    first = _first(t.nll.value, t)[:, None]
+    gap = np.where(np.isfinite(t.nll.value), t.nll.value, first) - first
+    mean = (t.p.value * gap).sum(-1)
+    return gap, mean, (t.p.bound * gap).sum(-1) + (t.chain + 3) * t.u * mean
+
+
+def log_probs(t, labels) -> Value:
+    """The three fields in a last axis; the entropy is log1p(r) + Γ."""
+    _, mean, bound = _gaps(t)
+    entropy = Value(_first(t.nll.value, t) + mean, bound + _first(t.nll.bound, t))
+    loss, error = nll(t, labels)
+    fields = (Value(-loss, error), t.lse, rounded(entropy, t, 1))
+    return Value(*(np.stack(a, -1) for a in zip(*fields, strict=True)))
+
+
+def log_probs_gradient(t, labels, g) -> Value:
+    """ŷ_i (γ_i − Γ) for the entropy: the errors of ŷ and of the bracket, and four roundings."""
+    gap, mean, mean_bound = _gaps(t)
+    bracket, of_entropy = gap - mean[:, None], g[:, 2:].astype(Wide)
+    inner = mean_bound[:, None] + t.u * (gap + 4 * np.abs(bracket))
+    bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner) + t.tiny
+    terms = [
+        nll_gradient(t, labels, -g[:, 0]),
+        lse_gradient(t, g[:, 1]),
+        Value(of_entropy * t.p.value * bracket, bound),
+    ]
+    value, bound = (np.sum(a, axis=0) for a in zip(*terms, strict=True))
+    return Value(value, bound + 3 * t.u * sum(np.abs(v.value) for v in terms))
+
+
+def _factors(p, complement):
+    """1 − ŷ_j on the diagonal, ŷ_j off it."""
+    return np.where(np.eye(p.shape[-1], dtype=bool), complement[:, None, :], p[:, None, :])
+
+
+def jacobian(t) -> Value:
+    """ŷ_i (δ_ij − ŷ_j): the errors of both factors, and the product's."""
+    factor, error = (_factors(*pair) for pair in zip(t.p, t.complement, strict=True))
+    p, p_bound = (a[:, :, None] for a in t.p)
+    bound = p_bound * (factor + error) + p * error + 2 * t.u * p * factor + t.tiny
+    return Value(p * factor * (2 * np.eye(p.shape[1]) - 1), bound)
+
+
+def jacobian_gradient(t, g) -> Value:
+    """ŷ_k (c_k − Σ c ŷ) with c_k = G_kk − Σ_j (G_kj + G_jk) ŷ_j, through ŷ_i and 1 − ŷ_j.
+
+    S sums the absolute terms on every way from G to dz_k. Bound: S with each ŷ and 1 − ŷ at the end
+    of its own bound, less S; and the roundings of three nested sums and a dozen products.
+    """
+    g, p = g.astype(Wide), t.p.value
+
+    def terms(p, complement):
+        of_own = np.abs(np.einsum("nii->ni", g)) * p
+        a = (np.abs(g) * _factors(p, complement)).sum(-1) + (np.abs(g) * p[:, :, None]).sum(1)
+        every = (of_own * (1 + complement) + a * p).sum(-1, keepdims=True)
+        return p * (a + of_own + every)
+
+    s = terms(p, t.complement.value)
+    widest = terms(*(v.value + v.bound for v in (t.p, t.complement)))
+    c = np.einsum("nii->ni", g) - ((g + g.swapaxes(1, 2)) * p[:, None, :]).sum(-1)
+    bound = (widest - s) + (3 * t.chain + 12) * t.u * s + t.tiny * p.shape[-1]
+    return Value(p * (c - (c * p).sum(-1, keepdims=True)), bound)
+
+
+# The weighted log-sum-exp of one row, literally at 80 digits.
 
 
 def weighted_logsumexp(a: np.ndarray, b: np.ndarray):
@@ -223,4 +293,4 @@ def weighted_logsumexp(a: np.ndarray, b: np.ndarray):
         total = terms.sum()
         condition = float(np.abs(terms).sum() / abs(total))
         out = float(mpmath.log(abs(total)))
-        return out, float(mpmath.sign(total)), _wide(terms / total), _wide(e / total), condition
+        return out, float(mpmath.sign(total)), wide(terms / total), wide(e / total), condition

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every public function on one list of hostile inputs: eager, jitted, differentiated, vmapped.
+"""Every public function on hostile inputs: eager, jitted, differentiated, vmapped.
 
 A line of FUNCTIONS is a function of logits, or a head that has exactly those logits, with its
 truth; a line of ROWS a kind of row. A head's hidden states are the identity, so that its product
 is exact, its kernel is the logits, and d_kernel is the gradient with respect to the logits; a class
 at −inf is a bias of −inf. Every mode must be within the bound of docs/derivation.md section 11 of
 the definition at 80 digits (tests/oracle.py), so no two modes differ by more than twice that.
+
+A bad row is NaN, and every other row is what it is without it. Below are infinities, NaN, labels
+out of range, masks, empty inputs and every kind of input array.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from assertions import accumulation, assert_within
-from cases import generator
+from cases import alone, generator
 from oracle import Value, Wide
 
 import jaxsoftmax as js
@@ -69,7 +73,7 @@ class Data(NamedTuple):
     targets: np.ndarray  # [N, C] float32, with other sums than 1, 0 where left out
 
 
-@functools.cache
+@cache
 def data(case: Case, left_out: bool = False) -> Data:
     rng, c = generator("hostile", case.classes, left_out), case.classes
     kernel = np.stack([make(rng, c) for make in ROWS.values()]).astype(jnp.dtype(case.dtype))
@@ -84,94 +88,19 @@ def data(case: Case, left_out: bool = False) -> Data:
     return Data(logits, kernel, bias, labels, np.where(out, 0, targets).astype(np.float32))
 
 
-@functools.cache
+@cache
 def truth(case: Case, left_out: bool) -> oracle.Truth:
     return oracle.truth(data(case, left_out).logits, accumulation(case.dtype))
 
 
-# Truths that oracle.py has not
-
-
-def rounded(v: Value, t, roundings) -> Value:
-    finite = np.where(np.isfinite(v.value), np.abs(v.value), 0)
-    return Value(v.value, v.bound + roundings * t.u * finite)
+# Truths of sums, and of blocks of the vocabulary
 
 
 def merged(t):
     """Blocks of the vocabulary: each of up to 4 merges costs r another 5 u."""
-    p, complement, nll = (rounded(v, t, 20) for v in (t.p, t.complement, t.nll))
-    lse = Value(t.lse.value, t.lse.bound + 20 * t.u * _first(t.nll.value, t))
+    p, complement, nll = (oracle.rounded(v, t, 20) for v in (t.p, t.complement, t.nll))
+    lse = Value(t.lse.value, t.lse.bound + 20 * t.u * t.nll.value[np.arange(N), t.top])
     return t._replace(p=p, complement=complement, nll=nll, lse=lse)
-
-
-def _first(a, t):
-    return a[np.arange(N), t.top]
-
-
-def _gaps(t):
-    """γ_k; their mean Γ over ŷ; its bound: that of ŷ, half an ulp of γ, product and sum."""
-    first = _first(t.nll.value, t)[:, None]
-    gap = np.where(np.isfinite(t.nll.value), t.nll.value, first) - first
-    mean = (t.p.value * gap).sum(-1)
-    return gap, mean, (t.p.bound * gap).sum(-1) + (t.chain + 3) * t.u * mean
-
-
-def log_probs(t, labels) -> Value:
-    """The three fields in a last axis; the entropy is log1p(r) + Γ."""
-    _, mean, bound = _gaps(t)
-    entropy = Value(_first(t.nll.value, t) + mean, bound + _first(t.nll.bound, t))
-    nll = oracle.nll(t, labels)
-    fields = (Value(-nll.value, nll.bound), t.lse, rounded(entropy, t, 1))
-    return Value(*(np.stack(a, -1) for a in zip(*fields, strict=True)))
-
-
-def log_probs_gradient(t, labels, g) -> Value:
-    """ŷ_i (γ_i − Γ) for the entropy: the errors of ŷ and of the bracket, and four roundings."""
-    gap, mean, mean_bound = _gaps(t)
-    bracket, of_entropy = gap - mean[:, None], g[:, 2:].astype(Wide)
-    inner = mean_bound[:, None] + t.u * (gap + 4 * np.abs(bracket))
-    bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner) + t.tiny
-    terms = [
-        oracle.nll_gradient(t, labels, -g[:, 0]),
-        oracle.lse_gradient(t, g[:, 1]),
-        Value(of_entropy * t.p.value * bracket, bound),
-    ]
-    value, bound = (np.sum(a, axis=0) for a in zip(*terms, strict=True))
-    return Value(value, bound + 3 * t.u * sum(np.abs(v.value) for v in terms))
-
-
-def _factors(p, complement):
-    """1 − ŷ_j on the diagonal, ŷ_j off it."""
-    return np.where(np.eye(p.shape[-1], dtype=bool), complement[:, None, :], p[:, None, :])
-
-
-def jacobian(t) -> Value:
-    """ŷ_i (δ_ij − ŷ_j): the errors of both factors, and the product's."""
-    factor, error = (_factors(*pair) for pair in zip(t.p, t.complement, strict=True))
-    p, p_bound = (a[:, :, None] for a in t.p)
-    bound = p_bound * (factor + error) + p * error + 2 * t.u * p * factor + t.tiny
-    return Value(p * factor * (2 * np.eye(p.shape[1]) - 1), bound)
-
-
-def jacobian_gradient(t, g) -> Value:
-    """ŷ_k (c_k − Σ c ŷ) with c_k = G_kk − Σ_j (G_kj + G_jk) ŷ_j, through ŷ_i and 1 − ŷ_j.
-
-    S sums the absolute terms on every way from G to dz_k. Bound: S with each ŷ and 1 − ŷ at the end
-    of its own bound, less S; and the roundings of three nested sums and a dozen products.
-    """
-    g, p = g.astype(Wide), t.p.value
-
-    def terms(p, complement):
-        of_own = np.abs(np.einsum("nii->ni", g)) * p
-        a = (np.abs(g) * _factors(p, complement)).sum(-1) + (np.abs(g) * p[:, :, None]).sum(1)
-        every = (of_own * (1 + complement) + a * p).sum(-1, keepdims=True)
-        return p * (a + of_own + every)
-
-    s = terms(p, t.complement.value)
-    widest = terms(*(v.value + v.bound for v in (t.p, t.complement)))
-    c = np.einsum("nii->ni", g) - ((g + g.swapaxes(1, 2)) * p[:, None, :]).sum(-1)
-    bound = (widest - s) + (3 * t.chain + 12) * t.u * s + t.tiny * p.shape[-1]
-    return Value(p * (c - (c * p).sum(-1, keepdims=True)), bound)
 
 
 def weighted_sum(t, y) -> Value:
@@ -181,15 +110,15 @@ def weighted_sum(t, y) -> Value:
 
 def weighted_mean(t, y) -> Value:
     divisor = WEIGHTS.astype(Wide).sum()
-    return rounded(Value(*(a / divisor for a in weighted_sum(t, y))), t, 2 * N)
+    return oracle.rounded(Value(*(a / divisor for a in weighted_sum(t, y))), t, 2 * N)
 
 
 def gradient_of_sum(t, y, g) -> Value:
-    return rounded(oracle.nll_gradient(t, y, g * WEIGHTS.astype(Wide)), t, 3)
+    return oracle.rounded(oracle.nll_gradient(t, y, g * WEIGHTS.astype(Wide)), t, 3)
 
 
 def gradient_of_mean(t, y, g) -> Value:
-    return rounded(gradient_of_sum(t, y, g / WEIGHTS.astype(Wide).sum()), t, 2 * N)
+    return oracle.rounded(gradient_of_sum(t, y, g / WEIGHTS.astype(Wide).sum()), t, 2 * N)
 
 
 # The functions
@@ -230,10 +159,6 @@ def _array(out):
     return jnp.stack(out, axis=-1) if isinstance(out, tuple) else out
 
 
-def _alone(f):
-    return lambda t, y, *g: f(t, *g)
-
-
 def _in_blocks(f):
     return lambda t, *args: f(merged(t), *args)
 
@@ -246,13 +171,13 @@ LSE, LOG = oracle.lse_gradient, oracle.log_probabilities
 
 def _on_logits(module, prefix=""):
     lines = [
-        ("softmax", None, _alone(lambda t: t.p), _alone(oracle.softmax_gradient), "where"),
-        ("log_softmax", None, _alone(LOG), _alone(oracle.log_softmax_gradient), "where"),
-        ("logsumexp", None, _alone(lambda t: t.lse), _alone(LSE), "where"),
-        ("softmax_jacobian", None, _alone(jacobian), _alone(jacobian_gradient)),
+        ("softmax", None, alone(lambda t: t.p), alone(oracle.softmax_gradient), "where"),
+        ("log_softmax", None, alone(LOG), alone(oracle.log_softmax_gradient), "where"),
+        ("logsumexp", None, alone(lambda t: t.lse), alone(LSE), "where"),
+        ("softmax_jacobian", None, alone(oracle.jacobian), alone(oracle.jacobian_gradient)),
         ("softmax_cross_entropy", "targets", CE, CE_GRADIENT, "where"),
         (INTEGER, "labels", oracle.nll, oracle.nll_gradient, "where ignore_index"),
-        ("label_log_probs", "labels", log_probs, log_probs_gradient, "", ENTROPY),
+        ("label_log_probs", "labels", oracle.log_probs, oracle.log_probs_gradient, "", ENTROPY),
     ]
     return [Function(prefix + name, getattr(module, name), *line) for name, *line in lines]
 
@@ -263,13 +188,13 @@ def _of_kernel(name, f, y, value, gradient, **fixed):
 
 
 def _loss(name):
-    return functools.partial(js.linear_loss, getattr(js, name))
+    return partial(js.linear_loss, getattr(js, name))
 
 
 HEAD = js.linear_softmax_cross_entropy
 BLOCKS = [_in_blocks(f) for f in (weighted_mean, gradient_of_mean)]
 ROW_BLOCKS = [_in_blocks(f) for f in (oracle.nll, oracle.nll_gradient)]
-PROBS = [_in_blocks(f) for f in (log_probs, log_probs_gradient)]
+PROBS = [_in_blocks(f) for f in (oracle.log_probs, oracle.log_probs_gradient)]
 MEAN = {"weights": WEIGHTS, "reduction": "mean"}
 SUM = MEAN | {"reduction": "sum", "chunk_size": 4}
 ROW = {"reduction": None}
@@ -310,7 +235,7 @@ def both(f, x, y, bias, g, **options):
     return value, pull(g)[0]
 
 
-compiled = functools.cache(lambda function: jax.jit(functools.partial(both, function)))
+compiled = cache(lambda function: jax.jit(partial(both, function)))
 
 
 def cotangent(f, *arguments):
@@ -366,7 +291,7 @@ def test_eager_and_vmap_give_it_too(function):
     g = cotangent(function, *given)
     Checked(function).value(function(*given))
     pair = jax.tree.map(lambda *a: np.stack(a), given, function.arguments(left_out=True))
-    mapped = jax.jit(jax.vmap(functools.partial(both, function), in_axes=(0, 0, 0, None)))
+    mapped = jax.jit(jax.vmap(partial(both, function), in_axes=(0, 0, 0, None)))
     for left_out, value, gradient in zip((False, True), *mapped(*pair, g), strict=True):
         Checked(function, MIDDLE, left_out).value(value)
         Checked(function, MIDDLE, left_out).gradient(gradient, g)
@@ -421,7 +346,7 @@ def test_a_bad_row_leaves_every_other_bit_for_bit(function):
     f, good, rest, bad = _spoilt(function)
     xs = np.stack([good, *bad]).astype(good.dtype)
     g = cotangent(f, good, *rest)
-    run = functools.partial(both, f)
+    run = partial(both, f)
     if function.head:
         mapped = jax.jit(jax.vmap(run, in_axes=(0, None, None, None)))
         results = zip(*mapped(xs, *rest, g), strict=True)
@@ -439,6 +364,269 @@ def test_a_bad_row_leaves_every_other_bit_for_bit(function):
         assert not np.isfinite(bad_value[BAD] if value.ndim else bad_value).all()
 
 
+# The two losses and the softmax family on rows of numbers: sizes around the thresholds of the CPU
+# formulation, where every NaN, infinity and label has its own way to get lost.
+
+SIZES = (3, 40, 2050)
+B, SPOILT = 5, np.arange(5) == 2
+integer, dense = js.softmax_cross_entropy_with_integer_labels, js.softmax_cross_entropy
+
+
+def one_hot(labels, classes):
+    return np.eye(classes, dtype=np.float32)[labels]
+
+
+def _of_one_hot(z, labels, **options):
+    return dense(z, jax.nn.one_hot(labels, z.shape[-1]), **options)
+
+
+LOSSES = {"integer": integer, "dense": _of_one_hot}
+FAMILY = {
+    "softmax": lambda z, _: js.softmax(z),
+    "log_softmax": lambda z, _: js.log_softmax(z),
+    "logsumexp": lambda z, _: js.logsumexp(z, axis=-1),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def normal(classes: int) -> np.ndarray:
+    return generator("edges", classes).standard_normal((B, classes)).astype(np.float32)
+
+
+def of_sum(f):
+    """(value, gradient of the sum by the first argument), in one program."""
+
+    @jax.jit
+    def run(x, *rest):
+        value, pull = jax.vjp(lambda x: f(x, *rest), x)
+        return value, pull(jnp.ones_like(value))[0]
+
+    return lambda *arguments: jax.tree.map(np.asarray, run(*arguments))
+
+
+BAD_ROWS = {
+    "NaN first": lambda c: np.r_[nan, np.zeros(c - 1)],
+    "NaN last": lambda c: np.r_[np.zeros(c - 1), nan],
+    "+inf first": lambda c: np.r_[inf, np.zeros(c - 1)],
+    "+inf last": lambda c: np.r_[np.zeros(c - 1), inf],
+    "two +inf": lambda c: np.r_[inf, np.zeros(c - 2), inf],
+    "+inf and −inf": lambda c: np.r_[inf, np.zeros(c - 2), -inf],
+    "NaN and −inf": lambda c: np.r_[nan, np.full(c - 1, -inf)],
+    "NaN and +inf": lambda c: np.r_[nan, np.zeros(c - 2), inf],
+    "all NaN": lambda c: np.full(c, nan),
+    "all +inf": lambda c: np.full(c, inf),
+    "all −inf": lambda c: np.full(c, -inf),
+}
+
+
+@pytest.mark.parametrize("classes", SIZES)
+@pytest.mark.parametrize("name", LOSSES | FAMILY)
+def test_every_kind_of_bad_row_stays_in_it(device, name, classes):
+    """Of a loss all is NaN there; the softmax family has jax.nn's values."""
+    z, run = normal(classes), of_sum((LOSSES | FAMILY)[name])
+    primal, theirs = (
+        jax.jit((LOSSES | FAMILY)[name]),
+        jax.jit(lambda z: getattr(jax.nn, name)(z, axis=-1)),
+    )
+    failed = []
+    for label in {0, 1, classes - 1} if name in LOSSES else {0}:
+        labels = np.array([0, 1, label, 2, 0])
+        good = run(z, labels)
+        assert all(np.isfinite(a).all() for a in good)
+        for kind, row in BAD_ROWS.items():
+            bad = np.where(SPOILT[:, None], row(classes), z).astype(np.float32)
+            value, gradient = run(bad, labels)
+            what = f"{kind}, label {label}"
+            for got, want in zip((value, gradient), good, strict=True):
+                np.testing.assert_array_equal(got[~SPOILT], want[~SPOILT], err_msg=what)
+            assert np.isnan(gradient[SPOILT]).any(), what
+            if name in FAMILY:
+                for got in (value, primal(bad, labels)):
+                    np.testing.assert_array_equal(got[2], theirs(bad)[2], err_msg=what)
+            elif not np.isnan(value[2]):
+                failed.append(f"{what}: loss {value[2]}")
+            elif not np.isnan(gradient[2]).all():
+                failed.append(f"{what}: gradient {gradient[2][:3]} … {gradient[2][-1]}")
+    assert not failed, "\n".join(failed)
+
+
+# −inf: a class that cannot be
+
+
+@pytest.mark.parametrize("classes", SIZES)
+def test_minus_infinity_is_a_class_with_probability_and_gradient_zero(device, classes):
+    z, labels = normal(classes), np.zeros(B, np.int32)
+    out = np.arange(classes) % 2 == 1
+    masked = np.where(out, -inf, z).astype(np.float32)
+    for f in LOSSES.values():
+        value, gradient = of_sum(f)(masked, labels)
+        true, true_gradient = of_sum(f)(z[:, ~out], labels)
+        np.testing.assert_allclose(value, true, rtol=4e-6)
+        assert not gradient[:, out].any()
+        np.testing.assert_allclose(gradient[:, ~out], true_gradient, rtol=4e-6)
+    p, gradient = of_sum(js.softmax)(masked)
+    assert not p[:, out].any()
+    assert not gradient[:, out].any()
+    assert (np.asarray(js.log_softmax(masked))[:, out] == -inf).all()
+    jacobian = np.asarray(js.softmax_jacobian(masked[:, :3]))
+    assert not jacobian[:, 1].any()
+    assert not jacobian[:, :, 1].any()
+    assert np.isfinite(jacobian).all()
+
+
+def test_a_target_at_minus_infinity_costs_infinity():
+    z = np.array([[0, -inf, 1], [0, 2, 1]], np.float32)
+    for f in LOSSES.values():
+        value, gradient = of_sum(f)(z, np.array([1, 1]))
+        assert value[0] == inf
+        assert np.isfinite(value[1])
+        # ŷ − y is still what it is.
+        p = 1 / (1 + np.e)
+        np.testing.assert_allclose(gradient[0], [p, -1, 1 - p], rtol=1e-6)
+    # Any positive weight does, and none does not.
+    y = np.array([[0.5, 1e-30, 0.5], [0, 0, 1]], np.float32)
+    assert dense(z, y)[0] == inf
+    y[0, 1] = 0
+    assert np.isfinite(dense(z, y)).all()
+
+
+def test_an_unused_loss_has_no_gradient_by_labels_at_minus_infinity():
+    z = np.array([[0, -inf, 1], [2, 0, 1]], np.float32)
+    y = np.array([[0, 0, 1], [0.5, 0.5, 0]], np.float32)
+    d = jax.grad(lambda y: dense(z, y)[1])(y)
+    np.testing.assert_array_equal(d[0], 0)
+    used = np.asarray(jax.grad(lambda y: dense(z, y).sum())(y))
+    np.testing.assert_array_equal(used[1], d[1])
+    assert used[0, 1] == inf
+
+
+@pytest.mark.parametrize("value", [-3e38, 3e38])
+def test_logits_at_the_end_of_float32(value):
+    z = np.array([[value, 0, value], [0, value, -value]], np.float32)
+    for f in LOSSES.values():
+        loss, gradient = of_sum(f)(z, np.array([1, 1]))
+        assert not np.isnan(loss).any()
+        assert np.isfinite(gradient).all()
+        np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
+
+
+# Labels out of range, and of any dtype
+
+INTEGERS = ("int8", "uint8", "int16", "int32", "uint32", "int64", "uint64")
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_a_label_out_of_range_is_nan_in_its_rowalone(device, classes, dtype):
+    """Whatever its dtype can hold: nothing wraps, also where C is more than the dtype's range."""
+    z, run = normal(classes), of_sum(integer)
+    info = np.iinfo(dtype)
+    wrong = [-1, -100, classes, -classes, info.min, info.max, 2**32, 2**32 + 1, -(2**32)]
+    wrong = sorted({w for w in wrong if info.min <= w <= info.max and not 0 <= w < classes})
+    labels = (np.arange(B) % min(classes, info.max)).astype(dtype)
+
+    def with_label(label):
+        labels[SPOILT] = label
+        return run(z, labels)
+
+    with jax.enable_x64("64" in dtype):
+        good = with_label(0)
+        assert all(np.isfinite(a).all() for a in good)
+        for label in wrong:
+            for got, want in zip(with_label(label), good, strict=True):
+                assert np.isnan(got[SPOILT]).all(), label
+                np.testing.assert_array_equal(got[~SPOILT], want[~SPOILT])
+        for label in {0, 1, 2, min(classes - 1, info.max)}:
+            value = with_label(label)[0]
+            np.testing.assert_array_equal(value, integer(z, labels.astype(np.int32)))
+
+
+OF_EACH = ("int8", "uint8", "int16", "int64", "uint64", "int8", "int64")
+
+
+@pytest.mark.parametrize(("function", "dtype"), [*zip(OF_LABELS, OF_EACH, strict=True)], ids=str)
+def test_labels_of_any_integer_dtype(function, dtype):
+    """One for each function; all for the cross-entropy on logits above."""
+    x, y, bias = function.arguments()
+    g = cotangent(function, x, y, bias)
+    expected = compiled(function)(x, y, bias, g)
+    with jax.enable_x64(dtype == "uint64"):
+        got = compiled(function)(x, y.astype(dtype), bias, g)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_int64_labels_outside_int32_without_x64():
+    """JAX would cut them to 32 bits, and 2³² to class 0."""
+    z, labels = np.eye(2, dtype=np.float32), np.array([0, 1], np.int64)
+    np.testing.assert_allclose(integer(z, labels), np.log1p(np.exp(-1)), rtol=1e-6)
+    said = r"labels must fit u?int32, which JAX makes of u?in"
+    for wide in (labels + 2**32, labels - 2**31 - 1, labels.astype(np.uint64) + np.uint64(2**63)):
+        for ignore_index in (None, int(wide[0])):
+            with pytest.raises(ValueError, match=said):
+                integer(z, wide, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("label", [-1, -100, 4])
+def test_an_unused_loss_has_gradient_zero_whatever_its_label(device, label):
+    """A caller who selects away a bad token gets no NaN; a cotangent of exactly 0 is no use."""
+    z, labels = normal(4), np.where(np.arange(B) == 1, label, np.array([0, 0, 1, 2, 3]))
+    used = labels != label
+    gradient = np.asarray(jax.grad(lambda z: jnp.sum(jnp.where(used, integer(z, labels), 0)))(z))
+    assert not gradient[~used].any()
+    expected = jax.grad(lambda z: integer(z, np.clip(labels, 0, 3))[used].sum())(z)
+    np.testing.assert_array_equal(gradient, expected)
+
+
+@over([f for f in FUNCTIONS + FORWARD if f.y == "labels"])
+def test_integer_labels_have_float0_cotangents(function):
+    x, y, bias = function.arguments()
+    g = cotangent(function, x, y, bias)
+
+    @jax.jit
+    def run(x, y):
+        d, d_labels, _ = jax.vjp(function, x, y, bias)[1](g)
+        total = lambda x, y: jnp.sum(function(x, y, bias) * g)  # noqa: E731
+        alone = jax.grad(total, 1, allow_int=True)(x, y)
+        beside = jax.grad(total, (0, 1), allow_int=True)(x, y)[1]
+        for zero in (d_labels, alone, beside):
+            assert (zero.shape, zero.dtype) == (y.shape, jax.dtypes.float0)
+        return d
+
+    Checked(function).gradient(run(x, y), g)
+
+
+# Masks
+
+
+@every_loss
+def test_masked_classes_do_not_count(loss):
+    z, labels = normal(6), np.zeros(B, np.int32)
+    where = ~np.isin(np.arange(6), [2, 5])
+    run = of_sum(partial(loss, where=where[None]))
+    if loss is _of_one_hot:  # labels of masked classes do not count either
+        y = one_hot(labels, 6) + 7 * (np.arange(6) == 2).astype(np.float32)
+        run = of_sum(lambda z, _: dense(z, y, where=where[None]))
+    value, gradient = run(z, labels)
+    for poison in (nan, inf, -inf, 1e30):
+        other = run(np.where(where, z, np.float32(poison)), labels)
+        jax.tree.map(np.testing.assert_array_equal, other, (value, gradient))
+    assert not gradient[:, ~where].any()
+    expected, expected_gradient = of_sum(loss)(z[:, where], labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, where], expected_gradient, rtol=2e-6)
+
+
+@every_loss
+def test_masked_examples_have_loss_and_gradient_zero(loss):
+    z, labels = normal(6), np.arange(B, dtype=np.int32)
+    z[1], z[2, 0], labels[3] = nan, inf, -1
+    where = np.array([True, False, False, False, True])
+    results = of_sum(partial(loss, where=where))(z, labels)
+    for got, expected in zip(results, of_sum(loss)(z[where], labels[where]), strict=True):
+        assert not got[~where].any()
+        np.testing.assert_allclose(got[where], expected, rtol=1e-6)
+
+
 @over([f for f in FUNCTIONS + FORWARD if f.options])
 def test_everything_left_out_is_exactly_zero_whatever_is_in_it(function):
     x, y, bias = function.arguments()
@@ -447,11 +635,47 @@ def test_everything_left_out_is_exactly_zero_whatever_is_in_it(function):
     for option in function.options.split():
         mask = np.zeros(x.shape, bool) if option == "where" else -100
         labels = y if option == "where" else np.full(N, -100, np.int32)
-        run = jax.jit(functools.partial(both, function, **{option: mask}))
+        run = jax.jit(partial(both, function, **{option: mask}))
         for inside in (x, np.full_like(x, nan)):
             value, gradient = run(inside, labels, bias, g)
             np.testing.assert_array_equal(value, np.full(value.shape, nothing))
             np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (B,)])
+def test_masked_dense_labels_have_gradient_zero(shape):
+    mask = np.zeros(shape, bool)
+    for f in (
+        lambda y: dense(normal(4), y, where=mask),
+        lambda z: dense(z, jnp.ones_like(z), where=mask),
+    ):
+        assert not any(a.any() for a in of_sum(f)(np.ones((B, 4), np.float32)))
+
+
+def test_a_label_among_the_masked_classes_costs_infinity():
+    where = np.array([[True, True, False]])
+    value = integer(normal(3)[:2], np.array([2, 0]), where=where)
+    assert value[0] == inf
+    assert np.isfinite(value[1])
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
+def test_masks_of_logits_in_8_bits(name):
+    """Some of these dtypes have no −inf."""
+    z, labels = jnp.asarray(np.round(normal(5)), name), np.zeros(B, int)
+    where = np.arange(5) != 2
+    got, d = of_sum(partial(integer, where=where[None]))(z, labels)
+    want, d_want = of_sum(integer)(z[:, where], labels)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(d[:, where], d_want)
+    assert d.dtype == z.dtype
+    assert not d[:, 2].any()
+    p = js.softmax(z, where=where[None])
+    assert p.dtype == z.dtype
+    np.testing.assert_array_equal(p[:, where], js.softmax(z[:, where]))
+
+
+# Sizes
 
 
 def _tokens(function, n, dtype: type = np.float32, width=3):
@@ -481,6 +705,22 @@ def test_zero_tokens(function):
     assert not any(np.any(d) for d in gradients)
 
 
+@pytest.mark.parametrize("batch", [(0,), (2, 0), (0, 2)], ids=str)
+def test_zero_tokens_of_any_number_of_classes(device, batch):
+    labels, functions = np.zeros(batch, np.int32), LOSSES | FAMILY
+
+    @jax.jit
+    def run(z):
+        pairs = [jax.vjp(lambda z, f=f: f(z, labels), z) for f in functions.values()]
+        return [(value, pull(value)[0]) for value, pull in pairs]
+
+    for classes in (1, 3, 300, 4096):
+        z = np.zeros((*batch, classes), np.float32)
+        for name, (value, gradient) in zip(functions, run(z), strict=True):
+            assert value.shape == (z.shape if "softmax" in name else batch), name
+            assert gradient.shape == z.shape, name
+
+
 @over(HEADS)
 def test_zero_tokens_have_the_dtype_of_any_number(function):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -497,49 +737,98 @@ def test_hidden_states_of_width_zero_leave_the_bias(function):
     assert_within(function.on_hidden(hidden, kernel, y, bias), *function.value(t, y))
 
 
+def test_one_class():
+    z, labels = np.array([[3.0], [-1e4], [0]], np.float32), np.zeros(3, int)
+    for name, f in (LOSSES | FAMILY).items():
+        value, gradient = of_sum(f)(z, labels)
+        expected = {"softmax": np.ones_like(z), "logsumexp": z[:, 0]}.get(name, 0)
+        np.testing.assert_array_equal(value, np.broadcast_to(expected, value.shape))
+        assert (gradient == (name == "logsumexp")).all()
+    assert not np.asarray(js.softmax_jacobian(z)).any()
+
+
+@pytest.mark.parametrize("axis", [-1, 0, (0, 1), (1, 2), None], ids=str)
+def test_zero_classes_are_as_in_jax_nn_and_optax(axis):
+    z = np.zeros((0, 3) if axis == 0 else (2, 0) if axis in (-1, None) else (2, 0, 3), np.float32)
+    options: Any = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 3.0, "temperature": 2.0}
+    for module in (js, forward_mode):
+        for name in ("softmax", "log_softmax"):
+            expected = getattr(jax.nn, name)(z, axis)
+            for where in (None, np.ones(z.shape, bool)):
+                f = partial(getattr(module, name), axis=axis, where=where)
+                value, gradient = of_sum(f)(z)
+                assert value.shape == expected.shape == gradient.shape
+                assert value.dtype == expected.dtype
+        f = partial(module.softmax_cross_entropy, labels=z, axis=axis, **options)
+        value, gradient = of_sum(f)(z)
+        np.testing.assert_array_equal(value, optax.losses.softmax_cross_entropy(z, z, axis))
+        assert gradient.shape == z.shape
+    if isinstance(axis, int):
+        classes_last = np.moveaxis(z, axis, -1).shape
+        assert js.softmax_jacobian(z, axis).shape == (*classes_last, 0)
+
+
+@pytest.mark.parametrize("module", [js, forward_mode])
+def test_no_axes_are_one_class(module):
+    x = normal(4)
+    mask, y = x > 0, np.zeros(x.shape, np.int32)
+    for name in FAMILY:
+        for where in (None, mask):
+            ours, theirs = (
+                of_sum(partial(getattr(m, name), axis=(), where=where))(x) for m in (module, jax.nn)
+            )
+            np.testing.assert_array_equal(ours[0], theirs[0])
+            np.testing.assert_array_equal(ours[1], np.nan_to_num(theirs[1]))
+    for f in (
+        lambda x: module.softmax_cross_entropy_with_integer_labels(x, y, axis=(), where=mask),
+        lambda x: module.softmax_cross_entropy(x, mask, axis=()),
+        lambda x: module.label_log_probs(x, y, axis=()).log_probs,
+    ):
+        value, gradient = of_sum(f)(x)
+        assert value.shape == x.shape
+        assert not value.any()
+        assert not gradient.any()
+
+
+def test_more_classes_than_int32_counts(device):
+    """Shapes and programs; nobody here has the memory for the numbers."""
+    z = jax.ShapeDtypeStruct((70_001, 32_003), jnp.bfloat16)
+    for f in (
+        js.logsumexp,
+        lambda z: js.softmax(z, None).astype(jnp.float32).sum(),
+        lambda z: js.log_softmax(z, None).astype(jnp.float32).sum(),
+        lambda z: js.logsumexp(z, b=z),
+        lambda z: js.softmax_cross_entropy(z, z, None),
+    ):
+        assert jax.eval_shape(jax.grad(f, allow_int=True), z).shape == z.shape
+        jax.jit(f).lower(z)
+    with pytest.raises(ValueError, match=r"at most 2147483647 classes.*2240242003 along axis"):
+        jax.eval_shape(lambda z: integer(z, 0, (0, 1)), z)
+
+
 # What comes in
 
 
-DTYPES = ["int8", "uint8", "int16", "int64", "uint64", "int8", "int64"]
-
-
-@pytest.mark.parametrize(("function", "dtype"), [*zip(OF_LABELS, DTYPES, strict=True)], ids=str)
-def test_labels_of_any_integer_dtype(function, dtype):
-    """One for each function; all for the cross-entropy on logits in test_edges."""
-    x, y, bias = function.arguments()
-    g = cotangent(function, x, y, bias)
-    expected = compiled(function)(x, y, bias, g)
-    with jax.enable_x64(dtype == "uint64"):
-        got = compiled(function)(x, y.astype(dtype), bias, g)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-@over([f for f in FUNCTIONS + FORWARD if f.y == "labels"])
-def test_integer_labels_have_float0_cotangents(function):
-    x, y, bias = function.arguments()
-    g = cotangent(function, x, y, bias)
-
-    @jax.jit
-    def run(x, y):
-        d, d_labels, _ = jax.vjp(function, x, y, bias)[1](g)
-        total = lambda x, y: jnp.sum(function(x, y, bias) * g)  # noqa: E731
-        alone = jax.grad(total, 1, allow_int=True)(x, y)
-        beside = jax.grad(total, (0, 1), allow_int=True)(x, y)[1]
-        for zero in (d_labels, alone, beside):
-            assert (zero.shape, zero.dtype) == (y.shape, jax.dtypes.float0)
-        return d
-
-    Checked(function).gradient(run(x, y), g)
-
-
-@over([f for f in OF_LABELS if "weights" not in f.fixed])
+@over([f for f in FUNCTIONS if f.y and "weights" not in f.fixed])
 def test_a_scalar_label_and_logits_without_a_batch(function):
     x, y, bias = function.arguments()
     f = function.on_hidden if function.head else function
     one = (np.eye(1, N, dtype=np.float32)[0], x) if function.head else (x[0],)
     expected = Value(*(a[0] for a in function.value(truth(MIDDLE, False), y)))
-    for kind in (int,) if function.head else (int, np.int8, np.uint64, jnp.asarray):
-        assert_within(f(*one, kind(y[0]), bias), *expected)
+    kinds = [np.asarray] if function.y == "targets" else [int]
+    if function.y == "labels" and not function.head:
+        kinds += [np.int8, np.uint64, jnp.asarray]
+    for kind in kinds:
+        got = f(*one, kind(y[0]), bias)
+        assert_within(got, *expected)
+        assert got.dtype == x.dtype
+
+
+def test_a_scalar_is_a_row_of_no_axes():
+    """As in jax.nn."""
+    assert js.logsumexp(2.0) == jax.nn.logsumexp(2.0)
+    assert js.logsumexp(np.float32(2)) == 2
+    assert js.softmax(np.zeros(2, np.float32), axis=None).tolist() == [0.5, 0.5]
 
 
 def _strided(a):
@@ -559,6 +848,15 @@ def test_numpy_arrays_of_any_layout(function):
         Checked(function).value(function(layout(x), y, bias))
 
 
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("dtype", ["int32", "int8", "bool", "uint8"])
+def test_integers_count_as_float32(name, dtype):
+    x = np.array([[0, 1, 1], [1, 0, 0]], dtype)
+    got = getattr(js, name)(x, axis=-1)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, getattr(js, name)(x.astype(np.float32), axis=-1))
+
+
 @over(FUNCTIONS)
 @pytest.mark.parametrize("x64", [False, True])
 def test_weakly_typed_logits_have_the_dtypes_of_others(function, x64):
@@ -567,6 +865,26 @@ def test_weakly_typed_logits_have_the_dtypes_of_others(function, x64):
         weak = jnp.broadcast_to(jnp.asarray(0.5), (N, MIDDLE.classes))
         assert weak.aval.weak_type
         g = cotangent(function, np.asarray(weak), y, bias)
-        run = functools.partial(both, function)
+        run = partial(both, function)
         kinds = [jax.eval_shape(run, x, y, bias, g) for x in (weak, np.asarray(weak))]
         assert [a.dtype for a in kinds[0]] == [a.dtype for a in kinds[1]]
+
+
+def test_weak_types():
+    """A weakly typed array alone is float32; next to a half-precision one it changes nothing."""
+    weak = jnp.asarray([1.0, 2.0]) * 1.0
+    scalars = jnp.stack([jnp.asarray(1.0), jnp.asarray(2.0)])
+    assert integer(weak, 0).dtype == integer(scalars, 0).dtype == jnp.float32
+    full = jnp.full((3,), 2.0)
+    assert dense(full, full / 6).dtype == jnp.float32
+    half = jnp.ones(3, jnp.bfloat16)
+    for b in (jnp.asarray(2.0), 2.0):  # weak: jax.nn.logsumexp keeps bfloat16
+        with jax.numpy_rank_promotion("allow"):
+            got = jnp.asarray(js.logsumexp(half, b=b))
+            assert got.dtype == jax.nn.logsumexp(half, b=b).dtype == jnp.bfloat16
+    for b in (2, np.arange(1, 4), np.ones(3, np.int8), np.ones(3, bool)):
+        with jax.numpy_dtype_promotion("standard"):
+            got = jnp.asarray(js.logsumexp(half, b=b))
+            assert got.dtype == jax.nn.logsumexp(half, b=b).dtype == half.dtype
+            assert jnp.asarray(js.logsumexp(np.ones(3, np.int32), b=b)).dtype == jnp.float32
+    assert jax.grad(js.logsumexp)(jnp.asarray(1.5)) == 1

@@ -8,7 +8,6 @@ float64; a new loss gets all of it by one line in LOSSES.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from assertions import assert_close
 from cases import generator
 
 import jaxsoftmax as js
@@ -56,7 +56,7 @@ BIAS = np.where(LEFT_OUT, -inf, 0.1 * np.arange(CLASSES)).astype(np.float32)
 
 class Loss(NamedTuple):
     name: str
-    call: Callable[..., jax.Array]  # (arrays, options) -> Σ weights · loss
+    call: Callable[..., jax.Array]  # (arrays, options, labels) -> Σ weights · loss
     on: str  # "logits" or "hidden"
     options: tuple[str, ...] = ("label_smoothing", "z_loss", "soft_cap", "temperature")
     masks: bool = False
@@ -67,9 +67,9 @@ class Loss(NamedTuple):
 
 
 def _integer(module):
-    def call(a, options):
+    def call(a, options, labels=LABELS):
         f = module.softmax_cross_entropy_with_integer_labels
-        losses = f(a["logits"], LABELS, where=MASK, ignore_index=IGNORED, **options)
+        losses = f(a["logits"], labels, where=MASK, ignore_index=IGNORED, **options)
         return jnp.sum(losses * a["weights"])
 
     return call
@@ -79,7 +79,8 @@ def _dense(module):
     # A class at −inf that is not masked costs infinitely much by its target.
     mask = MASK & ~LEFT_OUT
 
-    def call(a, options):
+    def call(a, options, labels=None):
+        del labels
         f = module.softmax_cross_entropy
         losses = f(a["logits"], a["targets"], where=mask, **options)
         return jnp.sum(losses * a["weights"])
@@ -88,12 +89,12 @@ def _dense(module):
 
 
 def _log_probs(f, **fixed):
-    def call(a, options):
+    def call(a, options, labels=LABELS):
         of = (a["hidden"], a["kernel"]) if "hidden" in a else (a["logits"],)
         bias = {"bias": a["bias"]} if "hidden" in a else {}
-        labels = np.maximum(LABELS, 0)
+        counts = labels != IGNORED
+        labels = jnp.where(counts, labels, 0)
         out = f(*of, labels, with_entropy=True, **bias, **options, **fixed)
-        counts = LABELS != IGNORED
         fields = [jnp.where(counts, field, 0) for field in out]
         return jnp.sum((fields[2] + fields[1] - 0.5 * fields[0]) * a["weights"])
 
@@ -101,11 +102,11 @@ def _log_probs(f, **fixed):
 
 
 def _head(**fixed):
-    def call(a, options):
+    def call(a, options, labels=LABELS):
         losses = js.linear_softmax_cross_entropy(
             a["hidden"],
             a["kernel"],
-            LABELS,
+            labels,
             bias=a["bias"],
             weights=a["weights"],
             ignore_index=IGNORED,
@@ -117,7 +118,7 @@ def _head(**fixed):
     return call
 
 
-def _any_loss(a, options):
+def _any_loss(a, options, labels=LABELS):
     def loss_fn(logits, labels):
         f = js.softmax_cross_entropy_with_integer_labels
         return f(logits, labels, ignore_index=IGNORED, **options)
@@ -126,7 +127,7 @@ def _any_loss(a, options):
         loss_fn,
         a["hidden"],
         a["kernel"],
-        LABELS,
+        labels,
         bias=a["bias"],
         weights=a["weights"],
         reduction="sum",
@@ -268,77 +269,71 @@ HIGHER = [
 ]
 
 
-def run(operation, f, loss):
-    """`operation` on f(arrays, options) by every floating argument at once."""
-    x = arrays(loss), {name: OPTIONS[name] for name in loss.options}
-    return jax.jit(lambda x: operation(lambda x: f(*x), x))(x)
+def inputs(loss):
+    return arrays(loss), {name: OPTIONS[name] for name in loss.options}
 
 
-@functools.cache
-def truth(loss, operation):
+def run(operations, f, x):
+    """All operations on f(arrays, options) by every floating argument at once, in one program."""
+    return jax.jit(lambda x: [operation(lambda x: f(*x), x) for operation in operations])(x)
+
+
+def truth(loss, operations):
     with jax.enable_x64(True):
-        x = arrays(loss), {name: OPTIONS[name] for name in loss.options}
-        x = jax.tree.map(lambda a: np.asarray(a, np.float64), x)
-        f = functools.partial(definition, loss)
-        return jax.jit(lambda x: operation(lambda x: f(*x), x))(x)
+        x = jax.tree.map(lambda a: np.asarray(a, np.float64), inputs(loss))
+        return run(operations, functools.partial(definition, loss), x)
 
 
-def assert_close(got, want):
-    """Of sums over a few hundred terms of the size of the largest entry, 64 ulps of that size.
+def assert_derivatives(got, want, what=""):
+    """By the temperature and the cap they are sums over the logits of their derivatives times them.
 
-    By the temperature and the cap it is a sum over the logits of their derivatives times them:
-    there the largest entry of all counts.
+    There the largest entry of all counts.
     """
-    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
-    leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
-    largest = max(np.abs(e).max(initial=0) for e in jax.tree.leaves(wide(want)))
-    for (path, a), (_, e) in zip(*leaves, strict=True):
-        assert np.isfinite(e).all(), path
-        of_logits = getattr(path[-1], "key", None) in TRANSFORM
-        size = max(1, largest if of_logits else np.abs(e).max(initial=0))
-        np.testing.assert_allclose(a, e, rtol=0, atol=64 * 2**-24 * size, err_msg=f"{path}")
+    largest = max(np.abs(e).max(initial=0) for e in jax.tree.leaves(want))
+    of_logits = lambda path: getattr(path[-1], "key", None) in TRANSFORM  # noqa: E731
+    assert_close(got, want, 64, lambda path: largest if of_logits(path) else 0, what)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
 
 
-def in_every(orders):
-    return pytest.mark.parametrize("operation", orders, ids=lambda o: o.__name__)
-
-
-@in_every(ORDERS)
 @every_loss
-def test_tokens_that_do_not_count(loss, operation):
-    assert_close(run(operation, loss.call, loss), truth(loss, operation))
+def test_tokens_that_do_not_count(loss):
+    """A label out of range is NaN in its token alone, in the first derivative and in the second.
+
+    An unused one, of weight 0, is not NaN.
+    """
+    x = inputs(loss)
+
+    @jax.jit
+    def compiled(x, labels):
+        return [operation(lambda x: loss.call(*x, labels), x) for operation in ORDERS]
+
+    expected = compiled(x, LABELS)
+    for got, want in zip(expected, truth(loss, ORDERS), strict=True):
+        assert_derivatives(got, want)
+    if not loss.ignores:
+        return
+    spoilt = LABELS.copy()
+    spoilt[[COUNTS, KINDS.index("weight 0")]] = CLASSES
+    (_, first), second = compiled(x, spoilt)
+    (_, first_expected), second_expected = expected
+    # A linear map cannot tell what is not used.
+    unused = _at("weight 0") & ("forward mode" not in loss.name)
+    kept = (np.arange(N) != COUNTS) & ~_at("weight 0")
+    inside = MASK[COUNTS] if loss.masks else slice(None)
+    for order, bad, good in ((1, first, first_expected), (2, second, second_expected)):
+        got, want = (np.asarray(arrays[loss.on]) for arrays, _ in (bad, good))
+        assert np.isnan(got[COUNTS][inside]).all()
+        assert order == 2 or not got[unused].any()
+        np.testing.assert_allclose(got[kept], want[kept], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.wide
-@in_every(HIGHER)
+@pytest.mark.parametrize("operation", HIGHER, ids=lambda o: o.__name__)
 @every_loss
 def test_tokens_that_do_not_count_to_higher_orders(loss, operation):
-    assert_close(run(operation, loss.call, loss), truth(loss, operation))
-
-
-@in_every(ORDERS)
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.ignores], ids=str)
-def test_a_label_out_of_range_is_nan_in_its_token_alone(loss, operation, monkeypatch):
-    """In the first derivative and in the second; an unused one, of weight 0, is not NaN."""
-    array = 0 if operation is not value_and_gradient else 1
-    of_tokens = lambda tree: np.asarray((tree[1] if array else tree)[0][loss.on])  # noqa: E731
-    expected = of_tokens(run(operation, loss.call, loss))
-    spoilt = LABELS.copy()
-    spoilt[[COUNTS, KINDS.index("weight 0")]] = CLASSES
-    monkeypatch.setattr(sys.modules[__name__], "LABELS", spoilt)
-    got = of_tokens(run(operation, loss.call, loss))
-    # A linear map cannot tell what is not used.
-    tells = operation is value_and_gradient and "forward mode" not in loss.name
-    unused = _at("weight 0") & tells
-    others = np.arange(N) != COUNTS
-    inside = MASK[COUNTS] if loss.masks else slice(None)
-    assert np.isnan(got[COUNTS][inside]).all()
-    assert not got[unused].any()
-    kept = others & ~_at("weight 0")
-    np.testing.assert_allclose(got[kept], expected[kept], rtol=1e-6, atol=1e-6)
+    assert_derivatives(run([operation], loss.call, inputs(loss)), truth(loss, [operation]))
 
 
 SPOILT = ["NaN inside", "infinity inside", "label out of range", "label at −∞", "square overflows"]
@@ -367,17 +362,18 @@ def _of_used(losses, weights):
     return jnp.sum(jnp.where(weights == 0, 0, losses))
 
 
-def _used(name, a, options, weights):
+def _used(name, a, labels, options, weights):
     n = len(weights)
+    x, labels = a["x"][:n], labels[:n]
     if name == "integer labels":
         f = js.softmax_cross_entropy_with_integer_labels
-        return _of_used(f(a["x"][:n], a["labels"][:n], **options), weights)
+        return _of_used(f(x, labels, **options), weights)
     if name == "dense labels":
-        y = jax.nn.one_hot(a["labels"][:n], CLASSES)
-        del options["class_weights"]
-        return _of_used(js.softmax_cross_entropy(a["x"][:n], y, **options), weights)
+        options = {n: v for n, v in options.items() if n != "class_weights"}
+        y = jax.nn.one_hot(labels, CLASSES)
+        return _of_used(js.softmax_cross_entropy(x, y, **options), weights)
     return js.linear_softmax_cross_entropy(
-        *(a["x"][:n], a["kernel"], a["labels"][:n]),
+        *(x, a["kernel"], labels),
         bias=a["bias"],
         weights=weights,
         reduction="sum",
@@ -387,26 +383,27 @@ def _used(name, a, options, weights):
     )
 
 
-@pytest.mark.parametrize("kind", SPOILT)
 @pytest.mark.parametrize(
     "name", ["integer labels", "dense labels", "in_forward head", "recompute head"]
 )
-def test_a_loss_that_is_not_used_gives_nothing_an_option(name, kind):
+def test_a_loss_that_is_not_used_gives_nothing_an_option(name):
     """Alone and together, in the first derivative and in the second: as if it were not there."""
-    a = _spoilt(name, kind)
-    if name == "dense labels" and kind == "label out of range":
-        pytest.skip("a target is no number of a class")
-    floating = {n: v for n, v in a.items() if n != "labels"}
-    # A cap makes what is large small.
-    options = {n: v for n, v in OPTIONS.items() if n != "soft_cap" or kind != "square overflows"}
 
-    def both(x, options, weights):
-        f = lambda x: _used(name, a | x[0], {**x[1]}, weights)  # noqa: E731
-        x = (x, options)
-        return value_and_gradient(f, x), reverse_over_reverse(f, x)
+    @jax.jit
+    def both(x, labels, weights):
+        f = lambda x: _used(name, x[0], labels, x[1], weights)  # noqa: E731
+        return [operation(f, x) for operation in ORDERS]
 
-    run = jax.jit(both)
     weights = np.array([1, 0], np.float32)
-    for chosen in (options, {"label_smoothing": OPTIONS["label_smoothing"]}):
-        given = floating, {"class_weights": OPTIONS["class_weights"]} | chosen
-        assert_close(run(*given, weights), run(*given, weights[:1]))
+    for kind in SPOILT:
+        if name == "dense labels" and kind == "label out of range":
+            continue  # a target is no number of a class
+        a = _spoilt(name, kind)
+        labels = a.pop("labels")
+        # A cap makes what is large small.
+        without = ("soft_cap",) if kind == "square overflows" else ()
+        for chosen in (OPTIONS.keys() - without, ("label_smoothing", "class_weights")):
+            x = a, {option: OPTIONS[option] for option in chosen}
+            got, want = both(x, labels, weights), both(x, labels, weights[:1])
+            for one, other in zip(got, want, strict=True):
+                assert_derivatives(one, other, kind)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every function's value against 80-digit arithmetic, over the shared cases and every option."""
+"""Every function's value and gradient against 80-digit arithmetic, entry by entry."""
 
-import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from cases import (
     PROMISED_SIZES,
     ROW_KINDS,
     Case,
+    class_rows,
+    cotangent_of,
     generator,
-    on_device,
     promised,
     rows,
     targets_of,
@@ -25,18 +26,10 @@ from cases import (
 )
 
 import jaxsoftmax as js
-from jaxsoftmax import _numerics
 
 ULP = 2.0**-23
-
-
-def test_the_device_fixture_chooses_what_runs(device, monkeypatch):
-    calls = []
-    monkeypatch.setattr(_numerics, "_by_block", lambda x: calls.append(x.shape) or (x[:, 0],) * 2)
-    jax.clear_caches()
-    js.logsumexp(jnp.zeros((3, 4099)), axis=-1)
-    jax.clear_caches()
-    assert calls == ([] if device == "anywhere" else [(3, 4099)])
+integer = js.softmax_cross_entropy_with_integer_labels
+every_one = pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
 
 
 def test_the_two_engines_of_the_oracle_agree():
@@ -49,93 +42,85 @@ def test_the_two_engines_of_the_oracle_agree():
         assert (np.abs(a - b) <= 2.0**-58 * np.abs(a)).all(), name
 
 
-def on_cpu(z, labels=None):
-    return _numerics._on_cpu(_numerics.upcast, z, labels)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_value(device, case):
+def test_value_and_gradient(device, case):
+    """In the logits, and in the targets where the function has such a derivative.
+
+    Where the function does not change when a row is shifted, a row of the gradient sums to zero.
+    """
     data, t = rows(case), truth_of(case)
     targets = [targets_of(function, data) for function in FUNCTIONS]
+    wide = accumulation(case.dtype)
+    dtypes = [wide if function.accumulates else case.dtype for function in FUNCTIONS]
+    cotangents = [cotangent_of(f, data, dtype) for f, dtype in zip(FUNCTIONS, dtypes, strict=True)]
 
     @jax.jit  # one program for all of them: compiling is what takes the time
-    def values(z, targets):
-        return [function.call(z, y) for function, y in zip(FUNCTIONS, targets, strict=True)]
+    def results(z, targets, cotangents):
+        out = []
+        for function, y, g in zip(FUNCTIONS, targets, cotangents, strict=True):
+            dz = jax.vjp(lambda z, f=function, y=y: f.call(z, y), z)[1](g)[0]
+            dy = None
+            if function.label_gradient:
+                dy = jax.vjp(lambda y, f=function: f.call(z, y), y)[1](g)[0]
+            out.append((function.call(z, y), dz, dy))
+        return out
 
     with x64(case.dtype):
-        results = values(data.logits, targets)
-    for function, y, got in zip(FUNCTIONS, targets, results, strict=True):
-        assert_dtype(got, accumulation(case.dtype) if function.accumulates else case.dtype)
+        found = results(data.logits, targets, cotangents)
+    for function, y, g, dtype, (value, dz, dy) in zip(
+        FUNCTIONS, targets, cotangents, dtypes, found, strict=True
+    ):
+        name, g64 = f"{function}, rows {ROW_KINDS}", g.astype(np.float64)
+        assert_dtype(value, dtype)
         true, bound = function.value(t, y)
-        assert_within(got, true, bound, f"{function}, rows {ROW_KINDS}")
+        assert_within(value, true, bound, name)
+        assert_dtype(dz, case.dtype)
+        true, bound = function.gradient(t, y, g64)
+        assert_within(dz, true, bound, name)
+        unused = np.flatnonzero((g64 == 0).reshape(len(g), -1).all(-1))
+        assert len(unused) == 1
+        assert not np.asarray(dz)[unused].any()
+        if function.invariant and case.dtype in ("float32", "float64"):
+            assert (np.abs(np.asarray(dz, np.longdouble).sum(-1)) <= bound.sum(-1)).all(), name
+        if function.label_gradient and y is not None:
+            assert_dtype(dy, y.dtype)
+            true, bound = function.label_gradient(t, y, g64)
+            # A class at −inf costs infinitely much, and 0 · ∞ is no number.
+            used = np.isfinite(data.logits) & (g64 != 0)[:, None]
+            rounding = np.finfo(y.dtype).eps / 2 * np.abs(np.where(used, true, 0))
+            assert_within(np.where(used, dy, 0), np.where(used, true, 0), bound + rounding, name)
+
+
+def pullback(f, x, g):
+    """The gradient of `f` at `x` for the cotangent `g`, in one compiled program."""
+    return jax.jit(lambda x, g: jax.vjp(f, x)[1](g)[0])(x, g)
 
 
 @pytest.mark.parametrize("classes", PROMISED_SIZES)
-def test_the_promise_for_losses(device, classes):
-    """Relative error ≤ (8 + gap/2) ulps at gaps of 0 to 80 nats, V from 2 to 1000."""
-    z, labels, gap = promised(classes)
-    at = np.arange(len(z))
-    t = oracle.truth(z, np.float32)
-    true = t.nll.value[at, labels]
-    allowed = (8 + gap[at, labels] / 2) * ULP
-    y = np.eye(classes, dtype=np.float32)[labels]
-    results = {
-        "integer": js.softmax_cross_entropy_with_integer_labels(z, labels),
-        "dense": js.softmax_cross_entropy(z, y),
-        "log_softmax": -js.log_softmax(z)[at, labels],
-    }
-    for name, got in results.items():
-        assert (relative_error(got, true) <= allowed).all(), name
+def test_the_promise(device, classes):
+    """Every loss and every entry of a gradient within (8 + gap/2) ulps of itself.
 
-
-@pytest.mark.parametrize("confident", [True, False])
-@pytest.mark.parametrize("classes", [512, 1000, 2048, 3000, 4097, 50257])
-def test_the_remainder_where_the_exponentials_sum_to_about_two(classes, confident):
-    """On CPU it is taken anew for rows whose exponentials sum to less than 2, if there is any.
-
-    At 2 no accuracy is to be lost on either side, and ties stay on theirs.
+    At gaps of 0 to 80 nats, V from 2 to 1000.
     """
-    assert _numerics._whole_block(classes) is not None
-    rng = generator("about two", classes)
-    rows = [rng.standard_normal(classes), np.zeros(classes)]
-    if confident:
-        for rest in (1e-30, 1e-6, 0.5, 1 - 1e-6, 1 - 1e-7, 1.0, 1 + 1e-7, 1 + 1e-6, 1.5):
-            parts = rng.dirichlet(np.ones(classes - 1)) * rest
-            top = rng.integers(classes)
-            rows.append(np.insert(np.log(parts), top, 0.0) + 3.0)
-    for places in ((0, 1), (0, classes - 1), (classes // 2, classes - 1, classes - 2)):
-        ties = np.full(classes, -40.0)
-        ties[list(places)] = 1.5
-        rows.append(ties)
-    z = np.stack(rows).astype(np.float32)
-    if not confident:
-        assert (np.exp(z.astype(np.float64) - z.max(-1, keepdims=True)).sum(-1) >= 2).all()
-    with contextlib.contextmanager(on_device)("one CPU device"):
-        m, r = jax.jit(_numerics.max_and_remainder)(z)
-    np.testing.assert_array_equal(m, z.max(-1))
-    # exp(z − max) exactly, of the difference as float32 rounds it; all but one maximum.
-    e = np.exp((z - z.max(-1, keepdims=True)).astype(np.float64))
-    e[np.arange(len(z)), z.argmax(-1)] = 0
-    true = e.sum(-1)
-    # An exponential of XLA's is within 2 ulps; sums of blocks, then of √(2C) numbers or fewer in
-    # turn, round to within log2 of as many; s − 1 doubles both.
-    assert (np.abs(r - true) <= 2 * (2 + np.log2(classes)) * ULP * true).all()
+    z, labels, gap = promised(classes)
+    at, ones = np.arange(len(z)), np.ones(len(z), np.float32)
+    t = oracle.truth(z, np.float32)
+    true, allowed = t.nll.value[at, labels], (8 + gap / 2) * ULP
+    true_gradient, _ = oracle.nll_gradient(t, labels, ones)
+    y = np.eye(classes, dtype=np.float32)[labels]
+    functions = {
+        "integer": lambda z: integer(z, labels),
+        "dense": lambda z: js.softmax_cross_entropy(z, y),
+        "log_softmax": lambda z: -js.log_softmax(z)[at, labels],
+    }
 
+    @jax.jit
+    def results(z):
+        return [(f(z), pullback(f, z, ones)) for f in functions.values()]
 
-@pytest.mark.parametrize("classes", [512, 2048, 50257])
-@pytest.mark.parametrize("where", ["first", "last"])
-def test_what_is_not_finite_stays_in_its_row_of_whole_blocks(classes, where):
-    z = np.array(generator("not finite", classes).standard_normal((6, classes)), np.float32)
-    at = 0 if where == "first" else -1
-    z[0, at], z[1, at], z[2] = np.nan, np.inf, -np.inf
-    z[3, at], z[4, at] = np.inf, -np.inf
-    z[3, 5] = np.nan
-    with contextlib.contextmanager(on_device)("one CPU device"):
-        m, r = jax.jit(_numerics.max_and_remainder)(z)
-    np.testing.assert_array_equal(m[:4], [np.nan, np.inf, -np.inf, np.nan])
-    assert np.isnan(r[:4]).all()
-    assert np.isfinite(m[4:]).all()
-    assert np.isfinite(r[4:]).all()
+    for name, (value, gradient) in zip(functions, results(z), strict=True):
+        assert (relative_error(value, true) <= allowed[at, labels]).all(), name
+        assert (relative_error(gradient, true_gradient) <= allowed).all(), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -146,12 +131,43 @@ def test_half_precision_logits_lose_nothing_but_the_last_rounding(dtype):
         np.testing.assert_array_equal(function(z), wide.astype(z.dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [2, 300])
+def test_half_precision_gradients_are_the_rounded_truth(device, classes, dtype):
+    """Within one rounding: one of the two neighbours of the truth, at every gap."""
+    z, labels, _ = promised(classes)
+    z = z.astype(jnp.dtype(dtype))
+    ones = np.ones(len(z), np.float32)
+    true, _ = oracle.nll_gradient(oracle.truth(z, np.float32), labels, ones)
+    y = np.eye(classes, dtype=z.dtype)[labels]
+
+    @jax.jit
+    def gradients(z, y):
+        return (
+            pullback(lambda z: integer(z, labels), z, ones),
+            pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
+        )
+
+    for got in gradients(z, y):
+        error = np.abs(np.asarray(got).astype(np.longdouble) - true)
+        # The distance to the next number; below the smallest normal one, XLA may give 0.
+        info = jnp.finfo(dtype)
+        exponent = np.floor(np.log2(np.maximum(np.abs(true), float(info.tiny)).astype(float)))
+        assert (error <= np.exp2(exponent - info.nmant)).all()
+
+
+def test_float16_logsumexp_of_70000_zeros_has_finite_gradients():
+    zeros = jnp.zeros(70_000, jnp.float16)
+    for f in (js.logsumexp, lambda x: js.logsumexp(x, b=jnp.ones_like(x))):
+        np.testing.assert_array_equal(jax.grad(f)(zeros), np.float16(1 / 70_000))
+
+
 # Axes and masks
 
 
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), (2, 0), None], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@every_one
 def test_axis_and_where_as_in_jax_nn(name, axis, masked):
     rng = generator("axis", axis, masked)
     x = rng.standard_normal((3, 4, 5)).astype(np.float32)
@@ -164,19 +180,13 @@ def test_axis_and_where_as_in_jax_nn(name, axis, masked):
     expected = np.asarray(getattr(jax.nn, name)(x, axis=axis, where=where))
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
     z = x if where is None else np.where(where, x, -np.inf)
-    axes = tuple(range(3)) if axis is None else np.atleast_1d(axis) % 3
-    kept = [a for a in range(3) if a not in axes]
-    order = [*kept, *axes]
-    flat = z.transpose(order).reshape(int(np.prod([3, 4, 5], where=np.isin(range(3), kept))), -1)
-    t = oracle.truth(flat, np.float32)
-    if name == "logsumexp":
-        assert_within(np.asarray(got).reshape(-1), *t.lse)
-        return
-    true, bound = t.p if name == "softmax" else oracle.log_probabilities(t)
-    assert_within(np.asarray(got).transpose(order).reshape(flat.shape), true, bound)
+    t = oracle.truth(class_rows(z, axis), np.float32)
+    truths = {"softmax": t.p, "log_softmax": oracle.log_probabilities(t), "logsumexp": t.lse}
+    got = np.ravel(got) if name == "logsumexp" else class_rows(np.asarray(got), axis)
+    assert_within(got, *truths[name])
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@every_one
 @pytest.mark.parametrize(
     "shape", [(), (1,), (4, 1, 5), (1, 1, 1), (5,)], ids=lambda shape: f"where {shape}"
 )
@@ -192,7 +202,25 @@ def test_a_mask_broadcasts_as_in_jax_nn(name, shape):
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@every_one
+@pytest.mark.parametrize("axis", [0, (2, 0), None], ids=str)
+def test_masked_classes_have_gradient_zero_and_the_others_their_own(name, axis):
+    rng = generator("masked gradient", name, axis)
+    x = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    where = rng.random(x.shape) < 0.6
+    where[0] = True
+    f = getattr(js, name)
+    masked = np.where(where, x, -np.inf).astype(np.float32)
+    g = rng.standard_normal(jax.eval_shape(lambda x: f(x, axis=axis), x).shape).astype(np.float32)
+    if name == "log_softmax":
+        g *= where  # the others are constants
+    got = pullback(lambda x: f(x, axis=axis, where=where), x, g)
+    assert not np.asarray(got)[~where].any()
+    expected = pullback(lambda x: f(x, axis=axis), masked, g if name == "logsumexp" else g * where)
+    np.testing.assert_allclose(np.asarray(got)[where], np.asarray(expected)[where], rtol=1e-6)
+
+
+@every_one
 def test_nothing_selected_as_in_jax_nn(name):
     x, where = np.ones((2, 3), np.float32), np.array([[False] * 3, [True, False, True]])
     expected = {
@@ -204,62 +232,71 @@ def test_nothing_selected_as_in_jax_nn(name):
     np.testing.assert_allclose(got, np.asarray(expected, np.float32), rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis", [0, -2, (0, 2), (2, 0), (-1, 1)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1, -2, (0, 2), (2, 0), (-1, 1)], ids=str)
 @pytest.mark.parametrize("where", [None, "classes", "broadcast", "examples"])
-def test_losses_over_any_axis(axis, where):
+def test_losses_and_gradients_over_any_axis(axis, where):
     """A tuple counts classes flat, in the given order; `where` has both of optax's meanings."""
     rng = generator("losses", axis, where)
     shape = (3, 4, 5)
     z = rng.standard_normal(shape).astype(np.float32)
     y = rng.random(shape).astype(np.float32)
-    axes = [int(a) % 3 for a in np.atleast_1d(axis)]
-    kept = [a for a in range(3) if a not in axes]
-    batch = tuple(shape[a] for a in kept)
+    batch = z.sum(axis).shape
     mask = {
         None: None,
         "classes": rng.random(shape) < 0.7,
-        "broadcast": rng.random([1 if a in kept else shape[a] for a in range(3)]) < 0.7,
+        "broadcast": (rng.random(shape) < 0.7).any(axis=_others(axis), keepdims=True),
         "examples": rng.random(batch) < 0.5,
     }[where]
-    full = np.ones(shape, bool)
+    full = np.ones(shape, bool) if mask is None else mask
     if where == "examples":
-        full = np.broadcast_to(np.expand_dims(mask, axes), shape)
-    elif mask is not None:
-        full = np.broadcast_to(mask, shape)
-
-    def to_rows(a):
-        return a.transpose([*kept, *axes]).reshape(int(np.prod(batch)), -1)
-
-    some = to_rows(full).any(-1)
-    zr = to_rows(np.where(full, z, -np.inf))
+        full = np.expand_dims(full, axis)
+    full = np.broadcast_to(full, shape)
+    included = class_rows(full, axis)
+    some = np.any(included, axis=-1)
+    zr = np.where(included, class_rows(z, axis), -np.inf)
     zr[~some] = 0
     t = oracle.truth(zr, np.float32)
-    labels = rng.integers(zr.shape[-1], size=batch)
-    got = js.softmax_cross_entropy_with_integer_labels(z, labels.astype(np.int32), axis, mask)
-    assert got.shape == batch
-    true, bound = oracle.nll(t, labels.reshape(-1))
-    assert_within(np.asarray(got).reshape(-1), np.where(some, true, 0), bound, "integer")
-    got = js.softmax_cross_entropy(z, y, axis, mask)
-    assert got.shape == batch
-    true, bound = oracle.cross_entropy(t, to_rows(np.where(full, y, 0)))
-    assert_within(np.asarray(got).reshape(-1), np.where(some, true, 0), bound, "dense")
+    labels = rng.integers(zr.shape[-1], size=batch).astype(np.int32)
+    g = rng.standard_normal(batch).astype(np.float32)
+    flat, g_rows, y_rows = labels.ravel(), g.ravel(), class_rows(np.where(full, y, 0), axis)
+    for f, targets, value, gradient in (
+        (integer, labels, oracle.nll(t, flat), oracle.nll_gradient(t, flat, g_rows)),
+        (
+            js.softmax_cross_entropy,
+            y,
+            oracle.cross_entropy(t, y_rows),
+            oracle.cross_entropy_gradient(t, y_rows, g_rows),
+        ),
+    ):
+        got, pull = jax.vjp(lambda z: f(z, targets, axis, mask), z)  # noqa: B023
+        d = np.asarray(pull(g)[0])
+        assert got.shape == batch
+        true, bound = value
+        assert_within(np.asarray(got).ravel(), np.where(some, true, 0), bound, f.__name__)
+        assert not d[~full].any()
+        true, bound = gradient
+        used = some[:, None] & included
+        assert_within(class_rows(d, axis), np.where(used, true, 0), bound, f.__name__)
+
+
+def _others(axis):
+    return tuple(set(range(3)) - {int(a) % 3 for a in np.atleast_1d(axis)})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("axis", [None, 0, (2, 0)], ids=str)
 def test_log_probs_over_any_axis_the_last_by_default(device, axis, dtype):
     z = generator("log-probs", axis).standard_normal((3, 4, 5)).astype(jnp.dtype(dtype))
-    axes = [2] if axis is None else list(np.atleast_1d(axis))
-    kept = [a for a in range(3) if a not in axes]
-    batch = tuple(z.shape[a] for a in kept)
-    rows = z.transpose([*kept, *axes]).reshape(int(np.prod(batch)), -1)
-    labels = np.arange(np.prod(batch), dtype=np.int32).reshape(batch) % rows.shape[-1]
-    got = js.label_log_probs(z, labels, **({} if axis is None else {"axis": axis}))
+    given: Any = {} if axis is None else {"axis": axis}
+    rows = class_rows(z, **given)
+    labels = np.arange(len(rows), dtype=np.int32) % rows.shape[-1]
+    batch = z.sum(**({"axis": -1} | given)).shape
+    got = js.label_log_probs(z, labels.reshape(batch), **given)
     t = oracle.truth(rows, np.float32)
-    true, bound = oracle.nll(t, labels.reshape(-1))
+    true, bound = oracle.nll(t, labels)
     for field, want, error in ((got.log_probs, -true, bound), (got.log_normalizers, *t.lse)):
         assert field.shape == batch
-        assert_within(np.asarray(field).reshape(-1), want, error)
+        assert_within(np.asarray(field).ravel(), want, error)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -291,6 +328,37 @@ def test_dense_labels_of_any_dtype(dtype):
     z = generator("label dtypes").standard_normal((3, 4)).astype(np.float32)
     true, bound = oracle.nll(oracle.truth(z, np.float32), np.arange(3))
     assert_within(js.softmax_cross_entropy(z, np.eye(4, dtype=dtype)[:3]), true, bound)
+
+
+# The Jacobian of softmax
+
+
+CONFIDENT = np.array([[30, 0, 0, 1], [0, 80, -1, 2], [-5, 0, 0, 9], [1e4, 1e4 - 20, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "z",
+    [CONFIDENT, np.array([[1.0, 2, 3, 4], [0, 0, 0, 0], [5, 5, -5, -np.inf]]), np.ones((2, 1))],
+    ids=["confident", "spread", "one class"],
+)
+def test_jacobian(device, z):
+    """Relative to each entry: ŷ_i ŷ_j is a product, and the diagonal keeps 1 − ŷ_i."""
+    z = z.astype(np.float32)
+    true, bound = oracle.jacobian(oracle.truth(z, np.float32))
+    assert_within(js.softmax_jacobian(z), true, bound)
+    # A row of the Jacobian by the vjp: a cotangent that is 1 in one place never cancels.
+    rows_of = jax.jit(jax.vmap(jax.jacrev(js.softmax)))(z)
+    error = np.abs(np.asarray(rows_of, np.longdouble) - true)
+    gap = np.where(np.isfinite(z), z.max(-1, keepdims=True) - z, 0)
+    factor = 40 + gap[:, :, None] + 2 * gap[:, None, :]
+    assert (error <= factor * 2.0**-24 * np.abs(true) + 1.2e-38).all()
+
+
+def test_jacobian_along_any_axis():
+    z = generator("jacobian").standard_normal((2, 3, 4)).astype(np.float32)
+    for axis in (0, 1, 2, -2):
+        expected = js.softmax_jacobian(np.moveaxis(z, axis, -1))
+        np.testing.assert_array_equal(js.softmax_jacobian(z, axis=axis), expected)
 
 
 # logsumexp's own arguments
@@ -348,6 +416,29 @@ def test_weights_near_one_keep_the_remainder():
     assert sign == -1
 
 
+@pytest.mark.parametrize("signs", ["positive", "negative", "mixed", "some zero"])
+def test_weighted_logsumexp_gradients(signs):
+    rng = generator("weighted gradients", signs)
+    a = rng.standard_normal((4, 7)).astype(np.float32)
+    b = np.abs(rng.standard_normal((4, 7))).astype(np.float32) + np.float32(0.1)
+    b *= {"positive": 1, "negative": -1}.get(signs, np.where(rng.random(b.shape) < 0.3, -1, 1))
+    if signs == "some zero":
+        b[:, ::3] = 0
+    b = b.astype(np.float32)
+    g = rng.standard_normal(4).astype(np.float32)
+
+    def f(a, b):
+        return js.logsumexp(a, axis=-1, b=b, return_sign=True)[0]
+
+    da, db = jax.jit(lambda a, b, g: jax.vjp(f, a, b)[1](g))(a, b, g)
+    for i in range(4):
+        _, _, true_a, true_b, condition = oracle.weighted_logsumexp(a[i], b[i])
+        relative = 2.0**-24 * ((16 + np.ptp(a[i])) * (1 + condition))
+        assert_within(da[i], g[i] * true_a, relative * np.abs(g[i] * true_a), "a")
+        assert_within(db[i], g[i] * true_b, relative * np.abs(g[i] * true_b), "b")
+    assert not np.asarray(da)[b == 0].any()
+
+
 @pytest.mark.parametrize("axis", [0, -1, (1, 0), None], ids=str)
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -387,197 +478,3 @@ def test_logsumexp_of_nothing_and_of_float16_zeros():
     out = js.logsumexp(np.zeros(70_000, np.float16))
     assert_dtype(out, np.float16)
     assert out == np.float16(np.log(70_000))
-
-
-# The formulation for one CPU device, called directly.
-
-
-def remainder(z: np.ndarray) -> np.ndarray:
-    """R as the definition has it: everything but one maximal term, in long double."""
-    z = np.asarray(z, np.longdouble)
-    e = np.exp(z - z.max(-1, keepdims=True))
-    e[np.arange(len(z)), z.argmax(-1)] = 0
-    return e.sum(-1)
-
-
-CPU_CASES = [("float32", v) for v in (1, 2, 16, 17, 2047, 2048, 2049, 2176, 2177)] + [
-    (dtype, v) for dtype in ("float64", "bfloat16", "float16") for v in (16, 300, 2049)
-]
-
-
-@pytest.mark.parametrize(("dtype", "classes"), CPU_CASES)
-@pytest.mark.parametrize("n", [1, 13], ids=["one row", "ragged chunks"])
-def test_cpu_statistics(monkeypatch, classes, dtype, n):
-    """(m, r) of every threshold, with the last chunk of rows moved back over seen ones."""
-    rng = generator("statistics", classes, dtype, n)
-    z = (3 * rng.standard_normal((n, classes))).astype(jnp.dtype(dtype))
-    if n > 1:
-        z[1, -1] = 30  # the maximum in the last, perhaps short, block
-        z[2, 0] = z[2, -1] = z[2, classes // 2] = 31  # ties in different blocks
-        z[3] = -1e4
-        z[4, : classes // 2] = -np.inf
-        z[5] = 0
-        z[6, : max(classes - 1, 0)] = -np.inf
-        z[7, -1] = 90  # all other terms may underflow
-    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", 5 * classes * (8 if dtype == "float64" else 4))
-    with x64(dtype):
-        m, r = jax.jit(on_cpu)(jnp.asarray(z))
-    wide = z.astype(np.float64)
-    np.testing.assert_array_equal(np.asarray(m, np.float64), wide.max(-1))
-    info = np.finfo(accumulation(dtype))
-    true = remainder(wide)
-    finite = np.where(np.isneginf(wide), 0, wide.max(-1, keepdims=True) - wide)
-    e = np.exp(-finite) * np.isfinite(wide)
-    e[np.arange(n), wide.argmax(-1)] = 0
-    mean = (e * finite).sum(-1) / np.maximum(e.sum(-1), 1e-300)
-    chain = max(10.0, classes**0.5)
-    bound = (mean + 2 + chain) * float(info.eps) / 2 * true + classes * float(info.tiny)
-    assert_within(r, true, bound, f"{dtype} {classes}")
-
-
-@pytest.mark.parametrize(("dtype", "classes"), [*CPU_CASES, ("float32", 512), ("float64", 2176)])
-@pytest.mark.parametrize("again", [1, 2, 100], ids=["row by row", "by pairs", "all rows at once"])
-def test_cpu_statistics_from_the_label(monkeypatch, classes, dtype, again):
-    """(m, r) from the label's logit, where that is near enough; else from the maximum.
-
-    Equation (41) and (42) with the distances to m in place of the gaps.
-    """
-    rng = generator("from the label", classes, dtype)
-    n = 13
-    z = (3 * rng.standard_normal((n, classes))).astype(jnp.dtype(dtype))
-    labels = rng.integers(0, classes, n, dtype=np.int32)
-    rows = np.arange(n)
-    z[1:5, 0] = 8
-    z[rows[1:5], labels[1:5]] = [30, 8, -7, -11]  # leads, ties, is near, is too far
-    z[5, 0], z[5, labels[5]] = 60, -60  # exp(120) is no float32
-    if classes > 1:
-        z[6, labels[6]] = -np.inf
-    z[7] = 3e4
-    z[9], z[9, labels[9]] = -1e4, 0
-    z[10] = 5
-    wide = z.astype(np.longdouble)
-    itemsize = 8 if dtype == "float64" else 4
-    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", 5 * classes * itemsize)
-    monkeypatch.setattr(_numerics, "_AGAIN_BYTES", again * classes * itemsize)
-    with x64(dtype):
-        m, r = jax.jit(on_cpu)(jnp.asarray(z), jnp.asarray(labels))
-    m, r = np.asarray(m, np.longdouble), np.asarray(r)
-    index, top = np.maximum(labels, 0), wide.max(-1)
-    if classes >= 2048:  # or from the largest of the first classes, if that is higher
-        few = min(128, classes // 64)
-        seen = wide[:, :few].argmax(-1)
-        index = np.where(wide[rows, seen] > wide[rows, index], seen, index)
-    of_label = wide[rows, index]
-    from_top = m == top
-    assert (from_top | (m == of_label)).all()
-    # The columns, the blocks and the short rows are measured from there while that is near.
-    if classes <= 16 or (itemsize == z.itemsize and (classes < 2048 or classes == 2176)):
-        with np.errstate(over="ignore", invalid="ignore"):
-            rest = np.exp(wide - of_label[:, None]).sum(-1) - 1
-        assert (m == of_label)[rest < 2.0**24 * 0.999].all()
-        assert from_top[~(rest < 2.0**24 * 1.001)].all()
-    taken = np.where(m == of_label, index, wide.argmax(-1))
-    inside = np.isfinite(wide) & (np.arange(classes) != taken[:, None])
-    distance = np.where(inside, np.abs(wide - m[:, None]), 0)
-    e = np.where(inside, np.exp(np.where(inside, wide - m[:, None], 0)), 0)
-    true = e.sum(-1)
-    mean = (e * distance).sum(-1) / np.maximum(true, 1e-300)
-    chain = max(10.0, classes**0.5)
-    info = np.finfo(accumulation(dtype))
-    bound = (mean + 2 + chain) * float(info.eps) / 2 * true + classes * float(info.tiny)
-    assert_within(r, true, bound, f"{dtype} {classes}")
-
-
-@pytest.mark.parametrize("classes", [3, 100, 2049, 4096])
-@pytest.mark.parametrize("label", [0, 1])
-def test_cpu_statistics_from_the_label_of_rows_that_are_not_finite(classes, label):
-    z = np.zeros((11, classes), np.float32)
-    z[2, classes // 2] = np.nan
-    z[3, label] = np.nan
-    z[4, -1] = np.nan
-    z[5, label] = np.inf
-    z[6, classes // 2 + 1] = np.inf
-    z[7, label] = -np.inf
-    z[8] = -np.inf
-    labels = jnp.full(11, label, jnp.int32)
-    with contextlib.contextmanager(on_device)("one CPU device"):
-        m, r = (np.asarray(s) for s in jax.jit(_numerics.max_and_remainder)(z, labels))
-    good = np.isin(np.arange(11), range(2, 9), invert=True)
-    np.testing.assert_array_equal(m[good], 0)
-    np.testing.assert_array_equal(r[good], classes - 1)
-    np.testing.assert_array_equal(m[2:9], [np.nan] * 3 + [np.inf] * 2 + [0, -np.inf])
-    np.testing.assert_array_equal(r[2:9], [np.nan] * 5 + [classes - 2, np.nan])
-
-
-@pytest.mark.parametrize("classes", [3, 100, 4096])
-def test_a_row_whose_label_is_no_class_has_finite_statistics(classes):
-    """Whatever its first class is, which takes the label's place."""
-    z = np.zeros((5, classes), np.float32)
-    z[:4, 0] = [-100, -np.inf, np.inf, np.nan]
-    labels = jnp.array([-1, -1, -1, -1, 1], jnp.int32)
-    with contextlib.contextmanager(on_device)("one CPU device"):
-        m, r = jax.jit(_numerics.max_and_remainder)(z, labels)
-    np.testing.assert_array_equal(m, [np.finfo(np.float32).max] * 4 + [0])
-    np.testing.assert_array_equal(r, [0] * 4 + [classes - 1])
-
-
-@pytest.mark.parametrize("classes", [10, 100, 4096])
-def test_a_mapped_axis_is_one_more_axis_of_rows(classes):
-    """Nothing that a condition skips is computed under vmap: the same program, the same memory."""
-    rng = generator("mapped", classes)
-    z = jnp.asarray(5 * rng.standard_normal((6, 40, classes)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, classes, (6, 40)), jnp.int32)
-    z = z.at[0, 0, 1].set(90)
-
-    def together(f, z, labels):
-        program = jax.jit(f).lower(z, labels).compile()
-        memory = program.memory_analysis()
-        assert memory is not None
-        return program(z, labels), memory.temp_size_in_bytes
-
-    def form(z, labels):
-        rows = (z,) if labels is None else (z, labels)
-        static = {"of": _numerics.upcast, "labelled": labels is not None, "local": True}
-        return tuple(_numerics._max_and_remainder.bind(*rows, **static))
-
-    expected, memory = together(form, z, labels)
-    for mapped in (jax.vmap(form), jax.vmap(jax.vmap(form))):
-        got, temporary = together(mapped, z, labels)
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
-        assert temporary <= memory + z.nbytes // 10 + 4096
-    of_second_axis = together(jax.vmap(form, in_axes=1, out_axes=1), z, labels)[0]
-    jax.tree.map(np.testing.assert_array_equal, of_second_axis, expected)
-    form_of_rows = together(jax.vmap(form, (0, None)), z, labels[0])[0]
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        form_of_rows,
-        form(z, jnp.broadcast_to(labels[0], labels.shape)),
-    )
-    of_labels = jax.vmap(form, (None, 0))(z[0], labels)
-    for got, expected in zip(of_labels, form(z[0], None), strict=True):
-        np.testing.assert_array_equal(got, np.broadcast_to(expected, got.shape))
-
-
-@pytest.mark.parametrize("classes", [3, 100, 2049, 4096])
-def test_cpu_statistics_of_rows_that_are_not_finite(monkeypatch, classes):
-    z = np.zeros((11, classes), np.float32)
-    z[2, classes // 2] = np.nan
-    z[4, -1] = np.nan
-    z[6, 0] = np.inf
-    z[8] = -np.inf
-    monkeypatch.setattr(_numerics, "_CHUNK_BYTES", 4 * classes * 4)
-    m, r = (np.asarray(s) for s in jax.jit(on_cpu)(z))
-    good = np.isin(np.arange(11), [2, 4, 6, 8], invert=True)
-    np.testing.assert_array_equal(m[good], 0)
-    np.testing.assert_array_equal(r[good], classes - 1)
-    assert m[6] == np.inf
-    assert m[8] == -np.inf
-    assert np.isnan(r[[2, 4]]).all()  # XLA:CPU's maximum may lose the NaN, the sum must not
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (0, 4096), (2, 0, 300), (2, 3, 2049), (2049,)], ids=str)
-def test_cpu_statistics_of_any_batch_shape(shape):
-    m, r = on_cpu(jnp.zeros(shape, jnp.float32))
-    assert m.shape == r.shape == shape[:-1]
-    np.testing.assert_array_equal(m, 0)
-    np.testing.assert_array_equal(r, shape[-1] - 1)
