@@ -285,7 +285,7 @@ def _ignore_index() -> Iterator[Wrong]:
 
 def _class_weights() -> Iterator[Wrong]:
     yield from _real("class_weights", optional=True)
-    said = "class_weights must have shape (16,), one weight a class; got"
+    said = "class_weights must have shape (16,), one weight per class; got"
     for value in (WEIGHTS, X, np.float32(1)):
         yield Wrong("class_weights", value, ValueError, f"{said} {np.shape(value)}")
 
