@@ -15,7 +15,7 @@ be printed again from a committed file.
     terminal.py     tables to stdout, progress and notes to stderr
     markdown.py     tables for README and docs
     figures.py      what all figures have in common
-    speed.py  memory.py  accuracy.py  overtraining.py
+    speed.py  memory.py  accuracy.py
                     the commands: measure(), then tables and figures of what was measured
     speed_tables.py  accuracy_tables.py
                     those of speed and accuracy

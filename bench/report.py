@@ -13,7 +13,6 @@ from bench import (
     accuracy_tables,
     environment,
     memory,
-    overtraining,
     peak,
     results,
     sharding,
@@ -62,7 +61,6 @@ BENCHMARKS_BLOCKS: Blocks = {
     MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.as_markdown),
     "memory --peak": (peak.KEY, peak.as_markdown),
     "accuracy": (ACCURACY, accuracy_tables.in_all_dtypes),
-    "overtraining": (overtraining.KEY, overtraining.as_markdown),
 }
 
 # A figure of docs/figures by its name there: its section, who draws it.
@@ -71,7 +69,6 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
     "accuracy": (ACCURACY, accuracy_tables.figure),
     "accuracy_offsets": (ACCURACY, accuracy_tables.figure_of_offsets),
-    "overtraining": (overtraining.KEY, overtraining.figure),
 }
 
 

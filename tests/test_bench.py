@@ -33,7 +33,6 @@ from bench import (
     figures,
     markdown,
     memory,
-    overtraining,
     peak,
     report,
     results,
@@ -46,7 +45,6 @@ from bench import (
 )
 from bench.__main__ import COMMANDS, app
 from bench.cases import Dtype, Head, Labels, Logits, Mode, Size, choose, program
-from jaxsoftmax.training import model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -297,7 +295,7 @@ def test_a_file_of_something_else_is_refused_before_measuring(tmp_path: Path, co
 def test_nothing_that_is_tracked_is_written_unless_asked():
     """Of every command that measures: all have the option, and one default, which git ignores."""
     commands = {name: command for name, command in COMMANDS.items() if name != "report"}
-    assert len(commands) == 4
+    assert len(commands) == 3
     for command in commands.values():
         parameters = inspect.signature(command).parameters
         assert parameters["output"].default == results.DEFAULT
@@ -318,8 +316,7 @@ def test_rows_that_a_run_removes_are_said(
         results.keep(path, section, key)
         assert "removed" not in capsys.readouterr().err
         fewer = json.loads(json.dumps(section))
-        places = [fewer[part] for part in ("series", "runs") if part in fewer]
-        (rows, *_) = places or [case["contenders"] for case in fewer["cases"]]
+        rows = fewer.get("series") or fewer["cases"][0]["contenders"]
         gone = rows.pop()["name"]
         results.keep(path, fewer, key)
         assert f"did not measure: 1 of {gone} (of " in " ".join(capsys.readouterr().err.split())
@@ -478,75 +475,6 @@ def test_torch_differentiates_each_loss_by_itself():
             np.testing.assert_allclose(got, true, rtol=1e-5)
 
 
-def test_overtraining_records_what_the_losses_say_and_what_is_so(sections: dict[str, Any]):
-    section = sections["overtraining"]
-    (run,) = section["runs"]
-    assert section["steps"][0] == 0
-    assert section["steps"][-1] == 60
-    lists = [value for value in run.values() if isinstance(value, list)]
-    assert {len(one) for one in lists} == {len(section["steps"])}
-    np.testing.assert_allclose(run["loss"], run["exact_loss"], rtol=1e-4)
-    assert run["accuracy"][0] < 0.5
-    assert run["accuracy"][-1] > 0.99
-    assert (run["loss_zero"], run["gradient_zero"]) == (-1, -1)
-    assert "| optax | never | never |" in overtraining.as_markdown(section)
-
-
-def test_overtraining_holds_a_loss_against_float64():
-    """Two examples, by hand: a linear classifier whose targets lead by 20 and by 40 nats."""
-    weights = jnp.diag(jnp.array([20.0, 40.0]))
-    params = [(weights, jnp.zeros(2))]
-    x, y = jnp.eye(2), jnp.array([0, 1])
-    tails = np.exp([-20.0, -40.0]) / (1 + np.exp([-20.0, -40.0]))
-    dz = np.array([[-tails[0], tails[0]], [tails[1], -tails[1]]]) / 2
-    norm = np.linalg.norm(np.concatenate([dz.ravel(), dz.sum(axis=0)]))
-    for name, loss, _ in contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)[0]:
-        found = overtraining.judge(params, x, y, loss=loss)
-        assert found["exact_loss"] == pytest.approx(np.log1p(np.exp([-20, -40])).mean(), rel=1e-12)
-        assert found["exact_gradient_norm"] == pytest.approx(norm, rel=1e-6)
-        assert found["smallest_lead"] == 20
-        assert found["accuracy"] == 1
-        if name == contenders.OURS:
-            assert found["loss"] == pytest.approx(found["exact_loss"], rel=1e-6)
-            assert found["gradient_error"] < 1e-6
-        else:
-            # The target's entries are lost, the others are right: half of dz, and of its sums.
-            kept = np.where(dz > 0, dz, 0)
-            lost = np.concatenate([(kept - dz).ravel(), (kept - dz).sum(axis=0)])
-            assert found["loss"] == 0
-            assert found["gradient_error"] == pytest.approx(np.linalg.norm(lost) / norm, rel=1e-3)
-
-
-def test_overtraining_steps_are_adams():
-    optax = pytest.importorskip("optax")
-    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 3
-    state = overtraining.initial((4, 5, 3))
-    params = state.params
-    loss = overtraining.OURS
-    optimizer = optax.adam(overtraining.LEARNING_RATE)
-    slots = optimizer.init(params)
-    with jax.numpy_dtype_promotion("standard"):
-        for _ in range(5):
-            gradient = jax.grad(lambda p: loss(model.apply(p, x, 3), y).mean())(params)
-            updates, slots = optimizer.update(gradient, slots)
-            params = optax.apply_updates(params, updates)
-    taken = overtraining.train(state, x, y, 5, loss=loss).params
-    for mine, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(f64(mine), f64(theirs), rtol=1e-5, atol=1e-7)
-
-
-def test_overtraining_notices_zero_at_its_step():
-    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.where(labels == 0, jnp.maximum(logits[:, 0], 0), 0)
-
-    state = overtraining.initial((1, 2))
-    params = [(jnp.zeros((1, 2)), jnp.array([2.5 * overtraining.LEARNING_RATE, 0.0]))]
-    x, y = jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
-    # Adam's first steps are of one size, so the bias is below 0 after three.
-    state = overtraining.train(state._replace(params=params), x, y, 10, loss=loss)
-    assert (int(state.step), int(state.loss_zero), int(state.gradient_zero)) == (10, 3, 3)
-
-
 def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
     case = Logits(4, 8, Dtype.FLOAT32, Labels.DENSE)
     section = speed.measure([case], [Mode.FORWARD], repeats=2)
@@ -562,7 +490,6 @@ def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Iterable[Table]]] = {
     "accuracy": accuracy_tables.tables,
     "speed": speed_tables.tables,
-    "overtraining": lambda section: [overtraining.as_table(section)],
     "memory/peak": lambda section: [peak.table(section)],
     "memory --mesh": lambda section: [sharding.table(section)],
     "memory": lambda section: [memory.table(section)],
@@ -704,15 +631,11 @@ def sections() -> dict[str, Any]:
         patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
         timed = speed.measure(heads, modes, repeats=2)
         compiled = memory.measure(heads, [memory.HERE])
-        optax = contenders.LOGITS[Labels.INTEGER][1:2]
-        patch.setitem(contenders.LOGITS, Labels.INTEGER, optax)
-        trained = overtraining.measure(60, looks=4)
     measured = {
         "speed/integer": speed.measure(logits, modes, repeats=2),
         "accuracy/integer": accuracy.measure(
             list(Dtype), Labels.INTEGER, [1.0, 30.0], [0.0, 1e4], tokens=1, classes=5
         ),
-        "overtraining": trained,
         "speed/linear": timed,
         "memory": compiled,
         report.SPEED_BY_MODEL: timed,
@@ -1030,7 +953,7 @@ def test_the_same_results_draw_the_same_files(
     report.draw([sections])
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(drawn) == {f"{stem}.{kind}" for stem in report.FIGURES for kind in ("png", "svg")}
-    again = {stem: report.FIGURES[stem] for stem in ("speed_vocabulary", "overtraining")}
+    again = {stem: report.FIGURES[stem] for stem in ("speed_vocabulary", "accuracy_offsets")}
     monkeypatch.setattr(report, "FIGURES", again)
     report.draw([sections])
     assert drawn == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -1087,30 +1010,6 @@ def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
     assert np.max(optax.get_ydata()) == 1
     assert "below float16's" in by_lead.axes[5].texts[0].get_text()
     assert "numbers\nare 64\napart" in by_offset.axes[1].texts[0].get_text()
-
-
-def test_an_exact_zero_is_drawn_and_the_step_of_a_zero_loss_is_marked():
-    numbers = {
-        "loss": [1.0, 1e-6, 0.0],
-        "exact_loss": [1.0, 1e-6, 1e-9],
-        "gradient_norm": [1.0, 1e-6, 1e-9],
-        "exact_gradient_norm": [1.0, 1e-6, 2e-9],
-        "gradient_error": [0.0, 1e-3, 0.5],
-        "accuracy": [0.1, 1.0, 1.0],
-        "smallest_lead": [-1.0, 5.0, 20.0],
-    }
-    section = {
-        "environment": environment.describe(),
-        "steps": [0, 100, 1000],
-        "runs": [{"name": "optax", "loss_zero": 123, "gradient_zero": -1} | numbers],
-    }
-    loss, norm, error = overtraining.figure(section).axes
-    for axes in (loss, error):
-        assert np.min(axes.lines[0].get_ydata()) == overtraining.LEAST
-    assert loss.yaxis.get_major_formatter()(overtraining.LEAST, 0) == "0"
-    assert "optax: exactly 0,\nfirst at step 123" in [text.get_text() for text in loss.texts]
-    assert not any("exactly 0" in text.get_text() for text in norm.texts)
-    np.testing.assert_array_equal(norm.lines[-1].get_xdata(), 100)  # every example is right
 
 
 @pytest.mark.parametrize(
