@@ -37,6 +37,12 @@ def dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def shade(axes: Axes, begin: float, end: float, words: str, *, at: float, **style: Any) -> None:
+    """Grey what lies between, and say why in the middle of it."""
+    axes.axvspan(begin, end, color="0.94", zorder=0)
+    axes.text((begin + end) / 2, at, words, ha="center", color=FAINT, **style)
+
+
 def legend(figure: Figure, axes: Axes, *, beside: bool = False) -> None:
     """Name the lines of these axes above all panels, or in a column beside them."""
     handles, labels = axes.get_legend_handles_labels()

@@ -43,18 +43,13 @@ class Contender(NamedTuple):
 
 
 LOGITS = {
-    Labels.INTEGER: (
-        Entry(OURS, "ours", "integer_labels"),
-        Entry(BASELINE, "with_optax", "integer_labels_upcast"),
-        Entry("optax, no upcast", "with_optax", "integer_labels", half_only=True),
-        Entry("jax.nn", "with_jax_nn", "integer_labels"),
-    ),
-    Labels.DENSE: (
-        Entry(OURS, "ours", "dense_labels"),
-        Entry(BASELINE, "with_optax", "dense_labels_upcast"),
-        Entry("optax, no upcast", "with_optax", "dense_labels", half_only=True),
-        Entry("jax.nn", "with_jax_nn", "dense_labels"),
-    ),
+    labels: (
+        Entry(OURS, "ours", f"{labels}_labels"),
+        Entry(BASELINE, "with_optax", f"{labels}_labels_upcast"),
+        Entry("optax, no upcast", "with_optax", f"{labels}_labels", half_only=True),
+        Entry("jax.nn", "with_jax_nn", f"{labels}_labels"),
+    )
+    for labels in Labels
 }
 
 # Beside those of `LOGITS`; eager alone where time is not what is asked for.
@@ -101,6 +96,11 @@ NOTES = {
 }
 
 
+def names(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Those who were measured in any of the cases of a section of the results file."""
+    return list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
+
+
 def explain(names: Iterable[str]) -> str:
     """Say in a line what is behind those names that do not say it themselves."""
     notes = [f"{name}: {NOTES[name]}" for name in dict.fromkeys(names) if name in NOTES]
@@ -144,10 +144,10 @@ def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., 
     return _module(entry).program(function, mode, parameters)
 
 
-def losses_and_gradients(contender: Contender) -> Callable[..., Any]:
-    """Turn a contender into what is compared, as `bench.cases.losses_and_gradients`."""
-    _, function, entry = contender
-    return (cases if entry.jax else _module(entry)).losses_and_gradients(function)
+def losses_and_gradients(contender: Contender, logits: Any, labels: Any) -> tuple[Any, Any]:
+    """Run a contender, as `bench.cases.losses_and_gradients`."""
+    module = cases if contender.entry.jax else _module(contender.entry)
+    return module.losses_and_gradients(contender.function, logits, labels)
 
 
 def _module(entry: Entry) -> Any:
