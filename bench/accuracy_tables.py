@@ -2,7 +2,7 @@
 """What `python -m bench accuracy` measured: tables for terminal, README and docs, two figures."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,12 +44,9 @@ def _of(section: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     return [one for one in section["series"] if all(one[key] == wanted[key] for key in wanted)]
 
 
-def _offsets(section: dict[str, Any]) -> list[float]:
-    return list(dict.fromkeys(one["offset"] for one in section["series"]))
-
-
-def _dtypes(section: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(one["dtype"] for one in section["series"]))
+def _all(section: dict[str, Any], key: str) -> list[Any]:
+    """The dtypes, or the offsets, of all series."""
+    return list(dict.fromkeys(one[key] for one in section["series"]))
 
 
 def _shown(section: dict[str, Any], leads: Sequence[float]) -> list[int]:
@@ -93,7 +90,7 @@ END = "100 % means that zero came back."
 
 def in_terminal(section: dict[str, Any]) -> list[Table]:
     """Lay out the largest errors: a table a dtype and offset."""
-    cases = itertools.product(_dtypes(section), _offsets(section))
+    cases = itertools.product(_all(section, "dtype"), _all(section, "offset"))
     found = [_errors(section, dtype, offset) for dtype, offset in cases]
     notes = f"{TRUTH}. {_drawn(section)}. {END}", _explained(section), tables.origin(section)
     return [*found[:-1], found[-1]._replace(notes=notes)]
@@ -133,7 +130,7 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
             f"dtype. {END} –: the truth is below the smallest normal number of the dtype.",
         ),
         table(
-            [(f"+ {offset:g}", offset, common) for offset in _offsets(section)],
+            [(f"+ {offset:g}", offset, common) for offset in _all(section, "offset")],
             "The same with a constant added to all logits of a row, at a lead of "
             f"{leads[common]:g} nats. The rounding of the sum is in the truth: it is nobody's "
             "error.",
@@ -149,20 +146,18 @@ def _explained(section: dict[str, Any]) -> str:
 
 # Errors are drawn from here on; those below are drawn here, for what is exact has no logarithm.
 LEAST, MOST = 1e-9, 20.0
+Points = list[tuple[float, int]]  # offsets, and places among the leads
 
 
 def figure(section: dict[str, Any]) -> Figure:
     """Draw loss and target's gradient against the lead, without an offset, a panel a dtype."""
     leads = np.array(section["leads"])
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        (one,) = _of(section, dtype=dtype, name=name, offset=0.0)
-        return np.array(one[quantity][which], np.float64)
-
-    drawn, grid = _panels(section, "lead of the target's logit (nats)", leads, errors, marker="")
+    points = [(0.0, place) for place in range(len(leads))]
+    label = "lead of the target's logit (nats)"
+    drawn, grid = _panels(section, label, leads, points, marker="")
     for (quantity, dtype), axes in grid.items():
         axes.set_xlim(0, leads[-1])
-        held = ~np.isnan(errors(dtype, contenders.OURS, quantity, "max"))
+        held = ~np.isnan(_errors_at(points, section, dtype, contenders.OURS, quantity, "max"))
         if not held.all():
             last = leads[held][-1] if held.any() else 0
             words = f"the truth is below {dtype}'s\nsmallest normal number"
@@ -173,20 +168,10 @@ def figure(section: dict[str, Any]) -> Figure:
 
 def figure_of_offsets(section: dict[str, Any]) -> Figure:
     """Draw loss and target's gradient against the constant added to the logits, at one lead."""
-    place, offsets = _place_of_offsets(section), _offsets(section)
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        series = _of(section, dtype=dtype, name=name)
-        return np.array([one[quantity][which][place] for one in series], np.float64)
-
-    lead = section["leads"][place]
-    drawn, grid = _panels(
-        section,
-        f"constant added to all logits (lead {lead:g} nats)",
-        np.arange(len(offsets)),
-        errors,
-        markersize=5,
-    )
+    place, offsets = _place_of_offsets(section), _all(section, "offset")
+    lead, points = section["leads"][place], [(offset, place) for offset in offsets]
+    label = f"constant added to all logits (lead {lead:g} nats)"
+    drawn, grid = _panels(section, label, np.arange(len(offsets)), points, markersize=5)
     for (_, dtype), axes in grid.items():
         axes.set_xlim(-0.3, len(offsets) - 0.6)
         axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
@@ -198,26 +183,23 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _errors_at(points: Points, section: dict[str, Any], *of: str) -> np.ndarray:
+    """The errors `of` dtype, contender, quantity, "max" or "median"; NaN where there is none."""
+    dtype, name, quantity, which = of
+    series = {one["offset"]: one for one in _of(section, dtype=dtype, name=name)}
+    errors = [series[offset][quantity][which][place] for offset, place in points]
+    return np.array(errors, np.float64)
+
+
 def _panels(
-    section: dict[str, Any],
-    label: str,
-    x: np.ndarray,
-    errors: Callable[[str, str, str, str], np.ndarray],
-    **style: Any,
+    section: dict[str, Any], label: str, x: np.ndarray, points: Points, **style: Any
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """Draw the largest error as a line and shade down to the median: a row a quantity.
-
-    Args:
-        section: of the results file.
-        label: of the horizontal axes.
-        x: where `errors` belong.
-        errors: from dtype, contender, quantity, and "max" or "median"; NaN where there is none.
-        **style: of the lines.
 
     Returns:
         The figure, and its axes by quantity and dtype.
     """
-    dtypes = _dtypes(section)
+    dtypes = _all(section, "dtype")
     quantities = {"loss": "loss", "target": "gradient at the target"}
     drawn = Figure(figsize=(1.2 + 4 * len(dtypes), 7.4), layout="constrained")
     rows = drawn.subplots(len(quantities), len(dtypes), sharex="col", sharey=True, squeeze=False)
@@ -227,10 +209,12 @@ def _panels(
             grid[quantity, dtype] = axes
             figures.dress(axes)
             axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
-            for one in _of(section, dtype=dtype, offset=_offsets(section)[0]):
+            for one in _of(section, dtype=dtype, offset=_all(section, "offset")[0]):
                 look = figures.STYLES.get(one["name"], {})
                 largest, median = (
-                    np.maximum(errors(dtype, one["name"], quantity, which), LEAST)
+                    np.maximum(
+                        _errors_at(points, section, dtype, one["name"], quantity, which), LEAST
+                    )
                     for which in ("max", "median")
                 )
                 axes.plot(x, largest, label=one["name"], **look | style)

@@ -248,16 +248,8 @@ def choose(
 ) -> list[Any]:
     """Combine what the command line gives with every other, or take the default cases.
 
-    Args:
-        default: the cases of a run that gives none of tokens, hidden, vocab and models. Their kind
-            is the kind of the result.
-        tokens: as given; without them `TOKENS`. Only where they are not given does `size` scale
-            them.
-        hidden: widths of heads; without them the model's.
-        vocab: numbers of classes.
-        dtypes: in place of those of the default cases.
-        models: names of `MODELS`, each a number of classes and a width.
-        size: scales tokens.
+    Those are the cases of a run that gives none of tokens, hidden, vocab and models; their kind is
+    the kind of the result. Where tokens are not given, `size` scales them; a model has a width.
 
     Raises:
         typer.BadParameter: something is missing or does not go with the rest.

@@ -135,7 +135,8 @@ def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
 def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
     hidden, kernel, labels = case.abstract_inputs(*[SingleDeviceSharding(device)] * 3)
     if contender.entry in contenders.TIED:
-        kernel = kernel.update(shape=kernel.shape[::-1])
+        kernel, head = kernel.update(shape=kernel.shape[::-1]), contender.function
+        contender = contender._replace(function=lambda h, embedding, y: head(h, embedding.T, y))
     program = contenders.program(contender, Mode.VALUE_AND_GRAD, case.parameters)
     try:
         compiled = timing.compile_for(device.platform, program, (hidden, kernel, labels))
@@ -159,13 +160,12 @@ def measure_peaks(cases: Sequence[Head]) -> dict[str, Any]:
     with tables.progress(len(cases) * len(found)) as now:
         for case in cases:
             rows = []
-            for name, _, _ in found:
-                now(f"{case} {name}")
-                try:
-                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                        rows.append({"name": name, "bytes": pool.submit(rise, case, name).result()})
-                except Exception as error:  # a peer that cannot do a case must not end the run
-                    left_out.append(contenders.failure(case, name, error))
+            for one in found:
+                now(f"{case} {one.name}")
+                pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+                with contenders.may_fail(one, case, left_out), pool:
+                    rose = pool.submit(rise, case, one.name).result()
+                    rows.append({"name": one.name, "bytes": rose})
                 now(done=1)
             measured.append({**case._asdict(), "contenders": rows})
     tables.say(*left_out)
@@ -230,9 +230,8 @@ def figure(section: dict[str, Any]) -> Figure:
             for row in case["contenders"]
             if row["temp_bytes"] is not None
         ),
-        title=f"linear head, value and gradient: {first['tokens']} tokens, "
-        f"width {first['hidden']}, {first['dtype']}, compiled for {_target(first, section)}",
-        unit="temporary MB",
+        "temporary MB",
+        f", compiled for {_target(first, section)}",
     )
 
 

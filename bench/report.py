@@ -2,6 +2,7 @@
 """`python -m bench report`: from committed results to the tables and figures of README and docs."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
@@ -27,31 +28,33 @@ MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloa
 # A block of a document: the command behind it, its section of a results file, who lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
 Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
-BLOCKS: Blocks = {
-    "accuracy": (ACCURACY, accuracy_tables.in_readme),
-    "speed": ("speed/integer", speed_tables.ratios),
-    "speed --op linear": ("speed/linear", speed_tables.over_baseline),
-    "memory": (memory.KEY, memory.in_readme),
-}
-MESH_BLOCKS: Blocks = {
-    key: (key, sharding.in_docs)
-    for key in (
-        "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
-        "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
-        "memory --mesh v5p:4x4x4/data=16,vocab=4 "
-        "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
-    )
-}
-BENCHMARKS_BLOCKS: Blocks = {
-    "speed": ("speed/integer", speed_tables.details),
-    "speed --confident": ("speed/confident", speed_tables.ratios),
-    SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
-    "speed --op linear": ("speed/linear", speed_tables.details),
-    SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
-    "memory": (memory.KEY, memory.in_docs),
-    MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
-    "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
-    "accuracy": (ACCURACY, accuracy_tables.in_docs),
+DOCUMENTS: dict[Path, Blocks] = {
+    README: {
+        "accuracy": (ACCURACY, accuracy_tables.in_readme),
+        "speed": ("speed/integer", speed_tables.ratios),
+        "speed --op linear": ("speed/linear", speed_tables.over_baseline),
+        "memory": (memory.KEY, memory.in_readme),
+    },
+    SHARDING: {
+        key: (key, sharding.in_docs)
+        for key in (
+            "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
+            "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
+            "memory --mesh v5p:4x4x4/data=16,vocab=4 "
+            "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
+        )
+    },
+    BENCHMARKS: {
+        "speed": ("speed/integer", speed_tables.details),
+        "speed --confident": ("speed/confident", speed_tables.ratios),
+        SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
+        "speed --op linear": ("speed/linear", speed_tables.details),
+        SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
+        "memory": (memory.KEY, memory.in_docs),
+        MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
+        "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
+        "accuracy": (ACCURACY, accuracy_tables.in_docs),
+    },
 }
 
 # A figure of docs/figures by its name there: its section, who draws it.
@@ -77,8 +80,7 @@ def command(
     Of a document, only what stands between the markers of a block is replaced.
     """
     files = committed()
-    documents = (README, BLOCKS), (SHARDING, MESH_BLOCKS), (BENCHMARKS, BENCHMARKS_BLOCKS)
-    for path, blocks in documents:
+    for path, blocks in DOCUMENTS.items():
         try:
             before = path.read_text(encoding="utf-8")
             after = render(before, files, blocks)
@@ -114,16 +116,8 @@ def committed() -> list[dict[str, Any]]:
     return [results.load(path) for path in sorted(results.COMMITTED.glob("*.json"))]
 
 
-def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) -> str:
-    """Replace every block of a document.
-
-    Args:
-        text: of the document.
-        files: the contents of results files, one a device.
-        blocks: the document's.
-
-    Returns:
-        The new text. Each block shows every device that has its section.
+def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks) -> str:
+    """Replace every block of a document by the section of each device that has it.
 
     Raises:
         ValueError: no file has a block's section, or the markers are not there once each.

@@ -35,13 +35,7 @@ _ROW = (
 
 
 def destination(folder: Path) -> Path:
-    """Say where a run is kept, and find out before it starts whether it can be.
-
-    Args:
-        folder: what `--output` was given.
-
-    Returns:
-        The file of the device in it.
+    """Return the device's file in a folder, and find out before a run whether it can be kept.
 
     Raises:
         typer.BadParameter: the file holds something else, or the folder cannot be made.
@@ -80,12 +74,7 @@ def save(path: Path, name: str, section: dict[str, Any]) -> None:
 
 
 def command_line(name: str, options: dict[str, Any]) -> str:
-    """Write the command that measures a section again.
-
-    Args:
-        name: of the command.
-        options: by their name without dashes. True stands alone, a list repeats the option.
-    """
+    """Write the command that measures a section again; a list repeats its option."""
     words = [*shlex.split(PROGRAM), name]
     for option, value in options.items():
         if value is True:
@@ -99,11 +88,7 @@ def command_line(name: str, options: dict[str, Any]) -> str:
 def keep(path: Path, section: dict[str, Any], name: str | None) -> None:
     """Save what a command measured, and say so, and what was there before and is not any more.
 
-    Args:
-        path: from `destination`.
-        section: with its command.
-        name: of a complete run's section; None for a selection, which its command names:
-            `memory --peak --model gpt-2`.
+    `name` is that of a complete run's section; a selection is named by its command.
     """
     key = name or section["command"].removeprefix(f"{PROGRAM} ")
     before = load(path).get(key, {})

@@ -86,15 +86,8 @@ def command(
     section["command"] = results.command_line("speed", given)
     tables.show(*speed_tables.in_terminal(section))
     complete = given.keys() <= {"op", "labels", "confident"}
-    results.keep(path, section, KEYS[op, labels, confident] if complete else None)
-
-
-KEYS = {
-    (Op.LOGITS, Labels.INTEGER, False): "speed/integer",
-    (Op.LOGITS, Labels.INTEGER, True): "speed/confident",
-    (Op.LOGITS, Labels.DENSE, False): "speed/dense",
-    (Op.LINEAR, Labels.INTEGER, False): "speed/linear",
-}
+    kind = op if op is Op.LINEAR else "confident" if confident else labels
+    results.keep(path, section, f"speed/{kind}" if complete else None)
 
 
 def logits(labels: Labels, *, confident: bool = False) -> list[Logits]:
@@ -199,7 +192,7 @@ def _prepare(
         name, _, entry = contender
         if entry.whole and mode is Mode.FORWARD:
             continue
-        try:
+        with contenders.may_fail(contender, f"{case} {mode}", left_out):
             program = contenders.program(contender, mode, case.parameters)
             one = Ready(program)
             if entry.jax:
@@ -207,11 +200,6 @@ def _prepare(
                 program, compile_s = timing.compile_ahead(program, arguments, donated=donated)
                 one = Ready(program, compile_s, timing.temporary_bytes(program))
             first_s = call(program)
-        except Exception as error:  # a peer that cannot do a case must not end the run
-            if entry.module == "ours":
-                raise
-            left_out.append(contenders.failure(f"{case} {mode}", name, error))
-        else:
             if entry.module != "ours" and first_s > PATIENCE_S:
                 left_out.append(f"{case} {mode}: {name}: {first_s:.0f} s a call")
             else:

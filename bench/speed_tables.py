@@ -148,18 +148,14 @@ def details(section: dict[str, Any]) -> list[Table]:
 
 def figure(section: dict[str, Any]) -> Figure:
     """Draw heads' time of value and gradient against the number of classes."""
-    cases = _with_gradients(section)
-    first = cases[0]
     return figures.against_vocabulary(
         section,
         (
             (case["classes"], row["name"], 1e3 * row["median_s"])
-            for case in cases
+            for case in _with_gradients(section)
             for row in case["contenders"]
         ),
-        title="linear head, value and gradient: "
-        f"{first['tokens']} tokens, width {first['hidden']}, {first['dtype']}",
-        unit="ms",
+        "ms",
     )
 
 

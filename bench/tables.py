@@ -112,9 +112,7 @@ def by_contender(
 ) -> list[list[str]]:
     """Write a row for each contender, with a cell for each case; – where it was not measured.
 
-    Args:
-        cases: of a section of the results file.
-        cell: of a contender's results, beside all of the case's, by name.
+    A cell is written from the contender's results and, by name, from those of everyone.
     """
     found = [{row["name"]: row for row in case["contenders"]} for case in cases]
     return [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's commands run end to end on tiny shapes; its arithmetic is checked by hand."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -868,7 +869,7 @@ def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
         assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
     captions = [
         line
-        for path in (report.README, report.SHARDING, report.BENCHMARKS)
+        for path in report.DOCUMENTS
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.startswith("Measured by `python -m bench ")
     ]
@@ -927,11 +928,8 @@ def test_report_writes_the_readme_between_the_markers(
 ):
     readme = tmp_path / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(report, "README", readme)
-    for document in ("SHARDING", "BENCHMARKS"):
-        monkeypatch.setattr(report, document, ROOT / "CHANGELOG.md")
-    for blocks in ("MESH_BLOCKS", "BENCHMARKS_BLOCKS", "FIGURES"):
-        monkeypatch.setattr(report, blocks, {})
+    monkeypatch.setattr(report, "DOCUMENTS", {readme: report.DOCUMENTS[report.README]})
+    monkeypatch.setattr(report, "FIGURES", {})
     monkeypatch.setattr(results, "COMMITTED", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)
@@ -958,13 +956,14 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dic
     for name, section in one.items():
         other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
     device = one["speed/integer"]["environment"]["device"]
-    both = report.render(readme, [one, other])
+    render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
+    both = render(readme, [one, other])
     assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 4
-    alone = report.render(readme, [one, {}])
+    alone = render(readme, [one, {}])
     assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
-    assert report.render(both, [one]) == alone
+    assert render(both, [one]) == alone
     with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
-        report.render(readme, [{"speed/integer": one["speed/integer"]}])
+        render(readme, [{"speed/integer": one["speed/integer"]}])
 
 
 @pytest.mark.parametrize(
