@@ -695,7 +695,7 @@ def test_numbers_are_written_short(write, value, text):
 
 
 def test_a_table_is_one_for_a_terminal_and_for_a_document(capsys):
-    table = Table(["of", "by", "s"], [["a", "x", "1"], ["", "y", "2"]], ["below", ""], "above")
+    table = Table(["of", "by", "s"], [["a", "x", "1"], ["", "y", "2"]], ["", "below"], "above")
     assert table.markdown().splitlines() == [
         *("| of | by | s |", "| --- | --- | --: |", "| a | x | 1 |", "|  | y | 2 |", "", "below")
     ]
