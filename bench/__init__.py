@@ -7,19 +7,18 @@ be printed again from a committed file.
 
     cases.py        what is measured: shapes, dtypes, modes, their inputs, bytes and flops
     contenders/     who is measured: one module a package, plain functions
-    timing.py       how: compiled ahead, warmed up, interleaved, memory donated
-    roofs.py        what the device can do at most
+    timing.py       how: compiled ahead, warmed up, interleaved, memory donated; the device's roof
+    formula.py      what memory our heads need, as their docstrings say it
+    collectives.py  what a compiled program sends between devices
     environment.py  where and with which versions
     options.py      what the commands share of their command lines
-    results.py      the JSON file, geometric means
-    terminal.py     tables to stdout, progress and notes to stderr
-    markdown.py     tables for README and docs
+    results.py      the JSON file
+    tables.py       a table, laid out once for terminal, README and docs; lines and progress
     figures.py      what all figures have in common
-    speed.py  memory.py  accuracy.py  overtraining.py
+    speed.py  memory.py  accuracy.py
                     the commands: measure(), then tables and figures of what was measured
     speed_tables.py  accuracy_tables.py
                     those of speed and accuracy
-    peak.py  sharding.py
-                    memory --peak, memory --mesh
+    sharding.py     memory --mesh
     report.py       tables and figures of README and docs, from the committed files
 """

@@ -3,7 +3,7 @@
 
 import typer
 
-from bench import accuracy, memory, overtraining, report, speed
+from bench import accuracy, memory, report, speed
 
 app = typer.Typer(
     name="python -m bench",
@@ -19,7 +19,6 @@ COMMANDS = {
     "speed": speed.command,
     "memory": memory.command,
     "accuracy": accuracy.command,
-    "overtraining": overtraining.command,
     "report": report.command,
 }
 for name, command in COMMANDS.items():

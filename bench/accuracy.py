@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import typer
 
-from bench import accuracy_tables, contenders, environment, options, results, terminal
+from bench import accuracy_tables, contenders, environment, options, results, tables
 from bench.accuracy_tables import DIGITS, QUANTITIES
 from bench.cases import Dtype, Labels
 
@@ -25,16 +25,17 @@ CLASSES = 1000
 
 
 def command(
+    context: typer.Context,
     *,
+    labels: Annotated[
+        Labels, typer.Option(help="Targets as class numbers, or one-hot.")
+    ] = Labels.INTEGER,
     tokens: Annotated[int, typer.Option(min=1, help="Rows of random logits.")] = TOKENS,
     vocab: Annotated[int, typer.Option(min=2, help="Number of classes.")] = CLASSES,
     dtypes: Annotated[
         list[Dtype] | None,
         typer.Option("--dtype", help="A dtype of the logits; repeatable.", show_default="all"),
     ] = None,
-    labels: Annotated[
-        Labels, typer.Option(help="Targets as class numbers, or one-hot.")
-    ] = Labels.INTEGER,
     leads: Annotated[
         list[float] | None,
         typer.Option(
@@ -62,14 +63,6 @@ def command(
     back. A complete run takes about two minutes.
     """
     environment.use(device)
-    chosen = {
-        "tokens": tokens if tokens != TOKENS else None,
-        "vocab": vocab if vocab != CLASSES else None,
-        "dtype": dtypes,
-        "lead": leads,
-        "offset": offsets,
-    }
-    complete = not any(chosen.values())
     path = results.destination(output)
     section = measure(
         dtypes or list(Dtype),
@@ -79,11 +72,10 @@ def command(
         tokens=tokens,
         classes=vocab,
     )
-    what = {"labels": labels if labels is not Labels.INTEGER else None}
-    section["command"] = results.command_line("accuracy", what | chosen)
-    for table in accuracy_tables.tables(section):
-        terminal.show(table)
-    results.keep(path, section, KEY.format(labels) if complete else None)
+    given = options.given(context)
+    section["command"] = results.command_line("accuracy", given)
+    tables.show(*accuracy_tables.in_terminal(section))
+    results.keep(path, section, KEY.format(labels) if given.keys() <= {"labels"} else None)
 
 
 def measure(
@@ -97,13 +89,7 @@ def measure(
 ) -> dict[str, Any]:
     """Take every contender's largest and median relative errors at every lead and offset.
 
-    Args:
-        dtypes: of the logits.
-        labels: how the targets are given; dense ones are one-hot.
-        leads: nats from the target's logit down to the largest other.
-        offsets: what is added to all logits, before they are rounded to their dtype.
-        tokens: rows of normal logits of scale 1, the same everywhere but for lead and rounding.
-        classes: length of a row.
+    The logits are the same everywhere, but for the lead of the target and for rounding.
 
     Returns:
         A section of the results file. A series has an error, or None, for each lead.
@@ -111,15 +97,13 @@ def measure(
     entries = contenders.LOGITS[labels] + contenders.TORCH_LOGITS[labels][:1]
     found = {dtype: _load(entries, dtype, labels, tokens, classes) for dtype in dtypes}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
-    for line in left_out:
-        terminal.notes.print(line)
+    tables.say(*left_out)
 
     series = []
-    with terminal.progress() as progress:
-        task = progress.add_task("", total=len(dtypes) * len(offsets) * len(leads))
+    with tables.progress(len(dtypes) * len(offsets) * len(leads)) as now:
         for dtype in dtypes:
             for offset in offsets:
-                progress.update(task, description=f"{dtype}, offset {offset:g}", refresh=True)
+                now(f"{dtype}, offset {offset:g}")
                 seen: dict[str, list[Any]] = {one.name: [] for one in found[dtype][0]}
                 for lead in leads:
                     logits, targets = draw(dtype, lead, offset, tokens, classes)
@@ -127,7 +111,7 @@ def measure(
                     for one in found[dtype][0]:
                         computed = evaluate(one, logits, targets, labels)
                         seen[one.name].append(relative_errors(computed, truth, targets, dtype))
-                    progress.advance(task)
+                    now(done=1)
                 series += [
                     {"dtype": dtype.value, "offset": offset, "name": name, **_by_lead(errors)}
                     for name, errors in seen.items()
@@ -152,13 +136,8 @@ def _load(
     logits, targets = draw(dtype, 0.0, 0.0, tokens, classes)
     able = []
     for one in found:
-        try:
+        with contenders.may_fail(one, dtype, left_out):
             evaluate(one, logits, targets, labels)
-        except Exception as error:  # a peer that cannot do a case must not end the run
-            if one.entry.module == "ours":
-                raise
-            left_out.append(contenders.failure(dtype, one.name, error))
-        else:
             able.append(one)
     return able, left_out
 
@@ -217,7 +196,7 @@ def evaluate(
     arrays = jnp.asarray(targets, jnp.int32)
     if labels is Labels.DENSE:
         arrays = jax.nn.one_hot(arrays, logits.shape[-1], dtype=logits.dtype)
-    losses, gradients = contenders.losses_and_gradients(contender)(logits, arrays)
+    losses, gradients = contenders.losses_and_gradients(contender, logits, arrays)
     return np.asarray(losses, np.float64), np.asarray(gradients, np.float64)
 
 

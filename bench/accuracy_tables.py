@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `python -m bench accuracy` measured: tables for terminal, README and docs, two figures."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,10 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from rich import box
-from rich.table import Table
 
-from bench import contenders, environment, figures, markdown
+from bench import contenders, figures, tables
+from bench.tables import Table
 
 DIGITS = 80  # of the truth
 
@@ -44,12 +44,9 @@ def _of(section: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     return [one for one in section["series"] if all(one[key] == wanted[key] for key in wanted)]
 
 
-def _offsets(section: dict[str, Any]) -> list[float]:
-    return list(dict.fromkeys(one["offset"] for one in section["series"]))
-
-
-def _dtypes(section: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(one["dtype"] for one in section["series"]))
+def _all(section: dict[str, Any], key: str) -> list[Any]:
+    """The dtypes, or the offsets, of all series."""
+    return list(dict.fromkeys(one[key] for one in section["series"]))
 
 
 def _shown(section: dict[str, Any], leads: Sequence[float]) -> list[int]:
@@ -62,13 +59,12 @@ def _place_of_offsets(section: dict[str, Any]) -> int:
     return section["leads"].index(LEAD_OF_OFFSETS) if LEAD_OF_OFFSETS in section["leads"] else 0
 
 
-def _headings(section: dict[str, Any], shown: Sequence[int]) -> list[str]:
+def _errors(section: dict[str, Any], dtype: str, offset: float, *notes: str) -> Table:
+    """The largest errors of one dtype and offset, by quantity and contender."""
+    shown = _shown(section, README_LEADS)
     first, *others = (f"{section['leads'][place]:g}" for place in shown)
-    return ["relative error of", "by", f"lead {first}", *others]
-
-
-def _rows(series: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[list[str]]:
-    return [
+    series = _of(section, dtype=dtype, offset=offset)
+    rows = [
         [
             words if one is series[0] else "",
             one["name"],
@@ -77,6 +73,8 @@ def _rows(series: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[list[s
         for quantity, words in QUANTITIES.items()
         for one in series
     ]
+    title = f"{dtype}, {section['labels']} labels, offset {offset:g}"
+    return Table(["relative error of", "by", f"lead {first}", *others], rows, notes, title)
 
 
 def _drawn(section: dict[str, Any]) -> str:
@@ -86,192 +84,122 @@ def _drawn(section: dict[str, Any]) -> str:
     )
 
 
+TRUTH = f"Largest relative error against {DIGITS}-digit arithmetic"
 END = "100 % means that zero came back."
 
 
-def tables(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the terminal: the largest errors, a table a dtype and offset."""
-    shown = _shown(section, README_LEADS)
-    words, by, *leads = _headings(section, shown)
-    found = []
-    for dtype in _dtypes(section):
-        for offset in _offsets(section):
-            table = Table(
-                title=f"{dtype}, {section['labels']} labels, offset {offset:g}",
-                box=box.SIMPLE_HEAD,
-                padding=(0, 1, 0, 0),
-            )
-            table.add_column(words)
-            table.add_column(by)
-            for lead in leads:
-                table.add_column(lead, justify="right")
-            for row in _rows(_of(section, dtype=dtype, offset=offset), shown):
-                if row[0]:
-                    table.add_section()
-                table.add_row(*row, style="bold" if row[1] == contenders.OURS else None)
-            found.append(table)
-    names = [one["name"] for one in section["series"]]
-    found[-1].caption = (
-        f"Largest relative error against {DIGITS}-digit arithmetic. {_drawn(section)}. {END}\n"
-        f"{contenders.explain(names)}\n{environment.in_words(section['environment'])}"
-    )
-    return found
+def in_terminal(section: dict[str, Any]) -> list[Table]:
+    """Lay out the largest errors: a table a dtype and offset."""
+    cases = itertools.product(_all(section, "dtype"), _all(section, "offset"))
+    found = [_errors(section, dtype, offset) for dtype, offset in cases]
+    notes = f"{TRUTH}. {_drawn(section)}. {END}", _explained(section), tables.origin(section)
+    return [*found[:-1], found[-1]._replace(notes=notes)]
 
 
-def as_markdown(section: dict[str, Any]) -> str:
-    """Lay out the errors in float32 without an offset, for the README."""
-    shown = _shown(section, README_LEADS)
-    rows = _rows(_of(section, dtype="float32", offset=0.0), shown)
-    table = markdown.table(_headings(section, shown), rows)
-    return (
-        f"{table}\n\nLargest relative error against {DIGITS}-digit arithmetic, in float32. "
-        f"{_drawn(section)}. {END}\n{markdown.origin(section)}"
-    )
+def in_readme(section: dict[str, Any]) -> list[Table]:
+    """Lay out the errors in float32 without an offset."""
+    notes = f"{TRUTH}, in float32. {_drawn(section)}. {END}", tables.origin(section)
+    return [_errors(section, "float32", 0.0, *notes)]
 
 
-def in_all_dtypes(section: dict[str, Any]) -> str:
-    """Lay out largest and median errors in every dtype, by lead and by offset, for the docs."""
+def in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay out largest and median errors in every dtype, by lead and by offset."""
 
     def cell(one: dict[str, Any], quantity: str, place: int) -> str:
         largest, median = (percent(one[quantity][which][place]) for which in ("max", "median"))
         return largest if largest == median else f"{largest} ({median})"
 
+    def table(columns: Sequence[tuple[str, float, int]], *notes: str) -> Table:
+        """For each quantity, a column for each heading, offset and place of a lead."""
+        both = [*itertools.product(("loss", "target"), columns)]
+        rows = []
+        for first in _of(section, offset=0.0):
+            who = {"dtype": first["dtype"], "name": first["name"]}
+            series = {one["offset"]: one for one in _of(section, **who)}
+            cells = (cell(series[offset], what, place) for what, (_, offset, place) in both)
+            rows.append([*who.values(), *cells])
+        headings = [f"{QUANTITIES[what]}: {heading}" for what, (heading, *_) in both]
+        return Table(["dtype", "by", *headings], rows, notes)
+
+    leads, common = section["leads"], _place_of_offsets(section)
     shown = _shown(section, TABLE_LEADS)
-    leads = [f"{section['leads'][place]:g}" for place in shown]
-    quantities = [quantity for quantity in QUANTITIES if quantity != "others"]
-    by_lead = markdown.table(
-        [
-            "dtype",
-            "by",
-            *(f"{QUANTITIES[quantity]}: lead {lead}" for quantity in quantities for lead in leads),
-        ],
-        [
-            [
-                one["dtype"],
-                one["name"],
-                *(cell(one, quantity, place) for quantity in quantities for place in shown),
-            ]
-            for one in _of(section, offset=0.0)
-        ],
-    )
-    place = _place_of_offsets(section)
-    offsets = _offsets(section)
-    by_offset = markdown.table(
-        [
-            "dtype",
-            "by",
-            *(
-                f"{QUANTITIES[quantity]}: + {extra:g}"
-                for quantity in quantities
-                for extra in offsets
-            ),
-        ],
-        [
-            [
-                dtype,
-                first["name"],
-                *(
-                    cell(one, quantity, place)
-                    for quantity in quantities
-                    for offset in offsets
-                    for one in _of(section, dtype=dtype, name=first["name"], offset=offset)
-                ),
-            ]
-            for dtype in _dtypes(section)
-            for first in _of(section, dtype=dtype, offset=0.0)
-        ],
-    )
-    names = [one["name"] for one in section["series"]]
-    return (
-        f"{by_lead}\n\nLargest relative error against {DIGITS}-digit arithmetic, and the median "
-        f"where it differs. {_drawn(section)}, then rounded to the dtype. {END} –: the truth is "
-        f"below the smallest normal number of the dtype.\n\n{by_offset}\n\nThe same with a "
-        f"constant added to all logits of a row, at a lead of {section['leads'][place]:g} nats. "
-        f"The rounding of the sum is in the truth: it is nobody's error.\n"
-        f"{contenders.explain(names)}\n{markdown.origin(section)}"
-    )
+    return [
+        table(
+            [(f"lead {leads[place]:g}", 0.0, place) for place in shown],
+            f"{TRUTH}, and the median where it differs. {_drawn(section)}, then rounded to the "
+            f"dtype. {END} –: the truth is below the smallest normal number of the dtype.",
+        ),
+        table(
+            [(f"+ {offset:g}", offset, common) for offset in _all(section, "offset")],
+            "The same with a constant added to all logits of a row, at a lead of "
+            f"{leads[common]:g} nats. The rounding of the sum is in the truth: it is nobody's "
+            "error.",
+            _explained(section),
+            tables.origin(section),
+        ),
+    ]
+
+
+def _explained(section: dict[str, Any]) -> str:
+    return contenders.explain(one["name"] for one in section["series"])
 
 
 # Errors are drawn from here on; those below are drawn here, for what is exact has no logarithm.
 LEAST, MOST = 1e-9, 20.0
+Points = list[tuple[float, int]]  # offsets, and places among the leads
 
 
 def figure(section: dict[str, Any]) -> Figure:
     """Draw loss and target's gradient against the lead, without an offset, a panel a dtype."""
     leads = np.array(section["leads"])
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        (one,) = _of(section, dtype=dtype, name=name, offset=0.0)
-        return np.array(one[quantity][which], np.float64)
-
-    drawn, grid = _panels(section, leads, errors, marker="")
+    points = [(0.0, place) for place in range(len(leads))]
+    label = "lead of the target's logit (nats)"
+    drawn, grid = _panels(section, label, leads, points, marker="")
     for (quantity, dtype), axes in grid.items():
         axes.set_xlim(0, leads[-1])
-        held = ~np.isnan(errors(dtype, contenders.OURS, quantity, "max"))
+        held = ~np.isnan(_errors_at(points, section, dtype, contenders.OURS, quantity, "max"))
         if not held.all():
             last = leads[held][-1] if held.any() else 0
-            axes.axvspan(last, leads[-1], color="0.94", zorder=0)
-            axes.text(
-                (last + leads[-1]) / 2,
-                (LEAST * MOST) ** 0.5,
-                f"the truth is below {dtype}'s\nsmallest normal number",
-                ha="center",
-                va="center",
-                color=figures.FAINT,
-            )
-    for axes in drawn.axes[-len(_dtypes(section)) :]:
-        axes.set_xlabel("lead of the target's logit (nats)")
+            words = f"the truth is below {dtype}'s\nsmallest normal number"
+            middle = (LEAST * MOST) ** 0.5
+            figures.shade(axes, last, leads[-1], words, at=middle, va="center")
     return drawn
 
 
 def figure_of_offsets(section: dict[str, Any]) -> Figure:
     """Draw loss and target's gradient against the constant added to the logits, at one lead."""
-    place, offsets = _place_of_offsets(section), _offsets(section)
-
-    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
-        series = _of(section, dtype=dtype, name=name)
-        return np.array([one[quantity][which][place] for one in series], np.float64)
-
-    lead = section["leads"][place]
-    drawn, grid = _panels(section, np.arange(len(offsets)), errors, markersize=5)
+    place, offsets = _place_of_offsets(section), _all(section, "offset")
+    lead, points = section["leads"][place], [(offset, place) for offset in offsets]
+    label = f"constant added to all logits (lead {lead:g} nats)"
+    drawn, grid = _panels(section, label, np.arange(len(offsets)), points, markersize=5)
     for (_, dtype), axes in grid.items():
         axes.set_xlim(-0.3, len(offsets) - 0.6)
         axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
         for at, offset in enumerate(offsets):
             spacing = _spacing(offset, dtype)
             if spacing > lead:
-                axes.axvspan(at - 0.4, at + 0.4, color="0.94", zorder=0)
-                axes.text(
-                    at,
-                    1e-6,
-                    f"numbers\nare {spacing:g}\napart",
-                    ha="center",
-                    fontsize=8,
-                    color=figures.FAINT,
-                )
-    for axes in drawn.axes[-len(_dtypes(section)) :]:
-        axes.set_xlabel(f"constant added to all logits (lead {lead:g} nats)")
+                words = f"numbers\nare {spacing:g}\napart"
+                figures.shade(axes, at - 0.4, at + 0.4, words, at=1e-6, fontsize=8)
     return drawn
 
 
+def _errors_at(points: Points, section: dict[str, Any], *of: str) -> np.ndarray:
+    """The errors `of` dtype, contender, quantity, "max" or "median"; NaN where there is none."""
+    dtype, name, quantity, which = of
+    series = {one["offset"]: one for one in _of(section, dtype=dtype, name=name)}
+    errors = [series[offset][quantity][which][place] for offset, place in points]
+    return np.array(errors, np.float64)
+
+
 def _panels(
-    section: dict[str, Any],
-    x: np.ndarray,
-    errors: Callable[[str, str, str, str], np.ndarray],
-    **style: Any,
+    section: dict[str, Any], label: str, x: np.ndarray, points: Points, **style: Any
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """Draw the largest error as a line and shade down to the median: a row a quantity.
-
-    Args:
-        section: of the results file.
-        x: where `errors` belong.
-        errors: from dtype, contender, quantity, and "max" or "median"; NaN where there is none.
-        **style: of the lines.
 
     Returns:
         The figure, and its axes by quantity and dtype.
     """
-    dtypes = _dtypes(section)
+    dtypes = _all(section, "dtype")
     quantities = {"loss": "loss", "target": "gradient at the target"}
     drawn = Figure(figsize=(1.2 + 4 * len(dtypes), 7.4), layout="constrained")
     rows = drawn.subplots(len(quantities), len(dtypes), sharex="col", sharey=True, squeeze=False)
@@ -281,10 +209,12 @@ def _panels(
             grid[quantity, dtype] = axes
             figures.dress(axes)
             axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
-            for one in _of(section, dtype=dtype, offset=_offsets(section)[0]):
+            for one in _of(section, dtype=dtype, offset=_all(section, "offset")[0]):
                 look = figures.STYLES.get(one["name"], {})
                 largest, median = (
-                    np.maximum(errors(dtype, one["name"], quantity, which), LEAST)
+                    np.maximum(
+                        _errors_at(points, section, dtype, one["name"], quantity, which), LEAST
+                    )
                     for which in ("max", "median")
                 )
                 axes.plot(x, largest, label=one["name"], **look | style)
@@ -306,6 +236,8 @@ def _panels(
         )
     for dtype, axes in zip(dtypes, rows[0], strict=True):
         axes.set_title(f"{dtype} logits", loc="left", fontweight="bold")
+    for axes in rows[-1]:
+        axes.set_xlabel(label)
     figures.legend(drawn, rows[0][-1])
     figures.origin(drawn, section)
     return drawn, grid

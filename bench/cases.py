@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from jax.sharding import Sharding
 
 # Inputs smaller than this are rotated, so that no call finds its logits in a cache: larger than
 # the last-level cache of nearly every CPU and GPU.
@@ -190,6 +191,18 @@ class Head(NamedTuple):
         # What a head computes in between outgrows its inputs: some fewer copies will do.
         return _copies(draw, 4 * self.bytes(Mode.FORWARD))
 
+    def abstract_inputs(self, *shardings: Sharding) -> list[jax.ShapeDtypeStruct]:
+        """Say what `inputs` draws, each with a sharding of its own, to compile for."""
+        arrays = (
+            ((self.tokens, self.hidden), self.dtype),
+            ((self.hidden, self.classes), self.dtype),
+            ((self.tokens,), jnp.int32),
+        )
+        return [
+            jax.ShapeDtypeStruct(*array, sharding=sharding)
+            for array, sharding in zip(arrays, shardings, strict=True)
+        ]
+
 
 Case = Logits | Head
 
@@ -235,16 +248,8 @@ def choose(
 ) -> list[Any]:
     """Combine what the command line gives with every other, or take the default cases.
 
-    Args:
-        default: the cases of a run that gives none of tokens, hidden, vocab and models. Their kind
-            is the kind of the result.
-        tokens: as given; without them `TOKENS`. Only where they are not given does `size` scale
-            them.
-        hidden: widths of heads; without them the model's.
-        vocab: numbers of classes.
-        dtypes: in place of those of the default cases.
-        models: names of `MODELS`, each a number of classes and a width.
-        size: scales tokens.
+    Those are the cases of a run that gives none of tokens, hidden, vocab and models; their kind is
+    the kind of the result. Where tokens are not given, `size` scales them; a model has a width.
 
     Raises:
         typer.BadParameter: something is missing or does not go with the rest.
@@ -272,20 +277,16 @@ def choose(
             f"expected {', '.join((*MODELS, EVERY_MODEL))}; got {unknown[0]!r}",
             param_hint="--model",
         )
-    shapes = [(classes, hidden or [width]) for classes, width in map(MODELS.__getitem__, names)]
-    shapes += [(classes, hidden or []) for classes in vocab or ()]
-    combined = itertools.product(tokens or [size.tokens(TOKENS)], shapes, dtypes or DTYPES)
-    if heads:
-        chosen = [
-            Head(count, width, classes, dtype)
-            for count, (classes, widths), dtype in combined
-            for width in widths
-        ]
-    else:
-        chosen = [
-            default[0]._replace(tokens=count, classes=classes, dtype=dtype)
-            for count, (classes, _), dtype in combined
-        ]
+    shapes = [MODELS[name] for name in names] + [(classes, None) for classes in vocab or ()]
+    fields = [
+        {"classes": classes} | ({"hidden": width} if heads else {})
+        for classes, own in shapes
+        for width in hidden or [own]
+    ]
+    combined = itertools.product(tokens or [size.tokens(TOKENS)], fields, dtypes or DTYPES)
+    chosen = (
+        default[0]._replace(tokens=count, dtype=dtype, **shape) for count, shape, dtype in combined
+    )
     return list(dict.fromkeys(chosen))
 
 
@@ -325,18 +326,10 @@ def program(
     return step
 
 
-def losses_and_gradients(loss: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Turn a contender's loss of logits into what is compared.
-
-    Returns:
-        A function of logits and labels: one loss a row, and each row's gradient of its own loss.
-    """
-    return partial(_losses_and_gradients, loss)
-
-
 @partial(jax.jit, static_argnums=0)
-def _losses_and_gradients(
+def losses_and_gradients(
     loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Run a contender's loss of logits: a loss a row, and each row's gradient of its own loss."""
     losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
     return losses, pullback(jnp.ones_like(losses))[0]

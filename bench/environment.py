@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import typer
+from jax.experimental import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
 # What README's commands install on the oldest Python; tables measured with another JAX say so.
@@ -41,6 +43,12 @@ def use(device: Device | None) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
         found = f"JAX finds no {device or 'device'}. {error}".splitlines()[0]
         raise typer.BadParameter(found, param_hint="--device") from None
+
+
+def tpus(topology: str) -> Sequence[Any]:
+    """The devices of a TPU topology such as v5e:2x4, to compile for; none needs to be there."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
 def describe() -> dict[str, Any]:

@@ -37,6 +37,12 @@ def dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def shade(axes: Axes, begin: float, end: float, words: str, *, at: float, **style: Any) -> None:
+    """Grey what lies between, and say why in the middle of it."""
+    axes.axvspan(begin, end, color="0.94", zorder=0)
+    axes.text((begin + end) / 2, at, words, ha="center", color=FAINT, **style)
+
+
 def legend(figure: Figure, axes: Axes, *, beside: bool = False) -> None:
     """Name the lines of these axes above all panels, or in a column beside them."""
     handles, labels = axes.get_legend_handles_labels()
@@ -57,15 +63,11 @@ def origin(figure: Figure, section: dict[str, Any]) -> None:
 
 
 def against_vocabulary(
-    section: dict[str, Any], points: Iterable[tuple[int, str, float]], *, title: str, unit: str
+    section: dict[str, Any], points: Iterable[tuple[int, str, float]], unit: str, where: str = ""
 ) -> Figure:
     """Draw what heads cost against their number of classes, both from zero.
 
-    Args:
-        section: of the results file.
-        points: classes, contender and cost. Contenders without a style are not drawn.
-        title: above the panel.
-        unit: of the cost.
+    A point is a number of classes, a contender and its cost; those without a style are not drawn.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for classes, name, value in points:
@@ -82,7 +84,9 @@ def against_vocabulary(
     axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_title(title, loc="left", fontweight="bold")
+    first = section["cases"][0]
+    title = f"{first['tokens']} tokens, width {first['hidden']}, {first['dtype']}{where}"
+    axes.set_title(f"linear head, value and gradient: {title}", loc="left", fontweight="bold")
     legend(figure, axes, beside=True)
     origin(figure, section)
     return figure

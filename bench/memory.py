@@ -1,33 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench memory`: temporary memory of the compiled linear head, TPUs without a TPU."""
+"""`python -m bench memory`: memory of the linear head, compiled (TPUs without a TPU) or run."""
 
-import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import typer
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from bench import (
-    contenders,
-    environment,
-    figures,
-    markdown,
-    options,
-    peak,
-    results,
-    sharding,
-    terminal,
-    timing,
-)
-from bench.cases import Dtype, Head, Mode, Size, head_of
+from bench import contenders, environment, figures, options, results, sharding, tables, timing
+from bench.cases import HEADS, Dtype, Head, Mode, Size, choose, head_of
+from bench.tables import Table
 
-KEY = "memory"
+KEY, PEAK_KEY = "memory", "memory/peak"
 HERE = "here"
 # Generations of TPU, each by a topology of it: one of its chips is compiled for.
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -36,16 +26,16 @@ CASES = (
     Head(4096, 4096, 128256, Dtype.BFLOAT16),
     Head(2048, 768, 50257, Dtype.FLOAT32),
 )
+PROCESS = Path("/proc/self")  # Linux's account of this process
+PEAK = (
+    "By how much the resident memory of a process rises at most during its first call of value "
+    "and gradient, compiled before: temporaries and results, beyond the arguments."
+)
 
 
 def command(
+    context: typer.Context,
     *,
-    tokens: options.Tokens = None,
-    hidden: options.Hidden = None,
-    vocab: options.Vocab = None,
-    dtypes: options.Dtypes = None,
-    models: options.Models = None,
-    size: options.TheSize = Size.REGULAR,
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,6 +62,12 @@ def command(
             "of its own, and read how far its resident memory rises.",
         ),
     ] = False,
+    tokens: options.Tokens = None,
+    hidden: options.Hidden = None,
+    vocab: options.Vocab = None,
+    dtypes: options.Dtypes = None,
+    models: options.Models = None,
+    size: options.TheSize = Size.REGULAR,
     device: options.Device = None,
     output: options.Output = results.DEFAULT,
 ) -> None:
@@ -87,12 +83,11 @@ def command(
         )
     if sum(map(bool, (targets, meshes, peaks))) > 1:
         raise typer.BadParameter("expected one of them", param_hint="--target, --mesh, --peak")
-    selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
-    chosen = selection.given()
-    what = {"target": targets, "mesh": meshes, "peak": peaks}
-    complete = not (any(chosen.values()) or targets or meshes)
     path = results.destination(output)
-    cases = selection.cases(peak.CASES if peaks else CASES)
+    default = HEADS if peaks else CASES
+    cases = choose(
+        default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
+    )
     if meshes:
         if len(cases) != 1:
             raise typer.BadParameter(f"expected one head; got {len(cases)}", param_hint="--mesh")
@@ -102,74 +97,49 @@ def command(
             "meshes": [sharding.measure(cases[0], mesh) for mesh in meshes],
         }
     elif peaks:
-        section = peak.measure(cases)
+        section = measure_peaks(cases)
     else:
         section = measure(cases, targets or (HERE, *TPUS))
-    section["command"] = results.command_line("memory", what | chosen)
-    layout = sharding.table if meshes else peak.table if peaks else table
-    terminal.show(layout(section))
-    key = peak.KEY if peaks else KEY
-    results.keep(path, section, key if complete else None)
+    given = options.given(context)
+    section["command"] = results.command_line("memory", given)
+    tables.show(*(sharding.in_docs if meshes else peaks_in_docs if peaks else in_docs)(section))
+    results.keep(path, section, (PEAK_KEY if peaks else KEY) if given.keys() <= {"peak"} else None)
 
 
 def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
-    """Compile every JAX contender for every case and target.
-
-    Returns:
-        A section of the results file.
-    """
+    """Compile every JAX contender for every case and target: a section of the results file."""
     found, left_out = contenders.load(contenders.HEAD + contenders.TIED, Dtype.BFLOAT16)
     found = [contender for contender in found if contender.entry.jax]
     measured = []
-    with terminal.progress() as progress:
-        task = progress.add_task("", total=len(targets) * len(cases) * len(found))
+    with tables.progress(len(targets) * len(cases) * len(found)) as now:
         for target in targets:
             try:
-                device = _device(target)
+                device = jax.devices()[0] if target == HERE else environment.tpus(TPUS[target])[0]
             except Exception as error:  # libtpu absent, or it does not know the topology
                 left_out.append(f"left out: {target} ({str(error).splitlines()[0][:120]})")
-                progress.advance(task, len(cases) * len(found))
+                now(done=len(cases) * len(found))
                 continue
             for case in cases:
                 rows = []
                 for contender in found:
-                    progress.update(
-                        task, description=f"{target}: {case} {contender.name}", refresh=True
-                    )
+                    now(f"{target}: {case} {contender.name}")
                     if target == HERE or not contender.entry.whole:
                         compiled = _compile(contender, case, device)
                         rows.append({"name": contender.name, **compiled})
-                    progress.advance(task)
+                    now(done=1)
                 measured.append({**case._asdict(), "target": target, "contenders": rows})
-    for line in left_out:
-        terminal.notes.print(line)
+    tables.say(*left_out)
     return {"environment": environment.describe(), "left_out": left_out, "cases": measured}
 
 
-def _device(target: str) -> Any:
-    if target == HERE:
-        return jax.devices()[0]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc(TPUS[target], platform="tpu").devices[0]
-
-
 def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
-    sharding = SingleDeviceSharding(device)
-    kernel = (case.hidden, case.classes)
+    hidden, kernel, labels = case.abstract_inputs(*[SingleDeviceSharding(device)] * 3)
     if contender.entry in contenders.TIED:
-        kernel = kernel[::-1]
-    arguments = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for shape, dtype in (
-            ((case.tokens, case.hidden), case.dtype),
-            (kernel, case.dtype),
-            ((case.tokens,), jnp.int32),
-        )
-    ]
+        kernel, head = kernel.update(shape=kernel.shape[::-1]), contender.function
+        contender = contender._replace(function=lambda h, embedding, y: head(h, embedding.T, y))
     program = contenders.program(contender, Mode.VALUE_AND_GRAD, case.parameters)
     try:
-        traced = jax.jit(program).trace(*arguments)
-        compiled = traced.lower(lowering_platforms=(device.platform,)).compile()
+        compiled = timing.compile_for(device.platform, program, (hidden, kernel, labels))
     except Exception as error:  # too large for the device, or not for it at all
         if contender.entry.module == "ours":
             raise
@@ -177,48 +147,91 @@ def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[s
     return {"temp_bytes": timing.temporary_bytes(compiled)}
 
 
-def table(section: dict[str, Any]) -> Table:
-    """Lay a section out for the terminal: one column a case and target."""
-    out = Table(
-        title="temporary MB of value and gradient, compiled",
-        caption=environment.in_words(section["environment"]),
-    )
-    headings, rows = _columns(section)
-    out.add_column("who")
-    for heading in headings:
-        out.add_column(heading, justify="right")
-    for name, cells in rows.items():
-        out.add_row(name, *cells, style="bold" if name == contenders.OURS else None)
-    return out
+def measure_peaks(cases: Sequence[Head]) -> dict[str, Any]:
+    """Run every contender on every case, each in its own process: a section of the results file.
+
+    Raises:
+        typer.BadParameter: this machine does not tell.
+    """
+    if not (PROCESS / "clear_refs").exists() or jax.default_backend() != "cpu":
+        raise typer.BadParameter("expected a CPU, on Linux", param_hint="--peak")
+    found, left_out = contenders.load(contenders.HEAD, Dtype.BFLOAT16)
+    measured = []
+    with tables.progress(len(cases) * len(found)) as now:
+        for case in cases:
+            rows = []
+            for one in found:
+                now(f"{case} {one.name}")
+                pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+                with contenders.may_fail(one, case, left_out), pool:
+                    rose = pool.submit(rise, case, one.name).result()
+                    rows.append({"name": one.name, "bytes": rose})
+                now(done=1)
+            measured.append({**case._asdict(), "contenders": rows})
+    tables.say(*left_out)
+    return {"environment": environment.describe(), "left_out": left_out, "cases": measured}
 
 
-def as_markdown(section: dict[str, Any]) -> str:
-    """Lay a section out for docs/benchmarks.md: a table a target."""
-    parts = []
-    for target in dict.fromkeys(case["target"] for case in section["cases"]):
-        parts += [_markdown(_only(section, target)), ""]
-    return "\n".join([*parts, markdown.origin(section)])
+def rise(case: Head, name: str) -> int:
+    """Call one contender once in this process, and return by how many bytes its memory rose."""
+    found, _ = contenders.load([one for one in contenders.HEAD if one.name == name], case.dtype)
+    program = contenders.program(found[0], Mode.VALUE_AND_GRAD, case.parameters)
+    arguments = case.inputs()[0]
+    if found[0].entry.jax:
+        program, _ = timing.compile_ahead(program, arguments)
+    (PROCESS / "clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _resident("VmRSS")
+    jax.block_until_ready(program(*arguments))
+    return _resident("VmHWM") - before
 
 
-def in_readme(section: dict[str, Any]) -> str:
+def _resident(which: str) -> int:
+    found = re.search(rf"^{which}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.MULTILINE)
+    assert found
+    return 1024 * int(found[1])
+
+
+def in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay a section out for the terminal and docs/benchmarks.md: a table a target."""
+    targets = dict.fromkeys(case["target"] for case in section["cases"])
+    found = [_table("temporary MB", "temp_bytes", _only(section, target)) for target in targets]
+    return [*found[:-1], found[-1]._replace(notes=[tables.origin(section)])]
+
+
+def in_readme(section: dict[str, Any]) -> list[Table]:
     """Lay a section out for the README: this machine and one TPU."""
-    return f"{_markdown(_only(section, HERE, 'v5e'))}\n\n{markdown.origin(section)}"
+    two = _only(section, HERE, "v5e")
+    return [_table("temporary MB", "temp_bytes", two, tables.origin(section))]
+
+
+def peaks_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay a section of --peak out for the terminal and docs/benchmarks.md."""
+    return [_table("peak resident MB", "bytes", section, PEAK, tables.origin(section))]
+
+
+def _table(what: str, key: str, section: dict[str, Any], *notes: str) -> Table:
+    headings = [
+        f"{_target(case, section)}: {head_of(case)}" if "target" in case else str(head_of(case))
+        for case in section["cases"]
+    ]
+    rows = tables.by_contender(section["cases"], lambda row, _: tables.megabytes(row[key]))
+    title = f"{what} of value and gradient{', compiled' if key == 'temp_bytes' else ''}"
+    return Table([what, *headings], rows, notes, title, words=1)
 
 
 def figure(section: dict[str, Any]) -> Figure:
     """Draw temporary memory on the first target against the number of classes."""
     first = section["cases"][0]
-    section = _only(section, first["target"])
     return figures.against_vocabulary(
         section,
         (
-            (head.classes, name, count / 1e6)
-            for _, head, name, count in rows_of(section)
-            if count is not None
+            (case["classes"], row["name"], row["temp_bytes"] / 1e6)
+            for case in _only(section, first["target"])["cases"]
+            for row in case["contenders"]
+            if row["temp_bytes"] is not None
         ),
-        title=f"linear head, value and gradient: {first['tokens']} tokens, "
-        f"width {first['hidden']}, {first['dtype']}, compiled for {_target(first, section)}",
-        unit="temporary MB",
+        "temporary MB",
+        f", compiled for {_target(first, section)}",
     )
 
 
@@ -226,30 +239,5 @@ def _only(section: dict[str, Any], *targets: str) -> dict[str, Any]:
     return section | {"cases": [case for case in section["cases"] if case["target"] in targets]}
 
 
-def _markdown(section: dict[str, Any]) -> str:
-    headings, rows = _columns(section)
-    lines = [[name, *cells] for name, cells in rows.items()]
-    return markdown.table(["temporary MB", *headings], lines, words=1)
-
-
-def _columns(section: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    cases = section["cases"]
-    names = dict.fromkeys(row["name"] for case in cases for row in case["contenders"])
-    rows: dict[str, list[str]] = {name: [] for name in names}
-    for case in cases:
-        found = {row["name"]: row["temp_bytes"] for row in case["contenders"]}
-        for name, cells in rows.items():
-            cells.append(markdown.megabytes(found.get(name)))
-    headings = [f"{_target(case, section)}: {head_of(case)}" for case in cases]
-    return headings, rows
-
-
 def _target(case: dict[str, Any], section: dict[str, Any]) -> str:
     return section["environment"]["platform"] if case["target"] == HERE else case["target"]
-
-
-def rows_of(section: dict[str, Any]) -> Iterator[tuple[str, Head, str, int | None]]:
-    """Yield every number of a section: target, head, contender, bytes."""
-    for case in section["cases"]:
-        for row in case["contenders"]:
-            yield case["target"], head_of(case), row["name"], row["temp_bytes"]

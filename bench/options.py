@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that the commands share."""
+"""The options that the commands share, and what a command line asks for."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from bench import environment
-from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Case, Dtype, Size, choose
+from bench.cases import DTYPES, EVERY_MODEL, MODELS, TOKENS, Dtype, Size
 
 Tokens = Annotated[
     list[int] | None,
@@ -61,27 +60,16 @@ Output = Annotated[
 ]
 
 
-class Selection(NamedTuple):
-    """The cases that a command line asks for."""
+# Where and into what a run is measured: nothing that its command has to repeat.
+_NOT_SAID = {"device", "output", "profile"}
 
-    tokens: list[int] | None
-    hidden: list[int] | None
-    vocab: list[int] | None
-    dtypes: list[Dtype] | None
-    models: list[str] | None
-    size: Size
 
-    def given(self) -> dict[str, Any]:
-        """What `results.command_line` writes; None for what was left out."""
-        return {
-            "tokens": self.tokens,
-            "hidden": self.hidden,
-            "vocab": self.vocab,
-            "dtype": self.dtypes,
-            "model": self.models,
-            "size": self.size if self.size is not Size.REGULAR else None,
-        }
-
-    def cases(self, default: Sequence[Case]) -> list[Any]:
-        """See `choose`."""
-        return choose(default, **self._asdict())
+def given(context: typer.Context) -> dict[str, Any]:
+    """What a command line asks for beyond the defaults, by the options without their dashes."""
+    values = {
+        parameter.opts[0].removeprefix("--"): context.params[parameter.name]
+        for parameter in context.command.params
+        if parameter.name in context.params.keys() - _NOT_SAID
+        and context.params[parameter.name] != parameter.default
+    }
+    return {option: value for option, value in values.items() if value}

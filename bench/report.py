@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench report`: from committed results to the tables and figures of README and docs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
-from bench import (
-    accuracy,
-    accuracy_tables,
-    environment,
-    memory,
-    overtraining,
-    peak,
-    results,
-    sharding,
-    speed_tables,
-    terminal,
-)
+from bench import accuracy, accuracy_tables, environment, memory, results, sharding, speed_tables
 from bench.cases import Labels
+from bench.tables import Table, say
 
 README = environment.ROOT / "README.md"
 SHARDING = environment.ROOT / "docs" / "sharding.md"
@@ -36,33 +27,34 @@ MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloa
 
 # A block of a document: the command behind it, its section of a results file, who lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
-Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
-BLOCKS: Blocks = {
-    "accuracy": (ACCURACY, accuracy_tables.as_markdown),
-    "speed": ("speed/integer", speed_tables.ratios),
-    "speed --op linear": ("speed/linear", speed_tables.over_baseline),
-    "memory": ("memory", memory.in_readme),
-}
-MESH_BLOCKS: Blocks = {
-    key: (key, sharding.as_markdown)
-    for key in (
-        "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
-        "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
-        "memory --mesh v5p:4x4x4/data=16,vocab=4 "
-        "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
-    )
-}
-BENCHMARKS_BLOCKS: Blocks = {
-    "speed": ("speed/integer", speed_tables.details),
-    "speed --confident": ("speed/confident", speed_tables.ratios),
-    SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
-    "speed --op linear": ("speed/linear", speed_tables.details),
-    SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
-    "memory": ("memory", memory.as_markdown),
-    MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.as_markdown),
-    "memory --peak": (peak.KEY, peak.as_markdown),
-    "accuracy": (ACCURACY, accuracy_tables.in_all_dtypes),
-    "overtraining": (overtraining.KEY, overtraining.as_markdown),
+Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
+DOCUMENTS: dict[Path, Blocks] = {
+    README: {
+        "accuracy": (ACCURACY, accuracy_tables.in_readme),
+        "speed": ("speed/integer", speed_tables.ratios),
+        "speed --op linear": ("speed/linear", speed_tables.over_baseline),
+        "memory": (memory.KEY, memory.in_readme),
+    },
+    SHARDING: {
+        key: (key, sharding.in_docs)
+        for key in (
+            "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
+            "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
+            "memory --mesh v5p:4x4x4/data=16,vocab=4 "
+            "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
+        )
+    },
+    BENCHMARKS: {
+        "speed": ("speed/integer", speed_tables.details),
+        "speed --confident": ("speed/confident", speed_tables.ratios),
+        SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
+        "speed --op linear": ("speed/linear", speed_tables.details),
+        SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
+        "memory": (memory.KEY, memory.in_docs),
+        MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
+        "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
+        "accuracy": (ACCURACY, accuracy_tables.in_docs),
+    },
 }
 
 # A figure of docs/figures by its name there: its section, who draws it.
@@ -71,7 +63,6 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
     "accuracy": (ACCURACY, accuracy_tables.figure),
     "accuracy_offsets": (ACCURACY, accuracy_tables.figure_of_offsets),
-    "overtraining": (overtraining.KEY, overtraining.figure),
 }
 
 
@@ -89,22 +80,21 @@ def command(
     Of a document, only what stands between the markers of a block is replaced.
     """
     files = committed()
-    documents = (README, BLOCKS), (SHARDING, MESH_BLOCKS), (BENCHMARKS, BENCHMARKS_BLOCKS)
-    for path, blocks in documents:
+    for path, blocks in DOCUMENTS.items():
         try:
             before = path.read_text(encoding="utf-8")
             after = render(before, files, blocks)
         except (OSError, ValueError) as error:
-            terminal.notes.print(f"{error}", markup=False)
+            say(f"{error}")
             raise typer.Exit(1) from None
         if before == after:
-            terminal.notes.print(f"up to date: {path}")
+            say(f"up to date: {path}")
         elif check:
-            terminal.notes.print(f"differs from bench/results: {path}; run python -m bench report")
+            say(f"differs from bench/results: {path}; run python -m bench report")
             raise typer.Exit(1)
         else:
             path.write_text(after, encoding="utf-8")
-            terminal.notes.print(f"written: {path}")
+            say(f"written: {path}")
     if not check:
         draw(files)
 
@@ -118,7 +108,7 @@ def draw(files: Sequence[dict[str, Any]]) -> None:
             drawn = figure(section)
             drawn.savefig(FIGURES_FOLDER / f"{stem}.png", dpi=120, metadata={"Software": None})
             drawn.savefig(FIGURES_FOLDER / f"{stem}.svg", metadata={"Date": None})
-        terminal.notes.print(f"drawn: {FIGURES_FOLDER / stem}.png and .svg")
+        say(f"drawn: {FIGURES_FOLDER / stem}.png and .svg")
 
 
 def committed() -> list[dict[str, Any]]:
@@ -126,27 +116,19 @@ def committed() -> list[dict[str, Any]]:
     return [results.load(path) for path in sorted(results.COMMITTED.glob("*.json"))]
 
 
-def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks = BLOCKS) -> str:
-    """Replace every block of a document.
-
-    Args:
-        text: of the document.
-        files: the contents of results files, one a device.
-        blocks: the document's.
-
-    Returns:
-        The new text. Each block shows every device that has its section.
+def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks) -> str:
+    """Replace every block of a document by the section of each device that has it.
 
     Raises:
         ValueError: no file has a block's section, or the markers are not there once each.
     """
-    for name, (key, as_markdown) in blocks.items():
+    for name, (key, lay_out) in blocks.items():
         sections = sections_of(files, key, name)
         parts = []
         for section in sections:
             if len(sections) > 1:
                 parts.append(f"**{section['environment']['device']}**")
-            parts.append(as_markdown(section))
+            parts += [table.markdown() for table in lay_out(section)]
         text = replace(text, name, "\n\n".join(parts))
     return text
 

@@ -11,18 +11,18 @@ folder `COMMITTED`, which a command writes to only when told.
 """
 
 import json
-import math
 import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from bench import environment, terminal
+from bench import environment
+from bench.tables import say
 
 COMMITTED = Path(__file__).resolve().parent / "results"
 DEFAULT = Path("runs/bench")
@@ -35,13 +35,7 @@ _ROW = (
 
 
 def destination(folder: Path) -> Path:
-    """Say where a run is kept, and find out before it starts whether it can be.
-
-    Args:
-        folder: what `--output` was given.
-
-    Returns:
-        The file of the device in it.
+    """Return the device's file in a folder, and find out before a run whether it can be kept.
 
     Raises:
         typer.BadParameter: the file holds something else, or the folder cannot be made.
@@ -80,18 +74,12 @@ def save(path: Path, name: str, section: dict[str, Any]) -> None:
 
 
 def command_line(name: str, options: dict[str, Any]) -> str:
-    """Write the command that measures a section again.
-
-    Args:
-        name: of the command.
-        options: by their name without dashes. None and False are left out, True stands alone, a
-            list repeats the option.
-    """
+    """Write the command that measures a section again; a list repeats its option."""
     words = [*shlex.split(PROGRAM), name]
     for option, value in options.items():
         if value is True:
             words.append(f"--{option}")
-        elif value is not None and value is not False:
+        else:
             for one in value if isinstance(value, list) else [value]:
                 words += [f"--{option}", f"{one:g}" if isinstance(one, float) else str(one)]
     return shlex.join(words)
@@ -100,25 +88,18 @@ def command_line(name: str, options: dict[str, Any]) -> str:
 def keep(path: Path, section: dict[str, Any], name: str | None) -> None:
     """Save what a command measured, and say so, and what was there before and is not any more.
 
-    Args:
-        path: from `destination`.
-        section: with its command.
-        name: of a complete run's section; None for a selection, which its command names:
-            `memory --peak --model gpt-2`.
+    `name` is that of a complete run's section; a selection is named by its command.
     """
     key = name or section["command"].removeprefix(f"{PROGRAM} ")
     before = load(path).get(key, {})
     save(path, key, section)
-    terminal.notes.print(f"written: {path}", markup=False)
+    say(f"written: {path}")
     now = {*rows(section)}
     lost = Counter(dict(row).get("name", "ours") for row in rows(before) if row not in now)
     if lost:
         counts = ", ".join(f"{count} of {who}" for who, count in lost.items())
         when = before.get("environment", {}).get("date")
-        terminal.notes.print(
-            f"rows removed from it, which this run did not measure: {counts} (of {when})",
-            markup=False,
-        )
+        say(f"rows removed from it, which this run did not measure: {counts} (of {when})")
 
 
 def rows(section: Any, above: tuple[tuple[str, Any], ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -133,9 +114,3 @@ def rows(section: Any, above: tuple[tuple[str, Any], ...] = ()) -> Iterator[tupl
             yield here
         for value in section.values():
             yield from rows(value, here)
-
-
-def geometric_mean(numbers: Iterable[float]) -> float:
-    """Average ratios, so that the mean of a ratio and its inverse is 1."""
-    logs = [math.log(number) for number in numbers]
-    return math.exp(math.fsum(logs) / len(logs))

@@ -2,26 +2,35 @@
 """`python -m bench memory --mesh`: a head over many devices, its memory and what they send."""
 
 import math
-import os
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.table import Table
 
 import jaxsoftmax
-from bench import environment, markdown, timing
+from bench import environment, formula, timing
 from bench.cases import Head
 from bench.collectives import collectives
+from bench.tables import Table, megabytes, origin
 
 ORDERS = ("in_forward", "recompute")
-COLUMNS = ("MB a chip", "formula", "of it", "MB sent", "least", "of it", "in the loop")
+EVERY = ("data", "vocab")
+# By name, the mesh axes of the tokens, and of the kernel's hidden and class axes.
+LAYOUTS: dict[str, tuple[Any, Any, Any]] = {
+    "data": (EVERY, None, None),
+    "vocabulary": (None, None, EVERY),
+    "data, vocabulary": ("data", None, "vocab"),
+    "FSDP": (EVERY, EVERY, None),
+    "FSDP, vocabulary": ("data", "data", "vocab"),
+}
+HEADINGS = (
+    *("mesh", "sharded by", "gradients"),
+    *("MB a chip", "formula", "of it", "MB sent", "least", "of it", "in the loop"),
+)
 
 
 class Devices(NamedTuple):
@@ -46,40 +55,20 @@ def parse(text: str | Devices) -> Devices:
     return Devices(found[1], int(found[2]), int(found[3]))
 
 
-def layouts() -> dict[str, tuple[Any, Any, Any]]:
-    """By name, the mesh axes of the tokens, and of the kernel's hidden and class axes."""
-    every = ("data", "vocab")
-    return {
-        "data": (every, None, None),
-        "vocabulary": (None, None, every),
-        "data, vocabulary": ("data", None, "vocab"),
-        "FSDP": (every, every, None),
-        "FSDP, vocabulary": ("data", "data", "vocab"),
-    }
-
-
 def measure(case: Head, devices: Devices) -> dict[str, Any]:
-    """Compile value and gradient of a head for every layout; nothing is run.
-
-    Returns:
-        A part of a section of the results file.
-    """
+    """Compile value and gradient of a head for every layout: a part of a section of results."""
     mesh = _mesh(devices)
-    rows = []
-    for name, layout in layouts().items():
-        for gradients in ORDERS:
-            rows.append(
-                {"layout": name, "gradients": gradients, **_row(case, mesh, layout, gradients)}
-            )
+    rows = [
+        {"layout": name, "gradients": gradients, **_row(case, mesh, layout, gradients)}
+        for name, layout in LAYOUTS.items()
+        for gradients in ORDERS
+    ]
     return {"devices": str(devices), "rows": rows}
 
 
 def _mesh(devices: Devices) -> Mesh:
-    if devices.topology == "here":
-        found = jax.devices()
-    else:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        found = topologies.get_topology_desc(devices.topology, platform="tpu").devices
+    here = devices.topology == "here"
+    found = jax.devices() if here else environment.tpus(devices.topology)
     if len(found) != devices.data * devices.vocab:
         raise typer.BadParameter(
             f"{devices} has {len(found)} devices, its mesh {devices.data * devices.vocab}"
@@ -94,25 +83,23 @@ def _row(case: Head, mesh: Mesh, layout: tuple[Any, Any, Any], gradients: Any) -
     def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
         return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients=gradients)
 
+    platform = mesh.devices.flat[0].platform
+    specs = (tokens, None), (width, classes), (tokens,)
     with jax.set_mesh(mesh):
-        arguments = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-            for shape, dtype, spec in (
-                ((case.tokens, case.hidden), case.dtype, (tokens, None)),
-                ((case.hidden, case.classes), case.dtype, (width, classes)),
-                ((case.tokens,), jnp.int32, (tokens,)),
-            )
-        ]
-        traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*arguments)
-        platform = mesh.devices.flat[0].platform
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+        arguments = case.abstract_inputs(
+            *(NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs)
+        )
+        compiled = timing.compile_for(platform, jax.value_and_grad(loss, (0, 1)), arguments)
     found = collectives(compiled.as_text() or "")
     shards = _Shards(*(math.prod(mesh.shape[a] for a in _axes(entry)) for entry in layout))
+    part = case._replace(
+        tokens=case.tokens // shards.tokens, classes=case.classes // shards.classes
+    )
     return {
         "temp_bytes": timing.temporary_bytes(compiled),
-        "formula_bytes": _formula(case, shards, gradients),
+        "formula_bytes": _formula(part, shards, gradients, platform),
         "wire_bytes": sum(one.wire_bytes for one in found),
-        "least_wire_bytes": _least_wire(case, shards, gradients),
+        "least_wire_bytes": _least_wire(part, shards, gradients),
         "loop_wire_bytes": sum(one.wire_bytes for one in found if one.in_loop),
     }
 
@@ -129,85 +116,55 @@ class _Shards(NamedTuple):
     classes: int
 
 
-def _formula(case: Head, shards: _Shards, gradients: str) -> float:
-    """The docstrings' formulas on one device's sizes, and what sharding adds.
+def _formula(part: Head, shards: _Shards, gradients: str, platform: str) -> float:
+    """The formula on one device's part of the head, and what sharding adds.
 
     That is the kernel gathered where its hidden axis is sharded; and, in recompute, where tokens
     are sharded, d_kernel before it is summed.
     """
-    tokens, width, classes = shards
-    n, h, v = case.tokens / tokens, case.hidden, case.classes / classes
-    size = jnp.dtype(case.dtype).itemsize
-    gathered = size * h * v if width > 1 else 0
-    if gradients == "recompute":
-        block = 2048
-        own = (
-            (4 * n * block + 4 * n * h + 8 * h * block)
-            if size == 4
-            else (6 * n * block + 8 * n * h + 6 * h * block)
-        )
-        return own + gathered + (size * h * v if tokens > 1 else 0)
-    most = min(max((56 << 20) // (4 * v), 256), 4096)
-    chunk = math.ceil(n / math.ceil(n / most))
-    own = 4 * chunk * v + 8 * n * h if size == 4 else 4 * h * v + 8 * chunk * v + 6 * n * h
-    return own + gathered
+    kernels = (shards.width > 1) + (gradients == "recompute" and shards.tokens > 1)
+    return formula.temporary_bytes(part, gradients, platform) + kernels * _kernel_bytes(part)
 
 
-def _least_wire(case: Head, shards: _Shards, gradients: str) -> float:
+def _least_wire(part: Head, shards: _Shards, gradients: str) -> float:
     """What a device must send at least, by rings.
 
     The kernel gathered once, d_kernel scattered while it is summed (in float32, or in recompute in
     the kernel's dtype) and gathered where every device wants all of it, d_hidden summed in float32
     over the vocabulary; and four numbers a token there.
     """
-    tokens, width, classes = shards
-    n, h, v = case.tokens / tokens, case.hidden, case.classes / classes
-    size = jnp.dtype(case.dtype).itemsize
-    kernel, ring = h * v, lambda devices: (devices - 1) / devices
-    sums = 4 if gradients == "in_forward" else size
-    least = size * kernel * ring(width) + sums * kernel * ring(tokens)
-    if width == 1:
-        least += size * kernel * ring(tokens)
-    return least + 2 * 4 * n * (h + 4) * ring(classes)
+    tokens, width, classes = ((devices - 1) / devices for devices in shards)
+    kernel = _kernel_bytes(part)
+    summed = 4 * part.hidden * part.classes if gradients == "in_forward" else kernel
+    gathered = kernel * (width if shards.width > 1 else tokens)
+    return gathered + summed * tokens + 2 * 4 * part.tokens * (part.hidden + 4) * classes
 
 
-def table(section: dict[str, Any]) -> Table:
-    """Lay a section out for the terminal."""
-    out = Table(
-        title=f"value and gradient of {section['head']}, compiled",
-        caption=environment.in_words(section["environment"]),
-    )
-    for heading in ("mesh", "sharded by", "gradients"):
-        out.add_column(heading)
-    for heading in COLUMNS:
-        out.add_column(heading, justify="right")
-    for cells in _cells(section):
-        out.add_row(*cells)
-    return out
+def _kernel_bytes(part: Head) -> int:
+    return part.hidden * part.classes * jnp.dtype(part.dtype).itemsize
 
 
-def as_markdown(section: dict[str, Any]) -> str:
-    """Lay a section out for docs/sharding.md."""
-    text = markdown.table(
-        ["mesh", "sharded by", "gradients", *COLUMNS], list(_cells(section)), words=3
-    )
-    return "\n".join([text, "", markdown.origin(section)])
-
-
-def _cells(section: dict[str, Any]) -> Sequence[list[str]]:
-    return [
+def in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay a section out for the terminal and docs/sharding.md."""
+    rows = [
         [
             part["devices"],
             row["layout"],
             row["gradients"],
-            markdown.megabytes(row["temp_bytes"]),
-            markdown.megabytes(row["formula_bytes"]),
-            f"{row['temp_bytes'] / row['formula_bytes']:.2f}",
-            markdown.megabytes(row["wire_bytes"]),
-            markdown.megabytes(row["least_wire_bytes"]),
-            f"{row['wire_bytes'] / row['least_wire_bytes']:.2f}",
+            megabytes(row["temp_bytes"]),
+            megabytes(row["formula_bytes"]),
+            _share(row["temp_bytes"], row["formula_bytes"]),
+            megabytes(row["wire_bytes"]),
+            megabytes(row["least_wire_bytes"]),
+            _share(row["wire_bytes"], row["least_wire_bytes"]),
             f"{row['loop_wire_bytes'] / 1e6:.1f}",
         ]
         for part in section["meshes"]
         for row in part["rows"]
     ]
+    title = f"value and gradient of {section['head']}, compiled"
+    return [Table(HEADINGS, rows, [origin(section)], title, words=3)]
+
+
+def _share(found: float, expected: float) -> str:
+    return f"{found / expected:.2f}" if expected else "–"

@@ -4,33 +4,25 @@
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import typer
 
-from bench import contenders, environment, options, results, roofs, speed_tables, terminal, timing
-from bench.cases import DTYPES, HEADS, LEAD, SHAPES, Case, Labels, Logits, Mode, Op, Size
+from bench import contenders, environment, options, results, speed_tables, tables, timing
+from bench.cases import DTYPES, HEADS, LEAD, SHAPES, Case, Labels, Logits, Mode, Op, Size, choose
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 PROFILED_CALLS = 3
 
 
 def command(
+    context: typer.Context,
     *,
     op: Annotated[
         Op, typer.Option(help="Losses of given logits, or linear heads with their loss.")
     ] = Op.LOGITS,
-    tokens: options.Tokens = None,
-    hidden: options.Hidden = None,
-    vocab: options.Vocab = None,
-    dtypes: options.Dtypes = None,
-    models: options.Models = None,
-    size: options.TheSize = Size.REGULAR,
-    modes: Annotated[
-        list[Mode] | None,
-        typer.Option("--mode", help="What to compute; repeatable.", show_default="all"),
-    ] = None,
     labels: Annotated[
         Labels,
         typer.Option(help="Targets as class numbers, or as one distribution a row."),
@@ -44,6 +36,16 @@ def command(
             "rows.",
         ),
     ] = False,
+    tokens: options.Tokens = None,
+    hidden: options.Hidden = None,
+    vocab: options.Vocab = None,
+    dtypes: options.Dtypes = None,
+    models: options.Models = None,
+    size: options.TheSize = Size.REGULAR,
+    modes: Annotated[
+        list[Mode] | None,
+        typer.Option("--mode", help="What to compute; repeatable.", show_default="all"),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds a case.", show_default="by --size")
     ] = None,
@@ -72,32 +74,20 @@ def command(
         raise typer.BadParameter(
             "expected logits and integer labels with it", param_hint="--confident"
         )
-    selection = options.Selection(tokens, hidden, vocab, dtypes, models, size)
-    chosen = {**selection.given(), "mode": modes, "repeats": repeats}
-    complete = not any(chosen.values())
     path = results.destination(output)
-    cases = selection.cases(HEADS if op is Op.LINEAR else logits(labels, confident=confident))
+    default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
+    cases = choose(
+        default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
+    )
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
     )
-    what = {
-        "op": op if op is not Op.LOGITS else None,
-        "labels": labels if not integer else None,
-        "confident": confident,
-    }
-    section["command"] = results.command_line("speed", what | chosen)
-    for table in speed_tables.tables(section):
-        terminal.show(table)
-    terminal.output().print(speed_tables.notes(section), markup=False)
-    results.keep(path, section, KEYS[op, labels, confident] if complete else None)
-
-
-KEYS = {
-    (Op.LOGITS, Labels.INTEGER, False): "speed/integer",
-    (Op.LOGITS, Labels.INTEGER, True): "speed/confident",
-    (Op.LOGITS, Labels.DENSE, False): "speed/dense",
-    (Op.LINEAR, Labels.INTEGER, False): "speed/linear",
-}
+    given = options.given(context)
+    section["command"] = results.command_line("speed", given)
+    tables.show(*speed_tables.in_terminal(section))
+    complete = given.keys() <= {"op", "labels", "confident"}
+    kind = op if op is Op.LINEAR else "confident" if confident else labels
+    results.keep(path, section, f"speed/{kind}" if complete else None)
 
 
 def logits(labels: Labels, *, confident: bool = False) -> list[Logits]:
@@ -143,35 +133,33 @@ def measure(
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
 
     timed = []
-    with terminal.progress() as progress:
-        task = progress.add_task("roofs", total=len(cases) * len(modes))
-        progress.refresh()
-        measured_roofs = roofs.measure(dtypes)
+    with tables.progress(len(cases) * len(modes)) as now:
+        now("roofs")
+        roofs = timing.roofs(dtypes)
         for case in cases:
             # One rotation of inputs at a time: the largest is near a gigabyte.
-            progress.update(task, description=str(case), refresh=True)
+            now(str(case))
             rotation = case.inputs()
             for mode in modes:
                 words = f"{case} {mode}"
-                progress.update(task, description=words, refresh=True)
+                now(words)
                 call = timing.caller(rotation, donated=_donated(case, mode))
                 ready = _prepare(
                     case, mode, found[case.dtype][0], rotation[0], call, left_out=left_out
                 )
                 programs = {name: one.program for name, one in ready.items()}
                 timings = timing.interleave(programs, call, rounds=repeats, seconds=seconds)
-                timed.append(_row(case, mode, ready, timings, measured_roofs))
+                timed.append(_row(case, mode, ready, timings, roofs))
                 if profile:
                     _trace(profile / environment.slug(words), ready, call)
-                progress.advance(task)
+                now(done=1)
             rotation.clear()
 
-    for line in left_out:
-        terminal.notes.print(line)
+    tables.say(*left_out)
     return {
         "environment": environment.describe(),
         **what,
-        "roofs": measured_roofs,
+        "roofs": roofs,
         "left_out": left_out,
         "cases": timed,
         "geometric_means": compare(timed),
@@ -182,8 +170,7 @@ class Ready(NamedTuple):
     """A contender's program for a case."""
 
     program: timing.Program
-    compiled: bool
-    compile_s: float | None = None
+    compile_s: float | None = None  # not by JAX
     temp_bytes: int | None = None
 
 
@@ -205,19 +192,14 @@ def _prepare(
         name, _, entry = contender
         if entry.whole and mode is Mode.FORWARD:
             continue
-        try:
+        with contenders.may_fail(contender, f"{case} {mode}", left_out):
             program = contenders.program(contender, mode, case.parameters)
-            one = Ready(program, compiled=False)
+            one = Ready(program)
             if entry.jax:
                 donated = _donated(case, mode)
                 program, compile_s = timing.compile_ahead(program, arguments, donated=donated)
-                one = Ready(program, True, compile_s, timing.temporary_bytes(program))
+                one = Ready(program, compile_s, timing.temporary_bytes(program))
             first_s = call(program)
-        except Exception as error:  # a peer that cannot do a case must not end the run
-            if entry.module == "ours":
-                raise
-            left_out.append(contenders.failure(f"{case} {mode}", name, error))
-        else:
             if entry.module != "ours" and first_s > PATIENCE_S:
                 left_out.append(f"{case} {mode}: {name}: {first_s:.0f} s a call")
             else:
@@ -230,10 +212,10 @@ def _row(
     mode: Mode,
     ready: dict[str, Ready],
     timings: dict[str, timing.Timing],
-    measured_roofs: dict[str, Any],
+    roofs: dict[str, Any],
 ) -> dict[str, Any]:
     nbytes, flops = case.bytes(mode), case.flops(mode)
-    least_s = roofs.least_seconds(measured_roofs, case.dtype, nbytes=nbytes, flops=flops)
+    least_s = timing.least_seconds(roofs, case.dtype, nbytes=nbytes, flops=flops)
     ours = timings[contenders.OURS].median_s
     return {
         "shape": case.shape,
@@ -260,7 +242,7 @@ def _row(
 
 def _trace(folder: Path, ready: dict[str, Ready], call: Callable[[timing.Program], float]) -> None:
     for name, one in ready.items():
-        if one.compiled:
+        if one.compile_s is not None:
             with jax.profiler.trace(str(folder / environment.slug(name))):
                 for _ in range(PROFILED_CALLS):
                     call(one.program)
@@ -279,7 +261,7 @@ def compare(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "dtype": dtype,
             "mode": mode,
             "contender": name,
-            "ratio": results.geometric_mean(by_shape.values()),
+            "ratio": geometric_mean(by_shape.values()),
             "best": min(by_shape.values()),
             "worst": max(by_shape.values()),
             "worst_shape": max(by_shape, key=lambda shape: by_shape[shape]),

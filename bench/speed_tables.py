@@ -5,90 +5,76 @@ from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
-from bench import contenders, environment, figures, markdown, roofs
+from bench import contenders, figures, tables, timing
 from bench.cases import BYTES_MODEL, Labels, Mode, Op
+from bench.tables import Table
 
 OURS, BASELINE = contenders.OURS, contenders.BASELINE
 IN_README = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
 
 
-def tables(section: dict[str, Any]) -> Iterator[Table]:
-    """Yield a section's tables for the terminal: one a dtype and mode, then the summary."""
+def in_terminal(section: dict[str, Any]) -> list[Table]:
+    """Lay out everything: a table a dtype and mode, then the geometric means."""
     head = section["op"] == Op.LINEAR
-    groups = dict.fromkeys((case["dtype"], case["mode"]) for case in section["cases"])
-    for dtype, mode in groups:
-        table = Table(title=f"{mode}, {dtype}, {_what(section)}", box=box.SIMPLE_HEAD)
-        table.add_column("head" if head else "logits")
-        table.add_column("who")
-        rate = "GFLOP/s" if head else "GB/s"
-        for heading in ("ms", "±", rate, "of roof", "temp MB", "ours ÷", "compile s"):
-            table.add_column(heading, justify="right")
-        for case in section["cases"]:
-            if (case["dtype"], case["mode"]) == (dtype, mode):
-                _add_case(table, case)
-        yield table
+    rate = "GFLOP/s" if head else "GB/s"
+    headings = [
+        *("head" if head else "logits", "who"),
+        *("ms", "±", rate, "of roof", "temp MB", "ours ÷", "compile s"),
+    ]
+    groups: dict[tuple[str, str], list[list[str]]] = {}
+    for case in section["cases"]:
+        groups.setdefault((case["dtype"], case["mode"]), []).extend(_everything(case))
+    found = [
+        Table(headings, rows, title=f"{mode}, {dtype}, {_what(section)}")
+        for (dtype, mode), rows in groups.items()
+    ]
     if len({case["shape"] for case in section["cases"]}) > 1:
-        yield _summary(section)
+        found.append(_summary(section))
+    notes = (
+        f"{'tokens x hidden x classes' if head else 'tokens x classes'}. ms: the median of calls, "
+        "all contenders in turn; ±: the quartile farther from it. "
+        f"ours ÷: the median of {OURS} over this one: below 1, {OURS} is faster.",
+        f"{rate}: what must be done at least, over the time. {_model(section)}",
+        timing.roofs_in_words(section["roofs"]),
+        "temp MB: what the compiled program allocates beyond its arguments and results.",
+        contenders.explain(contenders.names(section["cases"])),
+        tables.origin(section),
+    )
+    return [*found[:-1], found[-1]._replace(notes=notes)]
 
 
-def _add_case(table: Table, case: dict[str, Any]) -> None:
+def _everything(case: dict[str, Any]) -> Iterator[list[str]]:
     work = case["flops"] or case["bytes"]
     for row in case["contenders"]:
-        ours = row["name"] == OURS
-        table.add_row(
+        yield [
             case["shape"] if row is case["contenders"][0] else "",
             row["name"],
             milliseconds(row["median_s"]),
             _spread(row),
             f"{work / row['median_s'] / 1e9:.1f}",
             of_the_roof(row),
-            markdown.megabytes(row["temp_bytes"]),
-            "" if ours else f"{row['ratio']:.2f}",
+            tables.megabytes(row["temp_bytes"]),
+            "" if row["name"] == OURS else f"{row['ratio']:.2f}",
             "–" if row["compile_s"] is None else f"{row['compile_s']:.2f}",
-            style="bold" if ours else None,
-        )
-    table.add_section()
+        ]
 
 
 def _summary(section: dict[str, Any]) -> Table:
-    summary = Table(
-        title=f"{OURS}'s time ÷ theirs (below 1: {OURS} is faster)",
-        box=box.SIMPLE_HEAD,
-    )
-    for heading in ("dtype", "mode", "theirs"):
-        summary.add_column(heading)
-    for heading in ("geometric mean", "best", "worst", "at"):
-        summary.add_column(heading, justify="right")
-    for row in section["geometric_means"]:
-        summary.add_row(
+    rows = [
+        [
             *(row[key] for key in ("dtype", "mode", "contender")),
             *(f"{row[key]:.2f}" for key in ("ratio", "best", "worst")),
             row["worst_shape"],
-        )
-    return summary
+        ]
+        for row in section["geometric_means"]
+    ]
+    headings = ("dtype", "mode", "theirs", "geometric mean", "best", "worst", "at")
+    title = f"{OURS}'s time ÷ theirs (below 1: {OURS} is faster)"
+    return Table(headings, rows, title=title, words=3)
 
 
-def notes(section: dict[str, Any]) -> str:
-    """Say what the tables for the terminal show."""
-    head = section["op"] == Op.LINEAR
-    lines = (
-        f"{'tokens x hidden x classes' if head else 'tokens x classes'}. ms: the median of calls, "
-        "all contenders in turn; ±: the quartile farther from it. "
-        f"ours ÷: the median of {OURS} over this one: below 1, {OURS} is faster.",
-        f"{'GFLOP/s' if head else 'GB/s'}: what must be done at least, over the time. "
-        + _model(section),
-        roofs.in_words(section["roofs"]),
-        "temp MB: what the compiled program allocates beyond its arguments and results.",
-        contenders.explain(_names(section["cases"])),
-        environment.in_words(section["environment"]),
-    )
-    return "\n".join(filter(None, lines))
-
-
-def ratios(section: dict[str, Any]) -> str:
+def ratios(section: dict[str, Any]) -> list[Table]:
     """Lay logits out for the README: only the ratios, the geometric means under each dtype."""
     found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for case in section["cases"]:
@@ -107,83 +93,69 @@ def ratios(section: dict[str, Any]) -> str:
         for name in names
         if name != OURS and (mode, name) in measured
     ]
-    table = markdown.table(
-        ["logits", "dtype", *(f"{mode} ÷ {name}" for mode, name in columns)],
-        [
-            [shape, dtype, *(f"{row[at]:.2f}" if at in row else "–" for at in columns)]
-            for group in dict.fromkeys(dtype for _, dtype in found)
-            for (shape, dtype), row in found.items()
-            if dtype == group
-        ],
-    )
+    headings = ["logits", "dtype", *(f"{mode} ÷ {name}" for mode, name in columns)]
+    rows = [
+        [shape, dtype, *(f"{row[at]:.2f}" if at in row else "–" for at in columns)]
+        for group in dict.fromkeys(dtype for _, dtype in found)
+        for (shape, dtype), row in found.items()
+        if dtype == group
+    ]
     explained = contenders.explain(name for _, name in columns)
-    return "\n".join([table, "", *filter(None, [explained]), markdown.origin(section)])
+    return [Table(headings, rows, [explained, tables.origin(section)])]
 
 
-def over_baseline(section: dict[str, Any]) -> str:
+def over_baseline(section: dict[str, Any]) -> list[Table]:
     """Lay heads out for the README: time of value and gradient over optax's, temporary memory."""
-    cases = [case for case in section["cases"] if case["mode"] == Mode.VALUE_AND_GRAD]
-    rows = []
-    for name in _names(cases):
-        cells = []
-        for case in cases:
-            by_name = {row["name"]: row for row in case["contenders"]}
-            row, base = by_name.get(name), by_name.get(BASELINE)
-            if row is None or base is None:
-                cells.append("–")
-            else:
-                memory = row["temp_bytes"]
-                cell = f"{row['median_s'] / base['median_s']:.2f}"
-                cells.append(cell if memory is None else f"{cell}, {markdown.megabytes(memory)} MB")
-        rows.append([name, *cells])
-    headings = [f"{case['shape']} {case['dtype']}" for case in cases]
-    table = markdown.table(["value and gradient", *headings], rows, words=1)
-    explained = contenders.explain(_names(cases))
-    return "\n".join([table, "", *filter(None, [explained]), markdown.origin(section)])
+
+    def cell(row: dict[str, Any], case: dict[str, Any]) -> str:
+        if BASELINE not in case:
+            return "–"
+        ratio = f"{row['median_s'] / case[BASELINE]['median_s']:.2f}"
+        memory = row["temp_bytes"]
+        return ratio if memory is None else f"{ratio}, {tables.megabytes(memory)} MB"
+
+    cases = _with_gradients(section)
+    headings = ["value and gradient", *(f"{case['shape']} {case['dtype']}" for case in cases)]
+    notes = contenders.explain(contenders.names(cases)), tables.origin(section)
+    return [Table(headings, tables.by_contender(cases, cell), notes, words=1)]
 
 
-def details(section: dict[str, Any]) -> str:
+def details(section: dict[str, Any]) -> list[Table]:
     """Lay a section out for docs/benchmarks.md: every median, with its fraction of the roof."""
     modes = list(dict.fromkeys(case["mode"] for case in section["cases"]))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for case in section["cases"]:
+        of_case = found.setdefault(f"{case['shape']} {case['dtype']}", {})
         for row in case["contenders"]:
-            rows.setdefault((f"{case['shape']} {case['dtype']}", row["name"]), {})[case["mode"]] = (
+            of_case.setdefault(row["name"], {})[case["mode"]] = (
                 f"{milliseconds(row['median_s'])} ± {_spread(row)}, {of_the_roof(row)}"
             )
-    shown: set[str] = set()
-    lines = []
-    for (shape, name), cells in rows.items():
-        lines.append(
-            ["" if shape in shown else shape, name, *(cells.get(mode, "–") for mode in modes)]
-        )
-        shown.add(shape)
-    kind = "head" if section["op"] == Op.LINEAR else "logits"
-    table = markdown.table([kind, "by", *(f"{mode}, ms" for mode in modes)], lines)
+    rows = [
+        [shape if name == next(iter(of_case)) else "", name, *(cells.get(m, "–") for m in modes)]
+        for shape, of_case in found.items()
+        for name, cells in of_case.items()
+    ]
     notes = (
         "Each cell: the median, the quartile farther from it, the fraction of the roof. "
         + _model(section),
-        roofs.in_words(section["roofs"]),
-        contenders.explain(_names(section["cases"])),
-        markdown.origin(section),
+        timing.roofs_in_words(section["roofs"]),
+        contenders.explain(contenders.names(section["cases"])),
+        tables.origin(section),
     )
-    return "\n".join([table, "", *filter(None, notes)])
+    kind = "head" if section["op"] == Op.LINEAR else "logits"
+    return [Table([kind, "by", *(f"{mode}, ms" for mode in modes)], rows, notes)]
 
 
 def figure(section: dict[str, Any]) -> Figure:
     """Draw heads' time of value and gradient against the number of classes."""
-    cases = [case for case in section["cases"] if case["mode"] == Mode.VALUE_AND_GRAD]
-    first = cases[0]
     return figures.against_vocabulary(
         section,
         (
             (case["classes"], row["name"], 1e3 * row["median_s"])
-            for case in cases
+            for case in _with_gradients(section)
             for row in case["contenders"]
         ),
-        title="linear head, value and gradient: "
-        f"{first['tokens']} tokens, width {first['hidden']}, {first['dtype']}",
-        unit="ms",
+        "ms",
     )
 
 
@@ -198,8 +170,8 @@ def _what(section: dict[str, Any]) -> str:
     return f"{section['labels']} labels" + (", confident" if section["confident"] else "")
 
 
-def _names(cases: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
+def _with_gradients(section: dict[str, Any]) -> list[dict[str, Any]]:
+    return [case for case in section["cases"] if case["mode"] == Mode.VALUE_AND_GRAD]
 
 
 def _spread(row: dict[str, Any]) -> str:

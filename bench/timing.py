@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How time is taken: compiled ahead, warmed up, interleaved, and blocked on."""
+"""How time is taken: compiled ahead, warmed up, interleaved, blocked on; and what the roof is."""
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from bench.cases import Dtype
 
 WARM_UP_ROUNDS = 1
 FEWEST_ROUNDS = 5
 MOST_ROUNDS = 300
+
+# What the roof is measured on: elsewhere so much that the call itself takes no part of the time.
+COPY_BYTES = {"cpu": 2**28, "default": 2**32}
+WIDTHS = {"cpu": 2048, "default": 8192}  # of the square matrices
+ROOF_ROUNDS = 3
 
 Program = Callable[..., Any]
 
@@ -37,6 +45,11 @@ def compile_ahead(
     jitted = jax.jit(function, donate_argnums=tuple(range(donated)))
     compiled = jitted.lower(*arguments).compile()
     return compiled, perf_counter() - start
+
+
+def compile_for(platform: str, function: Program, arguments: Sequence[Any]) -> Any:
+    """Compile for the devices that abstract arguments name, which need not be there."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
 
 
 def temporary_bytes(compiled: Any) -> int:
@@ -118,3 +131,50 @@ def summarize(samples: Sequence[float]) -> Timing:
     """Reduce samples to their median and quartiles."""
     q1, median, q3 = (float(quartile) for quartile in np.percentile(samples, (25, 50, 75)))
     return Timing(median, q1, q3)
+
+
+def roofs(dtypes: Iterable[Dtype]) -> dict[str, Any]:
+    """Measure what the device can do at most: a large copy, and a large product of each dtype.
+
+    The copy is written into memory that is there: memory fresh from the system is several times
+    slower on a CPU, which is the program's cost and not the device's.
+
+    Returns:
+        `bytes_per_s`, read and written; `flops_per_s` by dtype.
+    """
+    platform = jax.default_backend()
+    size, width = (sizes.get(platform) or sizes["default"] for sizes in (COPY_BYTES, WIDTHS))
+    copied = [(jnp.zeros((1024, size // 4096), jnp.float32),)]
+    copy_s = _seconds(lambda x: (0.0, (x + 1,)), copied, donated=1)
+    matrices = {dtype: [(jnp.ones((width, width), dtype),) * 2] for dtype in dtypes}
+    return {
+        "bytes_per_s": 2 * size / copy_s,
+        "flops_per_s": {
+            dtype.value: 2 * width**3 / _seconds(jnp.dot, pair) for dtype, pair in matrices.items()
+        },
+    }
+
+
+def _seconds(function: Program, inputs: list[tuple[Any, ...]], *, donated: int = 0) -> float:
+    compiled, _ = compile_ahead(function, inputs[0], donated=donated)
+    call = caller(inputs, donated=donated)
+    return interleave({"roof": compiled}, call, rounds=ROOF_ROUNDS)["roof"].median_s
+
+
+def least_seconds(roofs: dict[str, Any], dtype: str, *, nbytes: int, flops: int) -> float:
+    """What moving so many bytes, or so many flops, takes at the roof: the longer of the two."""
+    return max(nbytes / roofs["bytes_per_s"], flops / roofs["flops_per_s"][dtype])
+
+
+def roofs_in_words(roofs: dict[str, Any] | None) -> str:
+    """Say the roofs in a line, for under a table; nothing where none was measured."""
+    if roofs is None:
+        return ""
+    products = ", ".join(
+        f"{flops / 1e9:.0f} GFLOP/s in {dtype}" for dtype, flops in roofs["flops_per_s"].items()
+    )
+    return (
+        "Of the roof: the least time for the row's bytes and flops, over the time taken; the least "
+        f"is that of a large copy in place ({roofs['bytes_per_s'] / 1e9:.1f} GB/s) or of a large "
+        f"matrix product ({products}), whichever is longer, both measured in the same run."
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's commands run end to end on tiny shapes; its arithmetic is checked by hand."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -12,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
-from rich.table import Table
 from typer.testing import CliRunner
 
 from bench import (
@@ -31,34 +31,65 @@ from bench import (
     contenders,
     environment,
     figures,
-    markdown,
     memory,
-    overtraining,
-    peak,
     report,
     results,
-    roofs,
     sharding,
     speed,
     speed_tables,
-    terminal,
+    tables,
     timing,
 )
 from bench.__main__ import COMMANDS, app
-from bench.cases import Dtype, Head, Labels, Logits, Mode, Size, choose, program
-from jaxsoftmax.training import model
+from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Size, choose
+from bench.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+INTEGER, FLOAT32, BFLOAT16 = Labels.INTEGER, Dtype.FLOAT32, Dtype.BFLOAT16
 
 # As little is measured as `little` lets. A name that is None in sys.modules cannot be
 # imported: as if the package were not installed.
 START = """
 import runpy, sys
-from bench import cases, roofs
-cases.MOST_COPIES, roofs.COPY_BYTES, roofs.WIDTHS = 16, {"cpu": 2**22}, {"cpu": 256}
+from bench import cases, timing
+cases.MOST_COPIES, timing.COPY_BYTES, timing.WIDTHS = 16, {"cpu": 2**22}, {"cpu": 256}
 sys.modules.update(dict.fromkeys(%s))
 runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little():
+    """Measure on little: the tests run everything, and believe no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "MOST_COPIES", 16)
+        patch.setattr(timing, "COPY_BYTES", {"cpu": 2**22})
+        patch.setattr(timing, "WIDTHS", {"cpu": 64})
+        yield
+
+
+@pytest.fixture(scope="module")
+def sections() -> dict[str, Any]:
+    """Measure, on tiny shapes, what a results file of one device holds."""
+    logits = [Logits(n, v, dtype) for n, v in ((4, 8), (2, 5)) for dtype in cases.DTYPES]
+    heads = [Head(8, 4, 16, FLOAT32), Head(4, 3, 5, BFLOAT16)]
+    modes = [Mode.FORWARD, Mode.VALUE_AND_GRAD]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
+        timed = speed.measure(heads, modes, repeats=2)
+        compiled = memory.measure(heads, [memory.HERE])
+    everything = list(Dtype), INTEGER, [1.0, 30.0], [0.0, 1e4]
+    return {
+        key: section | {"command": f"python -m bench {command}"}
+        for key, command, section in (
+            ("speed/integer", "speed", speed.measure(logits, modes, repeats=2)),
+            ("accuracy/integer", "accuracy", accuracy.measure(*everything, tokens=1, classes=5)),
+            ("speed/linear", "speed --op linear", timed),
+            ("memory", "memory", compiled),
+            (report.SPEED_BY_MODEL, report.SPEED_BY_MODEL, timed),
+            (report.MEMORY_BY_MODEL, report.MEMORY_BY_MODEL, compiled),
+        )
+    }
 
 
 def bench(
@@ -78,23 +109,34 @@ def bench(
     )
 
 
-def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
-    done = bench(
-        "speed",
-        *("--tokens", "8", "--vocab", "16", "--vocab", "33", "--dtype", "bfloat16"),
-        *("--mode", "forward", "--mode", "training-step", "--repeats", "3"),
-        *("--device", "cpu", "--output", "deep/results"),
-        folder=tmp_path,
+def sections_in(folder: Path) -> dict[str, Any]:
+    return json.loads(results.destination(folder).read_text())
+
+
+def f64(array: Any) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def names_of(case: dict[str, Any]) -> list[str]:
+    return [row["name"] for row in case["contenders"]]
+
+
+# The commands.
+
+
+def test_speed_writes_every_case_and_prints_every_contender(tmp_path):
+    chosen = (
+        "--tokens 8 --vocab 16 --vocab 33 --dtype bfloat16 "
+        "--mode forward --mode training-step --repeats 3"
     )
+    elsewhere = "--device", "cpu", "--output", "deep/results"
+    done = bench("speed", *chosen.split(), *elsewhere, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
-    sections = json.loads(results.destination(tmp_path / "deep" / "results").read_text())
-    (section,) = sections.values()
-    assert list(sections) == [
-        "speed --tokens 8 --vocab 16 --vocab 33 --dtype bfloat16 "
-        "--mode forward --mode training-step --repeats 3"
-    ]
-    assert section["command"] == f"python -m bench {next(iter(sections))}"
+    found = sections_in(tmp_path / "deep" / "results")
+    (section,) = found.values()
+    assert list(found) == [f"speed {chosen}"]
+    assert section["command"] == f"python -m bench speed {chosen}"
     assert [line for line in section["left_out"] if "torch" not in line] == []
     rates = section["roofs"]["bytes_per_s"], *section["roofs"]["flops_per_s"].values()
     assert set(section["roofs"]["flops_per_s"]) == {"bfloat16"}
@@ -102,23 +144,14 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
     assert section["environment"]["versions"]["jax"] == jax.__version__
     assert {"device", "platform", "cpus", "python", "commit", "date"} < set(section["environment"])
 
-    names = ["jaxsoftmax", "optax", "optax, no upcast", "jax.nn"]
-    asked = [
-        (8, classes, "bfloat16", mode, names)
-        for classes in (16, 33)
-        for mode in ("forward", "training-step")
-    ]
-    assert asked == [
-        (
-            case["tokens"],
-            case["classes"],
-            case["dtype"],
-            case["mode"],
-            [row["name"] for row in case["contenders"] if "torch" not in row["name"]],
-        )
-        for case in section["cases"]
-    ]
+    assert [
+        (case["tokens"], case["classes"], case["dtype"], case["mode"]) for case in section["cases"]
+    ] == [*itertools.product([8], [16, 33], ["bfloat16"], ["forward", "training-step"])]
+    of_shapes: dict[tuple[str, ...], dict[str, float]] = {}
     for case in section["cases"]:
+        assert [name for name in names_of(case) if "torch" not in name] == [
+            *("jaxsoftmax", "optax", "optax, no upcast", "jax.nn")
+        ]
         passes = 1 if case["mode"] == "forward" else 3
         assert case["bytes"] == passes * 2 * case["tokens"] * case["classes"]
         ours = case["contenders"][0]["median_s"]
@@ -128,38 +161,34 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path: Path):
             assert row["ratio"] == pytest.approx(ours / row["median_s"])
             least = case["bytes"] / section["roofs"]["bytes_per_s"]
             assert row["of_roof"] == pytest.approx(least / row["median_s"])
+            key = case["dtype"], case["mode"], row["name"]
+            of_shapes.setdefault(key, {})[case["shape"]] = row["ratio"]
 
     for mean in section["geometric_means"]:
-        of_shapes = [
-            row["ratio"]
-            for case in section["cases"]
-            for row in case["contenders"]
-            if (case["dtype"], case["mode"], row["name"])
-            == (mean["dtype"], mean["mode"], mean["contender"])
-        ]
-        assert mean["ratio"] == pytest.approx(math.sqrt(math.prod(of_shapes)))
-        assert (mean["best"], mean["worst"]) == (min(of_shapes), max(of_shapes))
-        assert mean["worst_shape"] in ("8x16", "8x33")
+        by_shape = of_shapes[mean["dtype"], mean["mode"], mean["contender"]]
+        assert set(by_shape) == {"8x16", "8x33"}
+        assert mean["ratio"] == pytest.approx(math.sqrt(math.prod(by_shape.values())))
+        assert (mean["best"], mean["worst"]) == (min(by_shape.values()), max(by_shape.values()))
+        assert by_shape[mean["worst_shape"]] == mean["worst"]
 
     for words in ("forward, bfloat16", "training-step, bfloat16", "optax, no upcast", "8x16"):
         assert words in done.stdout
-    assert "geometric mean" in done.stdout
     for words in ("of roof", "Of the roof: ", "GB/s: what must be done", "temp MB: "):
         assert words in done.stdout
+    assert "geometric mean" in done.stdout
 
 
-def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
+def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path):
     path = results.destination(tmp_path / results.DEFAULT)
     path.write_text('{"speed/integer": {"kept": true}}')
     chosen = "--tokens 2 --vocab 20 --dtype float32 --lead 1 --lead 30 --offset 100"
-    arguments = shlex.split(chosen)
-    done = bench("accuracy", *arguments, folder=tmp_path, columns=None)
+    done = bench("accuracy", *shlex.split(chosen), folder=tmp_path, columns=None)
     assert done.returncode == 0, done.stderr
-    assert 80 < max(map(len, done.stdout.splitlines())) <= terminal.WIDTH
+    assert 80 < max(map(len, done.stdout.splitlines())) <= tables.WIDTH
 
-    sections = json.loads(path.read_text())
-    assert sections["speed/integer"] == {"kept": True}
-    section = sections[f"accuracy {chosen}"]
+    found = sections_in(tmp_path / results.DEFAULT)
+    assert found["speed/integer"] == {"kept": True}
+    section = found[f"accuracy {chosen}"]
     assert [
         (one["name"], one["dtype"], one["offset"])
         for one in section["series"]
@@ -172,84 +201,194 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path: Path):
     assert max(ours["loss"]["max"]) < 1e-6
     assert max(ours["target"]["max"]) < 1e-5
 
-    assert section["command"] == f"python -m bench accuracy {' '.join(arguments)}"
+    assert section["command"] == f"python -m bench accuracy {chosen}"
     for words in ("lead 1 ", " 30 ", "loss", "gradient, target", "gradient, others", "100 %"):
         assert words in done.stdout
     section["series"] = [one | {"offset": 0.0} for one in section["series"]]
-    lines = accuracy_tables.as_markdown(section).splitlines()
-    assert lines[0] == "| relative error of | by | lead 1 | 30 |"
-    assert len([line for line in lines if line.startswith("|")]) == 2 + 3 * len(section["series"])
-    assert lines[-1].startswith(f"Measured by `{section['command']}` on ")
+    (table,) = accuracy_tables.in_readme(section)
+    assert table.headings == ["relative error of", "by", "lead 1", "30"]
+    assert len(table.rows) == 3 * len(section["series"])
+    origin = table.notes[-1]
+    assert origin.startswith(f"Measured by `{section['command']}` on ")
     for version in ("jaxsoftmax", "jax", "optax"):
-        assert f"{version} {section['environment']['versions'][version]}" in lines[-1]
-    assert section["environment"]["date"] in lines[-1]
+        assert f"{version} {section['environment']['versions'][version]}" in origin
+    assert section["environment"]["date"] in origin
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "more"),
     [
-        ("speed", "--tokens", "8", "--vocab", "16", "--repeats", "1", "--mode", "forward"),
-        ("accuracy", "--lead", "1", "--vocab", "5", "--tokens", "1", "--dtype", "bfloat16"),
+        ("speed --tokens 8 --vocab 16 --repeats 1 --mode forward", ["torch, compiled"]),
+        ("accuracy --lead 1 --vocab 5 --tokens 1 --dtype bfloat16", []),
     ],
     ids=["speed", "accuracy"],
 )
-def test_a_missing_peer_is_left_out_with_a_line(arguments: tuple[str, ...], tmp_path: Path):
-    done = bench(*arguments, folder=tmp_path, without=["optax", "torch"], columns=60)
+def test_a_missing_peer_is_left_out_with_a_line(arguments, more, tmp_path):
+    without = ["optax", "torch"]
+    done = bench(*arguments.split(), folder=tmp_path, without=without, columns=60)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 60
     assert "…" not in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
-    peers = ["optax", "optax, no upcast", "torch"]
-    if arguments[0] == "speed":
-        peers.append("torch, compiled")
     assert sorted(line.partition(" (")[0] for line in lines) == [
-        f"left out: {peer}" for peer in peers
+        f"left out: {peer}" for peer in ("optax", "optax, no upcast", "torch", *more)
     ]
-    path = results.destination(tmp_path / results.DEFAULT)
-    (section,) = json.loads(path.read_text()).values()
+    (section,) = sections_in(tmp_path / results.DEFAULT).values()
     assert section["left_out"] == lines
     rows = section.get("series") or [row for case in section["cases"] for row in case["contenders"]]
     assert {row["name"] for row in rows} == {"jaxsoftmax", "jax.nn"}
     assert "jax.nn" in done.stdout
 
 
-def test_our_own_import_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch):
+def test_our_own_import_errors_are_not_swallowed(monkeypatch):
     monkeypatch.delitem(sys.modules, "bench.contenders.ours", raising=False)
     monkeypatch.setitem(sys.modules, "jaxsoftmax", None)
     with pytest.raises(ModuleNotFoundError, match="jaxsoftmax"):
-        contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)
+        contenders.load(contenders.LOGITS[INTEGER], FLOAT32)
 
+
+class BrokenError(Exception):
+    pass
+
+
+def broken(*arguments: Any) -> jax.Array:
+    raise BrokenError("not today\nnor tomorrow")
+
+
+def measured_by_speed() -> tuple[list[str], list[str]]:
+    section = speed.measure([Head(4, 3, 5, FLOAT32)], [Mode.FORWARD], repeats=1)
+    return names_of(section["cases"][0]), section["left_out"]
+
+
+def measured_by_accuracy() -> tuple[list[str], list[str]]:
+    section = accuracy.measure([BFLOAT16], INTEGER, [1.0], [0.0], tokens=1, classes=5)
+    return [one["name"] for one in section["series"]], section["left_out"]
+
+
+def test_a_peer_that_fails_is_left_out_but_ours_must_not(monkeypatch):
+    for measured, theirs, ours, first, line in (
+        (
+            *(measured_by_speed, "with_optax.head", "head_recompute"),
+            ["jaxsoftmax", "jaxsoftmax, recompute"],
+            "4x3x5 float32 forward: optax fails: BrokenError: not today",
+        ),
+        (
+            *(measured_by_accuracy, "with_jax_nn.integer_labels", "integer_labels"),
+            ["jaxsoftmax", "optax", "optax, no upcast"],
+            "bfloat16: jax.nn fails: BrokenError: not today",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bench.contenders.{theirs}", broken)
+            names, left_out = measured()
+            assert names[: len(first)] == first
+            assert not [name for name in names if f" {name} fails" in line]
+            assert line in left_out
+            patch.setattr(f"bench.contenders.ours.{ours}", broken)
+            with pytest.raises(BrokenError):
+                measured()
+
+
+def test_a_peer_that_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(speed, "PATIENCE_S", 0.0)
+    names, _ = measured_by_speed()
+    assert names == ["jaxsoftmax", "jaxsoftmax, recompute", "jaxsoftmax, three options"]
+
+
+def test_a_profile_has_a_folder_a_case_and_contender(tmp_path, monkeypatch):
+    monkeypatch.setitem(contenders.LOGITS, INTEGER, contenders.LOGITS[INTEGER][:2])
+    case = Logits(8, 16, FLOAT32)
+    speed.measure([case], [Mode.TRAINING_STEP], repeats=1, profile=tmp_path)
+    assert {
+        path.relative_to(tmp_path).parts[:2]
+        for path in tmp_path.glob("*/*/plugins/profile/*/*.xplane.pb")
+    } == {("8x16-float32-training-step", name) for name in ("jaxsoftmax", "optax")}
+
+
+def test_heads_over_a_mesh_of_this_machine(monkeypatch):
+    three = {name: sharding.LAYOUTS[name] for name in ("data", "vocabulary", "FSDP, vocabulary")}
+    monkeypatch.setattr(sharding, "LAYOUTS", three)
+    case = Head(512, 64, 4096, FLOAT32)
+    devices = sharding.parse("here/data=4,vocab=2")
+    assert str(devices) == "here/data=4,vocab=2"
+    rows = sharding.measure(case, devices)["rows"]
+    found = {(row["layout"], row["gradients"]): row for row in rows}
+    assert len(found) == 2 * len(three)
+    for (layout, _), row in found.items():
+        # Nothing but a maximum and a few sums a token in the loops, and only with a vocabulary.
+        assert row["loop_wire_bytes"] <= ("vocabulary" in layout) * 2 * 4 * 4 * case.tokens
+        assert row["wire_bytes"] > 0
+    # Data: d_kernel summed and, in forward, scattered to be gathered: once around a ring each.
+    kernel = 4 * case.hidden * case.classes
+    recomputed = found["data", "recompute"]["wire_bytes"]
+    assert recomputed == pytest.approx(2 * kernel * 7 / 8, rel=0.01)
+    for wrong in ("here", "here/data=4", "v5e:2x4/data=a,vocab=2", "here/vocab=2,data=4"):
+        with pytest.raises(typer.BadParameter, match="expected TOPOLOGY/data=N,vocab=M"):
+            sharding.parse(wrong)
+    with pytest.raises(typer.BadParameter, match="has 8 devices, its mesh 6"):
+        sharding.measure(case, sharding.Devices("here", 3, 2))
+
+
+on_linux = pytest.mark.skipif(not (memory.PROCESS / "clear_refs").exists(), reason="needs Linux")
+
+
+@on_linux
+def test_peak_memory_is_that_of_a_run_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(contenders, "HEAD", contenders.HEAD[1:3])
+    case = Head(512, 16, 32768, FLOAT32)
+    section: dict[str, Any] = memory.measure_peaks([case]) | {
+        "command": "python -m bench memory --peak"
+    }
+    assert section["left_out"] == []
+    ours, optax = section["cases"][0]["contenders"]
+    assert (ours["name"], optax["name"]) == ("jaxsoftmax, recompute", "optax")
+    logits = 4 * case.tokens * case.classes
+    assert logits <= optax["bytes"] <= 3 * logits
+    assert ours["bytes"] < optax["bytes"] / 2
+    (table,) = memory.peaks_in_docs(section)
+    tables.show(table)
+    assert table.rows[1] == ["optax", f"{optax['bytes'] / 1e6:.0f}"]
+
+
+@on_linux
+def test_peak_memory_counts_what_is_given_back(monkeypatch):
+    size = 2**27
+
+    def program(*_: object) -> int:
+        return np.ones(size, np.uint8)[-1]
+
+    monkeypatch.setattr(contenders, "program", lambda *_: program)
+    monkeypatch.setattr(timing, "compile_ahead", lambda program, _: (program, 0.0))
+    rise = memory.rise(Head(2, 2, 2, FLOAT32), "optax")
+    assert rise == pytest.approx(size, rel=0.1)  # Linux counts pages in batches
+
+
+# What a command line asks for, and where it goes.
 
 WRONG = {
-    "a width of logits": (["speed", "--hidden", "8", "--vocab", "9"], "logits have no width"),
-    "no classes": (["speed", "--tokens", "8"], "expected --vocab or --model"),
-    "no width": (["memory", "--vocab", "9"], "expected --hidden with --vocab"),
-    "a model": (["speed", "--model", "gpt-9"], "expected llama-2, gpt-2, .*, all; got 'gpt-9'"),
-    "a size": (["speed", "--size", "huge"], "'huge' is not one of 'fast', 'regular', 'large'"),
-    "dense heads": (["speed", "--op", "linear", "--labels", "dense"], "takes integer labels"),
-    "confident heads": (
-        ["speed", "--op", "linear", "--confident"],
-        "expected logits and integer labels with it",
-    ),
-    "a target": (["memory", "--target", "v9"], "expected here, v5e, v5p, v6e; got 'v9'"),
-    "two kinds of memory": (["memory", "--peak", "--target", "here"], "expected one of them"),
-    "a mesh of several heads": (
-        ["memory", "--mesh", "here/data=1,vocab=1", "--model", "all"],
-        "expected one head; got 14",
-    ),
+    "speed --hidden 8 --vocab 9": "logits have no width",
+    "speed --tokens 8": "expected --vocab or --model",
+    "memory --vocab 9": "expected --hidden with --vocab",
+    "speed --model gpt-9": "expected llama-2, gpt-2, .*, all; got 'gpt-9'",
+    "speed --size huge": "'huge' is not one of 'fast', 'regular', 'large'",
+    "speed --op linear --labels dense": "takes integer labels",
+    "speed --op linear --confident": "expected logits and integer labels with it",
+    "memory --target v9": "expected here, v5e, v5p, v6e; got 'v9'",
+    "memory --peak --target here": "expected one of them",
+    "memory --mesh here/data=1,vocab=1 --model all": "expected one head; got 14",
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_options_are_named(arguments: list[str], message: str):
-    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+@pytest.mark.parametrize(("arguments", "message"), WRONG.items(), ids=WRONG)
+def test_wrong_options_are_named(arguments, message):
+    done = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
     assert done.exit_code == 2
     assert re.search(message, " ".join(done.output.replace("│", " ").split())), done.output
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path: Path):
-    options = ("--tokens", "8", "--vocab", "9", "--repeats", "1")
-    done = bench("speed", "--device", "gpu", *options, folder=tmp_path)
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    options = "--device gpu --tokens 8 --vocab 9 --repeats 1"
+    done = bench("speed", *options.split(), folder=tmp_path)
     if done.returncode == 0:
         pytest.skip("it is there")
     assert done.returncode == 2
@@ -257,33 +396,26 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path):
 
 
 def test_options_are_combined():
-    given = choose(
-        cases.HEADS, tokens=[8, 9], vocab=[5], models=["gpt-2"], hidden=[4], dtypes=[Dtype.FLOAT16]
-    )
     half = Dtype.FLOAT16
-    assert given == [Head(n, 4, v, half) for n in (8, 9) for v in (50257, 5)]
-    assert choose(cases.HEADS, models=["gpt-2"], size=Size.FAST) == [
-        Head(256, 768, 50257, dtype) for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16)
-    ]
+    given = {"tokens": [8, 9], "vocab": [5], "models": ["gpt-2"], "hidden": [4], "dtypes": [half]}
+    assert choose(cases.HEADS, **given) == [Head(n, 4, v, half) for n in (8, 9) for v in (50257, 5)]
+    by_size = choose(cases.HEADS, models=["gpt-2"], size=Size.FAST)
+    assert by_size == [Head(256, 768, 50257, dtype) for dtype in cases.DTYPES]
     by_model = choose(speed.logits(Labels.DENSE), tokens=[3], models=["all"], dtypes=[half])
-    assert by_model == [
-        Logits(3, v, half, Labels.DENSE)
-        for v in (32000, 50257, 128256, 151936, 201088, 256000, 262144)
-    ]
+    every = 32000, 50257, 128256, 151936, 201088, 256000, 262144
+    assert by_model == [Logits(3, v, half, Labels.DENSE) for v in every]
 
 
 def test_without_options_the_default_cases_scale_with_the_size():
     assert choose(cases.HEADS) == list(cases.HEADS)
     large = choose(cases.HEADS, size=Size.LARGE)
-    assert [case.tokens for case in large] == [4 * case.tokens for case in cases.HEADS]
-    half = choose(speed.logits(Labels.INTEGER), dtypes=[Dtype.FLOAT16])
-    assert [(case.tokens, case.classes, case.dtype) for case in half] == [
-        (*shape, Dtype.FLOAT16) for shape in cases.SHAPES
-    ]
+    assert large == [case._replace(tokens=4 * case.tokens) for case in cases.HEADS]
+    half = choose(speed.logits(INTEGER), dtypes=[Dtype.FLOAT16])
+    assert half == [Logits(*shape, Dtype.FLOAT16) for shape in cases.SHAPES]
 
 
 @pytest.mark.parametrize("content", ["not json", "[1]"])
-def test_a_file_of_something_else_is_refused_before_measuring(tmp_path: Path, content: str):
+def test_a_file_of_something_else_is_refused_before_measuring(tmp_path, content):
     path = results.destination(tmp_path)
     assert path == tmp_path / f"{environment.slug(environment.device_name())}.json"
     path.write_text(content)
@@ -297,7 +429,7 @@ def test_a_file_of_something_else_is_refused_before_measuring(tmp_path: Path, co
 def test_nothing_that_is_tracked_is_written_unless_asked():
     """Of every command that measures: all have the option, and one default, which git ignores."""
     commands = {name: command for name, command in COMMANDS.items() if name != "report"}
-    assert len(commands) == 4
+    assert len(commands) == 3
     for command in commands.values():
         parameters = inspect.signature(command).parameters
         assert parameters["output"].default == results.DEFAULT
@@ -306,9 +438,7 @@ def test_nothing_that_is_tracked_is_written_unless_asked():
     assert not results.DEFAULT.is_absolute()
 
 
-def test_rows_that_a_run_removes_are_said(
-    sections: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_rows_that_a_run_removes_are_said(sections, tmp_path, capsys):
     """Of sections of every kind: without a contender, without a case, and with both again."""
     for key, section in (report.committed()[0] | sections).items():
         everything = [*results.rows(section)]
@@ -318,8 +448,7 @@ def test_rows_that_a_run_removes_are_said(
         results.keep(path, section, key)
         assert "removed" not in capsys.readouterr().err
         fewer = json.loads(json.dumps(section))
-        places = [fewer[part] for part in ("series", "runs") if part in fewer]
-        (rows, *_) = places or [case["contenders"] for case in fewer["cases"]]
+        rows = fewer.get("series") or fewer["cases"][0]["contenders"]
         gone = rows.pop()["name"]
         results.keep(path, fewer, key)
         assert f"did not measure: 1 of {gone} (of " in " ".join(capsys.readouterr().err.split())
@@ -332,27 +461,60 @@ def test_rows_that_a_run_removes_are_said(
                 assert f"1 of {row['name']}" in line
 
 
+# What is measured, and how.
+
+
+def assert_all_agree(
+    case: Case, entries: Sequence[contenders.Entry], mode: Mode, rtol: float, atol: float
+) -> list[str]:
+    """Every contender's results are those of the first; who is left out."""
+    found, left_out = contenders.load(entries, case.dtype)
+    expected: list[Any] = []
+    for one in found:
+        got = contenders.program(one, mode, case.parameters)(*case.inputs()[0])
+        leaves = jax.tree.leaves(got)
+        expected = expected or leaves
+        for mine, theirs in zip(expected, leaves, strict=True):
+            np.testing.assert_allclose(f64(theirs), f64(mine), rtol, atol, err_msg=one.name)
+    return left_out
+
+
 @pytest.mark.parametrize("labels", Labels)
-@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+# Two contenders accumulate in bfloat16, so agreement there is coarse.
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(FLOAT32, 1e-5, 1e-7), (BFLOAT16, 0.05, 1e-3)], ids=cases.DTYPES
+)
 @pytest.mark.parametrize("mode", Mode)
-def test_contenders_compute_the_same(labels: Labels, dtype: Dtype, mode: Mode):
-    (logits, targets), *_ = Logits(6, 37, dtype, labels).inputs()
-    found, left_out = contenders.load(contenders.LOGITS[labels], dtype)
-    assert left_out == []
-    ours, *others = (program(loss, mode)(logits, targets) for _, loss, _ in found)
-    # Two contenders accumulate in bfloat16, so agreement there is coarse.
-    rtol, atol = (1e-5, 1e-7) if dtype is Dtype.FLOAT32 else (0.05, 1e-3)
-    for other in others:
-        for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(f64(mine), f64(theirs), rtol=rtol, atol=atol)
+def test_contenders_compute_the_same(labels, dtype, rtol, atol, mode):
+    case = Logits(6, 37, dtype, labels)
+    assert assert_all_agree(case, contenders.LOGITS[labels], mode, rtol, atol) == []
 
 
-def f64(array: jax.Array) -> np.ndarray:
-    return np.asarray(array, np.float64)
+def test_the_heads_of_all_contenders_agree():
+    by_jax = [entry for entry in contenders.HEAD if entry.jax and not entry.whole]
+    optax_first = sorted(by_jax, key=lambda entry: entry.name != "optax")
+    assert_all_agree(Head(6, 5, 37, FLOAT32), optax_first, Mode.VALUE_AND_GRAD, 2e-4, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
+@pytest.mark.parametrize("mode", Mode)
+def test_torch_computes_the_same(mode):
+    pytest.importorskip("torch")
+    heads = tuple(entry for entry in contenders.HEAD if not entry.jax)
+    logits, of_torch = contenders.LOGITS, contenders.TORCH_LOGITS
+    for case, entries in (
+        (Logits(6, 37, FLOAT32), logits[INTEGER][:1] + of_torch[INTEGER]),
+        (
+            Logits(6, 37, FLOAT32, Labels.DENSE),
+            logits[Labels.DENSE][:1] + of_torch[Labels.DENSE][:1],
+        ),
+        (Head(6, 5, 37, FLOAT32), contenders.HEAD[:1] + heads),
+    ):
+        assert assert_all_agree(case, entries, mode, 2e-4, 1e-6) == []
 
 
 def test_small_inputs_rotate_and_dense_labels_are_distributions():
-    pairs = Logits(64, 100, Dtype.BFLOAT16, Labels.DENSE).inputs()
+    pairs = Logits(64, 100, BFLOAT16, Labels.DENSE).inputs()
     assert len(pairs) == cases.MOST_COPIES
     assert not jnp.array_equal(pairs[0][0], pairs[1][0])
     logits, labels = pairs[-1]
@@ -361,18 +523,16 @@ def test_small_inputs_rotate_and_dense_labels_are_distributions():
 
 
 def test_the_labels_of_confident_logits_lead_in_a_third_of_the_rows():
-    logits, labels = Logits(300, 50, Dtype.FLOAT32, confident=True).inputs()[0]
+    logits, labels = Logits(300, 50, FLOAT32, confident=True).inputs()[0]
     share = f64(jax.nn.softmax(logits))[np.arange(300), labels]
     assert (share[::3] > 0.999).all()
     assert np.delete(share, np.s_[::3]).max() < 0.5
 
 
 def test_dense_labels_count_as_bytes():
-    def passes(mode: Mode) -> float:
-        return Logits(8, 16, Dtype.BFLOAT16, Labels.DENSE).bytes(mode) / (8 * 16 * 2)
-
-    assert passes(Mode.FORWARD) == 2
-    assert passes(Mode.VALUE_AND_GRAD) == 5
+    case, size = Logits(8, 16, BFLOAT16, Labels.DENSE), 8 * 16 * 2
+    assert case.bytes(Mode.FORWARD) == 2 * size
+    assert case.bytes(Mode.VALUE_AND_GRAD) == 5 * size
 
 
 def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
@@ -401,476 +561,11 @@ def test_a_round_budget_in_seconds_has_a_floor_and_a_ceiling():
     assert len(calls) == timing.WARM_UP_ROUNDS + 2 * timing.MOST_ROUNDS
 
 
-def test_quartiles_and_geometric_mean():
-    assert timing.summarize([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 2.0, 4.0)
-    assert results.geometric_mean([0.5, 2.0]) == pytest.approx(1)
-    assert results.geometric_mean([0.4, 0.9]) == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(1.2344, "1234"), (0.5, "500"), (0.0999999, "100"), (0.0123, "12.3"), (4.2e-5, "0.042")],
-)
-def test_milliseconds(seconds: float, text: str):
-    assert speed_tables.milliseconds(seconds) == text.replace("1234", "1230")
-
-
-@pytest.mark.parametrize(
-    ("error", "text"), [(0, "0"), (6e-8, "6e-8"), (0.048, "4.8 %"), (0.12, "12 %"), (1, "100 %")]
-)
-def test_percent(error: float, text: str):
-    assert accuracy_tables.percent(error) == text
-
-
-def test_the_exact_values_are_exact_far_beyond_float64():
-    logits = jnp.array([[0.0, 80.0], [0.0, 0.5]])
-    losses, gradients = accuracy.exact(logits, np.array([1, 0]))
-    tail, p = math.exp(-80), 1 / (1 + math.exp(0.5))
-    np.testing.assert_allclose(losses, [tail, -math.log(p)], rtol=1e-14)
-    np.testing.assert_allclose(gradients, [[tail, -tail], [p - 1, 1 - p]], rtol=1e-14)
-
-
-def test_errors_are_told_apart_by_entry():
-    targets = np.array([1, 0, 0])
-    truth = (
-        np.array([2.0, 4.0, 1.0]),
-        np.array([[0.5, -0.5], [-1e-50, 1e-50], [-0.25, 0.25]]),
-    )
-    computed = np.array([2.0, 5.0, 1.1]), np.array([[0.6, -0.5], [0.0, 1.0], [-0.2, 0.25]])
-    found = accuracy.relative_errors(computed, truth, targets, Dtype.FLOAT32)
-    assert found["loss"] == pytest.approx({"max": 0.25, "median": 0.1})
-    # No float32 is near 1e-50: nobody's error.
-    assert found["target"] == pytest.approx({"max": 0.2, "median": 0.1})
-    assert found["others"] == pytest.approx({"max": 0.2, "median": 0.1})
-    second, true = ((losses[1:2], gradients[1:2]) for losses, gradients in (computed, truth))
-    alone = accuracy.relative_errors(second, true, targets[1:2], Dtype.FLOAT32)
-    assert alone["loss"] == pytest.approx({"max": 0.25, "median": 0.25})
-    assert alone["target"] is alone["others"] is None
-
-
-@pytest.mark.parametrize("dtype", Dtype)
-def test_the_target_leads_by_what_was_asked(dtype: Dtype):
-    logits, targets = accuracy.draw(dtype, 17.0, 0.0, 4, 50)
-    assert logits.dtype == jnp.dtype(dtype)
-    ordered = np.sort(f64(logits), axis=-1)
-    rounding = 32 * float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, atol=rounding)
-    assert (np.argmax(logits, axis=-1) == targets).all()
-    same, _ = accuracy.draw(dtype, 3.0, 0.0, 4, 50)
-    assert ((f64(same) != f64(logits)).sum(axis=-1) == 1).all()  # only the target is another
-
-
-def test_an_offset_is_rounded_with_the_logits_and_the_truth_is_of_what_is_left():
-    logits, targets = accuracy.draw(Dtype.BFLOAT16, 5.0, 1e4, 4, 50)
-    assert (f64(logits) == 9984).all()  # bfloat16 numbers are 64 apart there
-    losses, gradients = accuracy.exact(logits, targets)
-    np.testing.assert_allclose(losses, math.log(50), rtol=1e-14)
-    np.testing.assert_allclose(gradients[np.arange(4), targets], -0.98, rtol=1e-14)
-
-
-def test_torch_differentiates_each_loss_by_itself():
-    pytest.importorskip("torch")
-    logits, targets = accuracy.draw(Dtype.FLOAT32, 1.0, 0.0, 3, 5)
-    for labels in Labels:
-        (contender,), _ = contenders.load(contenders.TORCH_LOGITS[labels][:1], Dtype.FLOAT32)
-        computed = accuracy.evaluate(contender, logits, targets, labels)
-        for got, true in zip(computed, accuracy.exact(logits, targets), strict=True):
-            np.testing.assert_allclose(got, true, rtol=1e-5)
-
-
-def test_overtraining_records_what_the_losses_say_and_what_is_so(sections: dict[str, Any]):
-    section = sections["overtraining"]
-    (run,) = section["runs"]
-    assert section["steps"][0] == 0
-    assert section["steps"][-1] == 60
-    lists = [value for value in run.values() if isinstance(value, list)]
-    assert {len(one) for one in lists} == {len(section["steps"])}
-    np.testing.assert_allclose(run["loss"], run["exact_loss"], rtol=1e-4)
-    assert run["accuracy"][0] < 0.5
-    assert run["accuracy"][-1] > 0.99
-    assert (run["loss_zero"], run["gradient_zero"]) == (-1, -1)
-    assert "| optax | never | never |" in overtraining.as_markdown(section)
-
-
-def test_overtraining_holds_a_loss_against_float64():
-    """Two examples, by hand: a linear classifier whose targets lead by 20 and by 40 nats."""
-    weights = jnp.diag(jnp.array([20.0, 40.0]))
-    params = [(weights, jnp.zeros(2))]
-    x, y = jnp.eye(2), jnp.array([0, 1])
-    tails = np.exp([-20.0, -40.0]) / (1 + np.exp([-20.0, -40.0]))
-    dz = np.array([[-tails[0], tails[0]], [tails[1], -tails[1]]]) / 2
-    norm = np.linalg.norm(np.concatenate([dz.ravel(), dz.sum(axis=0)]))
-    for name, loss, _ in contenders.load(contenders.LOGITS[Labels.INTEGER], Dtype.FLOAT32)[0]:
-        found = overtraining.judge(params, x, y, loss=loss)
-        assert found["exact_loss"] == pytest.approx(np.log1p(np.exp([-20, -40])).mean(), rel=1e-12)
-        assert found["exact_gradient_norm"] == pytest.approx(norm, rel=1e-6)
-        assert found["smallest_lead"] == 20
-        assert found["accuracy"] == 1
-        if name == contenders.OURS:
-            assert found["loss"] == pytest.approx(found["exact_loss"], rel=1e-6)
-            assert found["gradient_error"] < 1e-6
-        else:
-            # The target's entries are lost, the others are right: half of dz, and of its sums.
-            kept = np.where(dz > 0, dz, 0)
-            lost = np.concatenate([(kept - dz).ravel(), (kept - dz).sum(axis=0)])
-            assert found["loss"] == 0
-            assert found["gradient_error"] == pytest.approx(np.linalg.norm(lost) / norm, rel=1e-3)
-
-
-def test_overtraining_steps_are_adams():
-    optax = pytest.importorskip("optax")
-    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 3
-    state = overtraining.initial((4, 5, 3))
-    params = state.params
-    loss = overtraining.OURS
-    optimizer = optax.adam(overtraining.LEARNING_RATE)
-    slots = optimizer.init(params)
-    with jax.numpy_dtype_promotion("standard"):
-        for _ in range(5):
-            gradient = jax.grad(lambda p: loss(model.apply(p, x, 3), y).mean())(params)
-            updates, slots = optimizer.update(gradient, slots)
-            params = optax.apply_updates(params, updates)
-    taken = overtraining.train(state, x, y, 5, loss=loss).params
-    for mine, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(f64(mine), f64(theirs), rtol=1e-5, atol=1e-7)
-
-
-def test_overtraining_notices_zero_at_its_step():
-    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.where(labels == 0, jnp.maximum(logits[:, 0], 0), 0)
-
-    state = overtraining.initial((1, 2))
-    params = [(jnp.zeros((1, 2)), jnp.array([2.5 * overtraining.LEARNING_RATE, 0.0]))]
-    x, y = jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)
-    # Adam's first steps are of one size, so the bias is below 0 after three.
-    state = overtraining.train(state._replace(params=params), x, y, 10, loss=loss)
-    assert (int(state.step), int(state.loss_zero), int(state.gradient_zero)) == (10, 3, 3)
-
-
-def test_tables_print_again_from_a_file(capsys: pytest.CaptureFixture[str]):
-    case = Logits(4, 8, Dtype.FLOAT32, Labels.DENSE)
-    section = speed.measure([case], [Mode.FORWARD], repeats=2)
-    again = json.loads(json.dumps(section))
-    for table in speed_tables.tables(again):
-        terminal.show(table)
-    terminal.output().print(speed_tables.notes(again))
-    printed = capsys.readouterr().out
-    assert "forward, float32, dense labels" in printed
-    assert "both twice" in " ".join(printed.split())
-
-
-LAYOUTS: dict[str, Callable[[dict[str, Any]], Iterable[Table]]] = {
-    "accuracy": accuracy_tables.tables,
-    "speed": speed_tables.tables,
-    "overtraining": lambda section: [overtraining.as_table(section)],
-    "memory/peak": lambda section: [peak.table(section)],
-    "memory --mesh": lambda section: [sharding.table(section)],
-    "memory": lambda section: [memory.table(section)],
-}
-
-
-@pytest.mark.parametrize("columns", [200, 80, 50, 20])
-def test_tables_are_whole_at_any_width(
-    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """Those of the committed results: nothing is cut off, and at usual widths no number broken."""
-    monkeypatch.setenv("COLUMNS", f"{columns}")
-    for key, section in report.committed()[0].items():
-        layout = next(layout for begin, layout in LAYOUTS.items() if key.startswith(begin))
-        for table in layout(section):
-            terminal.show(table)
-            printed = capsys.readouterr().out
-            assert max(map(len, printed.splitlines())) <= columns
-            assert "…" not in printed
-            numbers = [
-                part
-                for column in table.columns
-                if column.justify == "right"
-                for cell in column.cells
-                for part in str(cell).split()
-            ]
-            if columns < 50:
-                numbers, printed = "".join(numbers), " ".join(printed)
-            assert Counter(numbers) <= Counter(printed.split()), table.title
-
-
-def test_tables_say_that_logits_are_confident(capsys: pytest.CaptureFixture[str]):
-    case = Logits(4, 8, Dtype.FLOAT32, confident=True)
-    section = speed.measure([case], [Mode.FORWARD], repeats=2)
-    for table in speed_tables.tables(section):
-        terminal.show(table)
-    assert "forward, float32, integer labels, confident" in capsys.readouterr().out
-
-
-def test_readme_and_docs_show_the_committed_results():
-    if not report.committed():
-        pytest.skip("no results are committed")
-    report.command(check=True)  # exits where a table differs
-    for stem in report.FIGURES:
-        assert (report.FIGURES_FOLDER / f"{stem}.png").stat().st_size > 10_000
-        assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
-
-
-def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
-    if platform.python_version().startswith(f"{environment.PYTHON}."):
-        # With a newer one, the tables are to be measured again.
-        assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
-    captions = [
-        line
-        for path in (report.README, report.SHARDING, report.BENCHMARKS)
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.startswith("Measured by `python -m bench ")
-    ]
-    assert len(captions) > 10
-    for line in captions:
-        others = f" jax {environment.JAX}," not in line
-        assert (f"README's commands install jax {environment.JAX} on Python" in line) == others
-
-
-def test_the_committed_accuracy_is_that_of_the_code(tmp_path: Path):
-    """A little of it measured again, on the machine and with the JAX of the committed results."""
-    key, offset = report.ACCURACY, 0.0
-    here = [
-        file[key]
-        for file in report.committed()
-        if key in file
-        and file[key]["environment"]["device"] == environment.device_name()
-        and file[key]["environment"]["versions"]["jax"] == jax.__version__
-    ]
-    if not here:
-        pytest.skip("measured elsewhere, or with another JAX")
-    (committed,) = here
-    leads = [0.0, 5.0, 20.0]
-    chosen = [("--lead", f"{lead:g}") for lead in leads] + [("--offset", f"{offset:g}")]
-    options = [*itertools.chain(*chosen)]
-    done = bench("accuracy", *options, folder=tmp_path, without=["optax", "torch"])
-    assert done.returncode == 0, done.stderr
-    (again,) = json.loads(results.destination(tmp_path / results.DEFAULT).read_text()).values()
-    places = [committed["leads"].index(lead) for lead in leads]
-    for dtype in Dtype:
-        old, new = (
-            next(
-                one
-                for one in section["series"]
-                if (one["name"], one["dtype"], one["offset"]) == (contenders.OURS, dtype, offset)
-            )
-            for section in (committed, again)
-        )
-        for quantity in accuracy_tables.QUANTITIES:
-            for which in ("max", "median"):
-                then = [old[quantity][which][place] for place in places]
-                assert new[quantity][which] == then, (
-                    f"{dtype}, {quantity}: the numerics have changed since {key} was measured; run "
-                    "python -m bench accuracy --output bench/results (see CONTRIBUTING.md)"
-                )
-
-
-def test_every_figure_shown_is_drawn_by_a_command():
-    drawn = {f"{stem}.png" for stem in report.FIGURES} | {"half_precision_training.png"}
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        shown = re.findall(r"figures/([\w.]+)", document.read_text(encoding="utf-8"))
-        assert set(shown) <= drawn, document
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little():
-    """Measure on little: the tests run everything, and believe no time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "MOST_COPIES", 16)
-        patch.setattr(roofs, "COPY_BYTES", {"cpu": 2**22})
-        patch.setattr(roofs, "WIDTHS", {"cpu": 64})
-        yield
-
-
-def test_a_profile_has_a_folder_a_case_and_contender(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(contenders.LOGITS, Labels.INTEGER, contenders.LOGITS[Labels.INTEGER][:2])
-    case = Logits(8, 16, Dtype.FLOAT32)
-    speed.measure([case], [Mode.TRAINING_STEP], repeats=1, profile=tmp_path)
-    assert {
-        path.relative_to(tmp_path).parts[:2]
-        for path in tmp_path.glob("*/*/plugins/profile/*/*.xplane.pb")
-    } == {("8x16-float32-training-step", name) for name in ("jaxsoftmax", "optax")}
-
-
-@pytest.fixture(scope="module")
-def sections() -> dict[str, Any]:
-    """Measure, on tiny shapes, what a results file of one device holds."""
-    logits = [Logits(n, v, dtype) for n, v in ((4, 8), (2, 5)) for dtype in cases.DTYPES]
-    heads = [Head(8, 4, 16, Dtype.FLOAT32), Head(4, 3, 5, Dtype.BFLOAT16)]
-    modes = [Mode.FORWARD, Mode.VALUE_AND_GRAD]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
-        timed = speed.measure(heads, modes, repeats=2)
-        compiled = memory.measure(heads, [memory.HERE])
-        optax = contenders.LOGITS[Labels.INTEGER][1:2]
-        patch.setitem(contenders.LOGITS, Labels.INTEGER, optax)
-        trained = overtraining.measure(60, looks=4)
-    measured = {
-        "speed/integer": speed.measure(logits, modes, repeats=2),
-        "accuracy/integer": accuracy.measure(
-            list(Dtype), Labels.INTEGER, [1.0, 30.0], [0.0, 1e4], tokens=1, classes=5
-        ),
-        "overtraining": trained,
-        "speed/linear": timed,
-        "memory": compiled,
-        report.SPEED_BY_MODEL: timed,
-        report.MEMORY_BY_MODEL: compiled,
-    }
-    commands = {
-        "speed/integer": "speed",
-        "accuracy/integer": "accuracy",
-        "speed/linear": "speed --op linear",
-    }
-    return {
-        key: section | {"command": f"python -m bench {commands.get(key, key)}"}
-        for key, section in measured.items()
-    }
-
-
-def test_heads_over_a_mesh_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    three = {name: sharding.layouts()[name] for name in ("data", "vocabulary", "FSDP, vocabulary")}
-    monkeypatch.setattr(sharding, "layouts", lambda: three)
-    case = Head(512, 64, 4096, Dtype.FLOAT32)
-    devices = sharding.parse("here/data=4,vocab=2")
-    assert str(devices) == "here/data=4,vocab=2"
-    rows = sharding.measure(case, devices)["rows"]
-    found = {(row["layout"], row["gradients"]): row for row in rows}
-    assert len(found) == 2 * len(sharding.layouts())
-    for (layout, _), row in found.items():
-        # Nothing but a maximum and a few sums a token in the loops, and only with a vocabulary.
-        assert row["loop_wire_bytes"] <= ("vocabulary" in layout) * 2 * 4 * 4 * case.tokens
-        assert row["wire_bytes"] > 0
-    # Data: d_kernel summed and, in forward, scattered to be gathered: once around a ring each.
-    kernel = 4 * case.hidden * case.classes
-    recomputed = found["data", "recompute"]["wire_bytes"]
-    assert recomputed == pytest.approx(2 * kernel * 7 / 8, rel=0.01)
-    for wrong in ("here", "here/data=4", "v5e:2x4/data=a,vocab=2", "here/vocab=2,data=4"):
-        with pytest.raises(typer.BadParameter, match="expected TOPOLOGY/data=N,vocab=M"):
-            sharding.parse(wrong)
-    with pytest.raises(typer.BadParameter, match="has 8 devices, its mesh 6"):
-        sharding.measure(case, sharding.Devices("here", 3, 2))
-
-
-def test_report_writes_the_readme_between_the_markers(
-    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    readme = tmp_path / "README.md"
-    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "SHARDING", ROOT / "CHANGELOG.md")
-    monkeypatch.setattr(report, "MESH_BLOCKS", {})
-    monkeypatch.setattr(report, "BENCHMARKS", ROOT / "CHANGELOG.md")
-    monkeypatch.setattr(report, "BENCHMARKS_BLOCKS", {})
-    monkeypatch.setattr(report, "FIGURES", {})
-    monkeypatch.setattr(results, "COMMITTED", tmp_path)
-    for name, section in sections.items():
-        results.save(tmp_path / "a.json", name, section)
-
-    def outside() -> list[str]:
-        text = readme.read_text(encoding="utf-8")
-        return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
-
-    before = outside()
-    assert len(before) == 5
-    readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
-    with pytest.raises(typer.Exit, match="1"):
-        report.command(check=True)
-    assert "stale" in readme.read_text("utf-8")
-    report.command()
-    assert "stale" not in readme.read_text("utf-8")
-    assert outside() == before
-    report.command(check=True)
-
-
-def test_the_speed_table_holds_every_ratio(sections: dict[str, Any]):
-    """Those of the contenders that JAX compiles, in the README's modes, whatever else was there."""
-    section = sections["speed/integer"]
-    named = [entry.name for entry in contenders.LOGITS[Labels.INTEGER]]
-    table, explained, origin = speed_tables.ratios(section).rsplit("\n", 2)
-    headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line]
-    found = {
-        (shape, dtype, heading): cell
-        for shape, dtype, *cells in rows
-        for heading, cell in zip(headings[2:], cells, strict=True)
-        if cell != "–"
-    }
-    expected = {
-        (f"{case['tokens']}x{case['classes']}", case["dtype"], f"{case['mode']} ÷ {row['name']}"): (
-            f"{row['ratio']:.2f}"
-        )
-        for case in section["cases"]
-        for row in case["contenders"]
-        if row["name"] in named and row["name"] != contenders.OURS
-    } | {
-        ("**geometric mean**", mean["dtype"], f"{mean['mode']} ÷ {mean['contender']}"): (
-            f"{mean['ratio']:.2f}"
-        )
-        for mean in section["geometric_means"]
-        if mean["contender"] in named
-    }
-    assert found == expected
-    assert [row[1] for row in rows] == ["float32"] * 3 + ["bfloat16"] * 3
-    assert explained.startswith("optax: ")
-    where = environment.in_words(section["environment"])
-    assert origin.startswith(f"Measured by `python -m bench speed` on {where}.")
-
-
-def rows_of(text: str) -> list[list[str]]:
-    return [line.strip("|").split("|") for line in text.splitlines() if line[:1] == "|"][2:]
-
-
-def test_the_tables_of_the_heads_hold_every_contender(sections: dict[str, Any]):
-    timed, compiled = sections["speed/linear"], sections["memory"]
-    summary = speed_tables.over_baseline(timed)
-    for section, text in ((timed, summary), (compiled, memory.in_readme(compiled))):
-        rows = rows_of(text)
-        shown = [case for case in section["cases"] if case.get("mode") in (None, "value-and-grad")]
-        names = [row["name"] for row in shown[0]["contenders"]]
-        assert [row[0].strip() for row in rows] == names
-        assert all(len(row) == 1 + len(shown) for row in rows)
-        assert names[:3] == ["jaxsoftmax", "jaxsoftmax, recompute", "optax"]
-    forward, gradients = timed["cases"][:2]
-    by_name = {row["name"]: row for row in gradients["contenders"]}
-    ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
-    megabytes = markdown.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
-    assert f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |" in summary
-    assert gradients["flops"] == 3 * forward["flops"] == 3 * 2 * 8 * 4 * 16
-    assert gradients["bytes"] == 2 * forward["bytes"] == 2 * 4 * 4 * (8 + 16)
-    assert "three products" not in [row["name"] for row in forward["contenders"]]
-
-
-def test_the_detailed_tables_hold_every_median_and_the_roof(sections: dict[str, Any]):
-    for key in ("speed/integer", "speed/linear"):
-        section = sections[key]
-        text = speed_tables.details(section)
-        rows = rows_of(text)
-        cells = [cell.strip() for row in rows for cell in row[2:] if cell.strip() != "–"]
-        found = [row for case in section["cases"] for row in case["contenders"]]
-        expected = [
-            (speed_tables.milliseconds(row["median_s"]), f"{100 * row['of_roof']:.0f} %")
-            for row in found
-        ]
-        assert sorted((cell.split(" ± ")[0], cell.split(", ")[1]) for cell in cells) == sorted(
-            expected
-        )
-        assert "Of the roof: " in text
-        assert section["command"] in text
-
-
-def test_the_roof_is_the_nearer_of_two():
-    found = {"bytes_per_s": 10.0, "flops_per_s": {"float32": 100.0}}
-    assert roofs.least_seconds(found, "float32", nbytes=20, flops=100) == 2
-    assert roofs.least_seconds(found, "float32", nbytes=20, flops=300) == 3
-    assert "0.0 GB/s" in roofs.in_words(found)
-
-
 def test_a_training_step_descends_and_writes_where_it_read():
-    case = Head(6, 5, 16, Dtype.FLOAT32)
+    case = Head(6, 5, 16, FLOAT32)
     rotation = case.inputs()[:2]
     hidden, kernel, labels = rotation[0]
-    found, _ = contenders.load(contenders.HEAD[:2], Dtype.FLOAT32)
+    found, _ = contenders.load(contenders.HEAD[:2], FLOAT32)
     gradients = contenders.program(found[0], Mode.VALUE_AND_GRAD, 2)(hidden, kernel, labels)[1]
     expected = [
         np.asarray(array - cases.LEARNING_RATE * gradient)
@@ -903,7 +598,7 @@ def test_a_training_step_keeps_the_dtype_of_its_parameters():
         wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
         return jnp.sum(wide[0]) + jnp.sum(labels.astype(jnp.float32)), wide
 
-    case = Head(6, 5, 16, Dtype.BFLOAT16)
+    case = Head(6, 5, 16, BFLOAT16)
     step = cases.program(head, Mode.TRAINING_STEP, 2, whole=True)
     before = case.inputs()[0]
     after = step(*before)[1]
@@ -913,105 +608,338 @@ def test_a_training_step_keeps_the_dtype_of_its_parameters():
         np.testing.assert_allclose(np.asarray(new, np.float64), expected, rtol=2**-7)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
-@pytest.mark.parametrize("mode", Mode)
-def test_torch_computes_the_same(mode: Mode):
+def test_the_roof_is_the_nearer_of_two():
+    found = {"bytes_per_s": 10.0, "flops_per_s": {"float32": 100.0}}
+    assert timing.least_seconds(found, "float32", nbytes=20, flops=100) == 2
+    assert timing.least_seconds(found, "float32", nbytes=20, flops=300) == 3
+    assert "0.0 GB/s" in timing.roofs_in_words(found)
+
+
+def test_the_exact_values_are_exact_far_beyond_float64():
+    logits = jnp.array([[0.0, 80.0], [0.0, 0.5]])
+    losses, gradients = accuracy.exact(logits, np.array([1, 0]))
+    tail, p = math.exp(-80), 1 / (1 + math.exp(0.5))
+    np.testing.assert_allclose(losses, [tail, -math.log(p)], rtol=1e-14)
+    np.testing.assert_allclose(gradients, [[tail, -tail], [p - 1, 1 - p]], rtol=1e-14)
+
+
+def test_errors_are_told_apart_by_entry():
+    targets = np.array([1, 0, 0])
+    truth = (
+        np.array([2.0, 4.0, 1.0]),
+        np.array([[0.5, -0.5], [-1e-50, 1e-50], [-0.25, 0.25]]),
+    )
+    computed = np.array([2.0, 5.0, 1.1]), np.array([[0.6, -0.5], [0.0, 1.0], [-0.2, 0.25]])
+    found = accuracy.relative_errors(computed, truth, targets, FLOAT32)
+    assert found["loss"] == pytest.approx({"max": 0.25, "median": 0.1})
+    # No float32 is near 1e-50: nobody's error.
+    assert found["target"] == pytest.approx({"max": 0.2, "median": 0.1})
+    assert found["others"] == pytest.approx({"max": 0.2, "median": 0.1})
+    second, true = ((losses[1:2], gradients[1:2]) for losses, gradients in (computed, truth))
+    alone = accuracy.relative_errors(second, true, targets[1:2], FLOAT32)
+    assert alone["loss"] == pytest.approx({"max": 0.25, "median": 0.25})
+    assert alone["target"] is alone["others"] is None
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_the_target_leads_by_what_was_asked(dtype):
+    logits, targets = accuracy.draw(dtype, 17.0, 0.0, 4, 50)
+    assert logits.dtype == jnp.dtype(dtype)
+    ordered = np.sort(f64(logits), axis=-1)
+    rounding = 32 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(ordered[:, -1] - ordered[:, -2], 17, atol=rounding)
+    assert (np.argmax(logits, axis=-1) == targets).all()
+    same, _ = accuracy.draw(dtype, 3.0, 0.0, 4, 50)
+    assert ((f64(same) != f64(logits)).sum(axis=-1) == 1).all()  # only the target is another
+
+
+def test_an_offset_is_rounded_with_the_logits_and_the_truth_is_of_what_is_left():
+    logits, targets = accuracy.draw(BFLOAT16, 5.0, 1e4, 4, 50)
+    assert (f64(logits) == 9984).all()  # bfloat16 numbers are 64 apart there
+    losses, gradients = accuracy.exact(logits, targets)
+    np.testing.assert_allclose(losses, math.log(50), rtol=1e-14)
+    np.testing.assert_allclose(gradients[np.arange(4), targets], -0.98, rtol=1e-14)
+
+
+def test_torch_differentiates_each_loss_by_itself():
     pytest.importorskip("torch")
-    logits = Logits(6, 37, Dtype.FLOAT32), contenders.LOGITS[Labels.INTEGER][:1]
-    of_logits = contenders.TORCH_LOGITS[Labels.INTEGER]
-    dense = Logits(6, 37, Dtype.FLOAT32, Labels.DENSE), contenders.LOGITS[Labels.DENSE][:1]
-    heads = tuple(entry for entry in contenders.HEAD if not entry.jax)
-    for (case, ours), entries in (
-        (logits, of_logits),
-        (dense, contenders.TORCH_LOGITS[Labels.DENSE][:1]),
-        ((Head(6, 5, 37, Dtype.FLOAT32), contenders.HEAD[:1]), heads),
+    logits, targets = accuracy.draw(FLOAT32, 1.0, 0.0, 3, 5)
+    for labels in Labels:
+        (contender,), _ = contenders.load(contenders.TORCH_LOGITS[labels][:1], FLOAT32)
+        computed = accuracy.evaluate(contender, logits, targets, labels)
+        for got, true in zip(computed, accuracy.exact(logits, targets), strict=True):
+            np.testing.assert_allclose(got, true, rtol=1e-5)
+
+
+# Tables.
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "text"),
+    [
+        (speed_tables.milliseconds, 1.2344, "1230"),
+        (speed_tables.milliseconds, 0.5, "500"),
+        (speed_tables.milliseconds, 0.0999999, "100"),
+        (speed_tables.milliseconds, 0.0123, "12.3"),
+        (speed_tables.milliseconds, 4.2e-5, "0.042"),
+        (accuracy_tables.percent, 0, "0"),
+        (accuracy_tables.percent, 6e-8, "6e-8"),
+        (accuracy_tables.percent, 0.048, "4.8 %"),
+        (accuracy_tables.percent, 0.12, "12 %"),
+        (accuracy_tables.percent, 1, "100 %"),
+        (timing.summarize, [5.0, 1.0, 2.0, 3.0, 4.0], (3.0, 2.0, 4.0)),
+    ],
+)
+def test_numbers_are_written_short(write, value, text):
+    assert write(value) == text
+
+
+def test_a_table_is_one_for_a_terminal_and_for_a_document(capsys):
+    table = Table(["of", "by", "s"], [["a", "x", "1"], ["", "y", "2"]], ["", "below"], "above")
+    assert table.markdown().splitlines() == [
+        *("| of | by | s |", "| --- | --- | --: |", "| a | x | 1 |", "|  | y | 2 |", "", "below")
+    ]
+    tables.show(table)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    words = [line for line in printed if line and "─" not in line[0]]
+    assert words == [["above"], ["of", "by", "s"], ["a", "x", "1"], ["y", "2"], ["below"]]
+
+
+def test_tables_print_again_from_a_file(capsys):
+    for case, words in (
+        (Logits(4, 8, FLOAT32, Labels.DENSE), "dense labels"),
+        (Logits(4, 8, FLOAT32, confident=True), "integer labels, confident"),
     ):
-        found, left_out = contenders.load(ours + entries, Dtype.FLOAT32)
-        assert left_out == []
-        expected: list[Any] = []
-        for contender in found:
-            got = contenders.program(contender, mode, case.parameters)(*case.inputs()[0])
-            leaves = [f64(leaf) for leaf in jax.tree.leaves(got)]
-            expected = expected or leaves
-            for mine, theirs in zip(leaves, expected, strict=True):
-                np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=1e-6)
+        section = speed.measure([case], [Mode.FORWARD], repeats=2) | {"command": "python -m bench"}
+        again = json.loads(json.dumps(section))
+        tables.show(*speed_tables.in_terminal(again))
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"forward, float32, {words} logits " in printed
+        assert ("both twice" in printed) == (case.labels is Labels.DENSE)
 
 
-class BrokenError(Exception):
-    pass
+LAYOUTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+    "accuracy": accuracy_tables.in_terminal,
+    "speed": speed_tables.in_terminal,
+    "memory/peak": memory.peaks_in_docs,
+    "memory --mesh": sharding.in_docs,
+    "memory": memory.in_docs,
+}
 
 
-def test_a_peer_that_fails_or_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch):
-    def broken(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-        raise BrokenError("not today\nnor tomorrow")
-
-    monkeypatch.setattr("bench.contenders.with_optax.head", broken)
-    case = Head(4, 3, 5, Dtype.FLOAT32)
-    section = speed.measure([case], [Mode.FORWARD], repeats=1)
-    names = [row["name"] for row in section["cases"][0]["contenders"]]
-    assert "optax" not in names
-    assert names[:2] == ["jaxsoftmax", "jaxsoftmax, recompute"]
-    line = "4x3x5 float32 forward: optax fails: BrokenError: not today"
-    assert line in section["left_out"]
-
-    monkeypatch.setattr(speed, "PATIENCE_S", 0.0)
-    section = speed.measure([case], [Mode.FORWARD], repeats=1)
-    names = [row["name"] for row in section["cases"][0]["contenders"]]
-    assert names == ["jaxsoftmax", "jaxsoftmax, recompute", "jaxsoftmax, three options"]
-
-    monkeypatch.setattr("bench.contenders.ours.head_recompute", broken)
-    with pytest.raises(BrokenError):
-        speed.measure([case], [Mode.FORWARD], repeats=1)
+@pytest.mark.parametrize("columns", [200, 80, 50, 20])
+def test_tables_are_whole_at_any_width(columns, capsys, monkeypatch):
+    """Those of the committed results: nothing is cut off, and at usual widths no number broken."""
+    monkeypatch.setenv("COLUMNS", f"{columns}")
+    for key, section in report.committed()[0].items():
+        lay_out = next(lay_out for begin, lay_out in LAYOUTS.items() if key.startswith(begin))
+        for table in lay_out(section):
+            tables.show(table)
+            printed = capsys.readouterr().out
+            assert max(map(len, printed.splitlines())) <= columns
+            assert "…" not in printed
+            cells = itertools.chain(*(row[table.words :] for row in table.rows))
+            numbers = [part for cell in cells for part in cell.split()]
+            if columns < 50:
+                numbers, printed = "".join(numbers), " ".join(printed)
+            assert Counter(numbers) <= Counter(printed.split()), table.title
 
 
-def test_a_peer_that_fails_has_no_accuracy(monkeypatch: pytest.MonkeyPatch):
-    def broken(logits: jax.Array, labels: jax.Array) -> jax.Array:
-        raise BrokenError("not today\nnor tomorrow")
-
-    def measure() -> dict[str, Any]:
-        half = [Dtype.BFLOAT16]
-        return accuracy.measure(half, Labels.INTEGER, [1.0], [0.0], tokens=1, classes=5)
-
-    monkeypatch.setattr("bench.contenders.with_jax_nn.integer_labels", broken)
-    section = measure()
-    assert "bfloat16: jax.nn fails: BrokenError: not today" in section["left_out"]
-    names = [one["name"] for one in section["series"]]
-    assert names[:3] == ["jaxsoftmax", "optax", "optax, no upcast"]
-    assert "jax.nn" not in names
-    monkeypatch.setattr("bench.contenders.ours.integer_labels", broken)
-    with pytest.raises(BrokenError):
-        measure()
-
-
-@pytest.mark.skipif(not (peak.PROCESS / "clear_refs").exists(), reason="needs Linux")
-def test_peak_memory_is_that_of_a_run_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(contenders, "HEAD", contenders.HEAD[1:3])
-    case = Head(512, 16, 32768, Dtype.FLOAT32)
-    section: dict[str, Any] = peak.measure([case]) | {"command": "python -m bench memory --peak"}
-    assert section["left_out"] == []
-    ours, optax = section["cases"][0]["contenders"]
-    assert (ours["name"], optax["name"]) == ("jaxsoftmax, recompute", "optax")
-    logits = 4 * case.tokens * case.classes
-    assert logits <= optax["bytes"] <= 3 * logits
-    assert ours["bytes"] < optax["bytes"] / 2
-    terminal.show(peak.table(section))
-    assert f"| optax | {optax['bytes'] / 1e6:.0f} |" in peak.as_markdown(section)
+def test_the_speed_table_holds_every_ratio(sections):
+    """Those of the contenders that JAX compiles, in the README's modes, whatever else was there."""
+    section = sections["speed/integer"]
+    named = {entry.name for entry in contenders.LOGITS[INTEGER]}
+    (table,) = speed_tables.ratios(section)
+    found = {
+        (shape, dtype, heading): cell
+        for shape, dtype, *cells in table.rows
+        for heading, cell in zip(table.headings[2:], cells, strict=True)
+        if cell != "–"
+    }
+    ratios = [
+        (case["shape"], case["dtype"], case["mode"], row["name"], row["ratio"])
+        for case in section["cases"]
+        for row in case["contenders"]
+    ] + [
+        ("**geometric mean**", *(mean[key] for key in ("dtype", "mode", "contender", "ratio")))
+        for mean in section["geometric_means"]
+    ]
+    assert found == {
+        (shape, dtype, f"{mode} ÷ {name}"): f"{ratio:.2f}"
+        for shape, dtype, mode, name, ratio in ratios
+        if name in named - {contenders.OURS}
+    }
+    assert {shape for shape, *_ in found} == {"4x8", "2x5", "**geometric mean**"}
+    assert [row[1] for row in table.rows] == ["float32"] * 3 + ["bfloat16"] * 3
+    explained, origin = table.notes
+    assert explained.startswith("optax: ")
+    where = environment.in_words(section["environment"])
+    assert origin.startswith(f"Measured by `python -m bench speed` on {where}.")
 
 
-@pytest.mark.skipif(not (peak.PROCESS / "clear_refs").exists(), reason="needs Linux")
-def test_peak_memory_counts_what_is_given_back(monkeypatch: pytest.MonkeyPatch):
-    size = 2**27
+def test_the_tables_of_the_heads_hold_every_contender(sections):
+    timed, compiled = sections["speed/linear"], sections["memory"]
+    (summary,) = speed_tables.over_baseline(timed)
+    for section, (table,) in ((timed, [summary]), (compiled, memory.in_readme(compiled))):
+        shown = [case for case in section["cases"] if case.get("mode") in (None, "value-and-grad")]
+        assert [row[0] for row in table.rows] == names_of(shown[0])
+        assert all(len(row) == 1 + len(shown) for row in table.rows)
+        assert names_of(shown[0])[:3] == ["jaxsoftmax", "jaxsoftmax, recompute", "optax"]
+    forward, gradients = timed["cases"][:2]
+    by_name = {row["name"]: row for row in gradients["contenders"]}
+    ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
+    megabytes = tables.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
+    assert summary.markdown().count(f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |") == 1
+    assert gradients["flops"] == 3 * forward["flops"] == 3 * 2 * 8 * 4 * 16
+    assert gradients["bytes"] == 2 * forward["bytes"] == 2 * 4 * 4 * (8 + 16)
+    assert "three products" not in names_of(forward)
 
-    def program(*_: object) -> int:
-        return np.ones(size, np.uint8)[-1]
 
-    monkeypatch.setattr(contenders, "program", lambda *_: program)
-    monkeypatch.setattr(timing, "compile_ahead", lambda program, _: (program, 0.0))
-    rise = peak.rise(Head(2, 2, 2, Dtype.FLOAT32), "optax")
-    assert rise == pytest.approx(size, rel=0.1)  # Linux counts pages in batches
+def test_the_detailed_tables_hold_every_median_and_the_roof(sections):
+    for key in ("speed/integer", "speed/linear"):
+        section = sections[key]
+        (table,) = speed_tables.details(section)
+        cells = [cell for row in table.rows for cell in row[2:] if cell != "–"]
+        expected = [
+            (speed_tables.milliseconds(row["median_s"]), f"{100 * row['of_roof']:.0f} %")
+            for case in section["cases"]
+            for row in case["contenders"]
+        ]
+        found = [(cell.split(" ± ")[0], cell.split(", ")[1]) for cell in cells]
+        assert sorted(found) == sorted(expected)
+        assert any("Of the roof: " in note for note in table.notes)
+        assert section["command"] in table.notes[-1]
 
 
-def test_figures_show_every_contender_at_every_vocabulary(sections: dict[str, Any], tmp_path: Path):
+# README and docs.
+
+
+def test_readme_and_docs_show_the_committed_results():
+    if not report.committed():
+        pytest.skip("no results are committed")
+    report.command(check=True)  # exits where a table differs
+    for stem in report.FIGURES:
+        assert (report.FIGURES_FOLDER / f"{stem}.png").stat().st_size > 10_000
+        assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
+
+
+def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
+    if platform.python_version().startswith(f"{environment.PYTHON}."):
+        # With a newer one, the tables are to be measured again.
+        assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
+    captions = [
+        line
+        for path in report.DOCUMENTS
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("Measured by `python -m bench ")
+    ]
+    assert len(captions) > 10
+    for line in captions:
+        others = f" jax {environment.JAX}," not in line
+        assert (f"README's commands install jax {environment.JAX} on Python" in line) == others
+
+
+def test_the_committed_accuracy_is_that_of_the_code(tmp_path):
+    """A little of it measured again, on the machine and with the JAX of the committed results."""
+    measured = [file[report.ACCURACY] for file in report.committed() if report.ACCURACY in file]
+    here = environment.device_name(), jax.__version__
+    committed = [
+        section
+        for section in measured
+        if here == (section["environment"]["device"], section["environment"]["versions"]["jax"])
+    ]
+    if not committed:
+        pytest.skip("measured elsewhere, or with another JAX")
+    (old,) = committed
+    leads = [0.0, 5.0, 20.0]
+    chosen = [f"--lead={lead:g}" for lead in leads] + ["--offset=0"]
+    done = bench("accuracy", *chosen, folder=tmp_path, without=["optax", "torch"])
+    assert done.returncode == 0, done.stderr
+    (new,) = sections_in(tmp_path / results.DEFAULT).values()
+
+    def errors(section: dict[str, Any], dtype: Dtype) -> dict[tuple[str, str], list[float | None]]:
+        wanted = contenders.OURS, dtype, 0.0
+        (one,) = (
+            one for one in section["series"] if (one["name"], one["dtype"], one["offset"]) == wanted
+        )
+        places = [section["leads"].index(lead) for lead in leads]
+        return {
+            (quantity, which): [one[quantity][which][place] for place in places]
+            for quantity in accuracy_tables.QUANTITIES
+            for which in ("max", "median")
+        }
+
+    for dtype in Dtype:
+        assert errors(new, dtype) == errors(old, dtype), (
+            f"{dtype}: the numerics have changed since {report.ACCURACY} was measured; run "
+            "python -m bench accuracy --output bench/results (see CONTRIBUTING.md)"
+        )
+
+
+def test_every_figure_shown_is_drawn_by_a_command():
+    drawn = {f"{stem}.png" for stem in report.FIGURES} | {"half_precision_training.png"}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        shown = re.findall(r"figures/([\w.]+)", document.read_text(encoding="utf-8"))
+        assert set(shown) <= drawn, document
+
+
+def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(report, "DOCUMENTS", {readme: report.DOCUMENTS[report.README]})
+    monkeypatch.setattr(report, "FIGURES", {})
+    monkeypatch.setattr(results, "COMMITTED", tmp_path)
+    for name, section in sections.items():
+        results.save(tmp_path / "a.json", name, section)
+
+    def outside() -> list[str]:
+        text = readme.read_text(encoding="utf-8")
+        return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
+
+    before = outside()
+    assert len(before) == 5
+    readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
+    with pytest.raises(typer.Exit, match="1"):
+        report.command(check=True)
+    assert "stale" in readme.read_text("utf-8")
+    report.command()
+    assert "stale" not in readme.read_text("utf-8")
+    assert outside() == before
+    report.command(check=True)
+
+
+def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
+    readme = report.README.read_text(encoding="utf-8")
+    one, other = sections, {}
+    for name, section in one.items():
+        other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
+    device = one["speed/integer"]["environment"]["device"]
+    render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
+    both = render(readme, [one, other])
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 4
+    alone = render(readme, [one, {}])
+    assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
+    assert render(both, [one]) == alone
+    with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
+        render(readme, [{"speed/integer": one["speed/integer"]}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<!-- bench report: x -->",
+        "<!-- /bench report: x --><!-- bench report: x -->",
+        "<!-- bench report: x --><!-- bench report: x --><!-- /bench report: x -->",
+    ],
+    ids=["none", "not closed", "wrong order", "twice"],
+)
+def test_markers_that_are_not_there_once_are_refused(text):
+    with pytest.raises(ValueError, match="expected once each"):
+        report.replace(text, "x", "content")
+
+
+def test_figures_show_every_contender_at_every_vocabulary(sections, tmp_path):
     for draw, key, unit in (
         (speed_tables.figure, report.SPEED_BY_MODEL, "ms"),
         (memory.figure, report.MEMORY_BY_MODEL, "temporary MB"),
@@ -1023,50 +951,7 @@ def test_figures_show_every_contender_at_every_vocabulary(sections: dict[str, An
         assert list(np.asarray(lines["jaxsoftmax"].get_xdata())) == [5, 16]
 
 
-def test_the_same_results_draw_the_same_files(
-    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(report, "FIGURES_FOLDER", tmp_path)
-    report.draw([sections])
-    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(drawn) == {f"{stem}.{kind}" for stem in report.FIGURES for kind in ("png", "svg")}
-    again = {stem: report.FIGURES[stem] for stem in ("speed_vocabulary", "overtraining")}
-    monkeypatch.setattr(report, "FIGURES", again)
-    report.draw([sections])
-    assert drawn == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-
-def test_the_heads_of_all_contenders_agree():
-    case = Head(6, 5, 37, Dtype.FLOAT32)
-    (arguments, *_) = case.inputs()
-    found, _ = contenders.load(contenders.HEAD, Dtype.FLOAT32)
-    results = {
-        contender.name: contenders.program(contender, Mode.VALUE_AND_GRAD, 2)(*arguments)
-        for contender in found
-        if contender.entry.jax and not contender.entry.whole
-    }
-    expected = jax.tree.leaves(results["optax"])
-    for name, result in results.items():
-        for mine, theirs in zip(jax.tree.leaves(result), expected, strict=True):
-            np.testing.assert_allclose(f64(mine), f64(theirs), rtol=2e-4, atol=1e-6, err_msg=name)
-
-
-def test_every_device_has_its_block_and_a_missing_section_is_named(sections: dict[str, Any]):
-    readme = report.README.read_text(encoding="utf-8")
-    one, other = sections, {}
-    for name, section in one.items():
-        other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
-    device = one["speed/integer"]["environment"]["device"]
-    both = report.render(readme, [one, other])
-    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 4
-    alone = report.render(readme, [one, {}])
-    assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
-    assert report.render(both, [one]) == alone
-    with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
-        report.render(readme, [{"speed/integer": one["speed/integer"]}])
-
-
-def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
+def test_the_figures_of_accuracy_draw_every_contender(sections):
     section = sections["accuracy/integer"]
     names: dict[Dtype, list[str]] = {dtype: [] for dtype in Dtype}
     for one in section["series"]:
@@ -1089,40 +974,12 @@ def test_the_figures_of_accuracy_draw_every_contender(sections: dict[str, Any]):
     assert "numbers\nare 64\napart" in by_offset.axes[1].texts[0].get_text()
 
 
-def test_an_exact_zero_is_drawn_and_the_step_of_a_zero_loss_is_marked():
-    numbers = {
-        "loss": [1.0, 1e-6, 0.0],
-        "exact_loss": [1.0, 1e-6, 1e-9],
-        "gradient_norm": [1.0, 1e-6, 1e-9],
-        "exact_gradient_norm": [1.0, 1e-6, 2e-9],
-        "gradient_error": [0.0, 1e-3, 0.5],
-        "accuracy": [0.1, 1.0, 1.0],
-        "smallest_lead": [-1.0, 5.0, 20.0],
-    }
-    section = {
-        "environment": environment.describe(),
-        "steps": [0, 100, 1000],
-        "runs": [{"name": "optax", "loss_zero": 123, "gradient_zero": -1} | numbers],
-    }
-    loss, norm, error = overtraining.figure(section).axes
-    for axes in (loss, error):
-        assert np.min(axes.lines[0].get_ydata()) == overtraining.LEAST
-    assert loss.yaxis.get_major_formatter()(overtraining.LEAST, 0) == "0"
-    assert "optax: exactly 0,\nfirst at step 123" in [text.get_text() for text in loss.texts]
-    assert not any("exactly 0" in text.get_text() for text in norm.texts)
-    np.testing.assert_array_equal(norm.lines[-1].get_xdata(), 100)  # every example is right
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "<!-- bench report: x -->",
-        "<!-- /bench report: x --><!-- bench report: x -->",
-        "<!-- bench report: x --><!-- bench report: x --><!-- /bench report: x -->",
-    ],
-    ids=["none", "not closed", "wrong order", "twice"],
-)
-def test_markers_that_are_not_there_once_are_refused(text: str):
-    with pytest.raises(ValueError, match="expected once each"):
-        report.replace(text, "x", "content")
+def test_the_same_results_draw_the_same_files(sections, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FIGURES_FOLDER", tmp_path)
+    report.draw([sections])
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(drawn) == {f"{stem}.{kind}" for stem in report.FIGURES for kind in ("png", "svg")}
+    again = {stem: report.FIGURES[stem] for stem in ("speed_vocabulary", "accuracy_offsets")}
+    monkeypatch.setattr(report, "FIGURES", again)
+    report.draw([sections])
+    assert drawn == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory formulas of the docstrings against the compilers, by `bench.memory`."""
+"""The formula of the heads' memory, `bench/formula.py`: docstrings and compilers against it."""
 
 import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,10 @@ import pytest
 from cases import on_device
 
 import jaxsoftmax
-from bench import memory, timing
-from bench.cases import Dtype, Head
+from bench import formula, timing
+from bench.cases import Dtype, Head, head_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MIB = 1 << 20
-BLOCK = 2048
 CPU = [
     Head(4096, 256, 32768, Dtype.FLOAT32),
     Head(2048, 768, 50257, Dtype.FLOAT32),
@@ -62,53 +62,41 @@ def measured(target: str, heads: list[Head]) -> dict[tuple[Head, str], int]:
     )
     assert done.returncode == 0, done.stderr
     return {
-        (head, name): size
-        for _, head, name, size in memory.rows_of(json.loads(done.stdout))
-        if size is not None and name in ("jaxsoftmax", "jaxsoftmax, recompute")
+        (head_of(case), row["name"]): row["temp_bytes"]
+        for case in json.loads(done.stdout)["cases"]
+        for row in case["contenders"]
+        if row["temp_bytes"] is not None and row["name"] in ("jaxsoftmax", "jaxsoftmax, recompute")
     }
 
 
-def chunk(head: Head) -> int:
-    """The tokens of a chunk: what 56 MiB of float32 logits hold, in chunks of equal size."""
-    most = min(max(56 * MIB // (4 * head.classes), 256), 4096)
-    return -(-head.tokens // -(-head.tokens // most))
+def order_of(name: str) -> str:
+    return "recompute" if "recompute" in name else "in_forward"
 
 
-def in_forward_on_cpu(head: Head) -> int:
-    n, width, classes, dtype = head
-    c = chunk(head)
-    blocks = 8 * MIB * (max(c, width) + min(c, width)) // max(c, width)
-    if dtype == "float32":
-        return 4 * c * classes + 8 * n * width + blocks
-    beside = max(0, 4 * c * classes - 2 * width * classes)
-    return 4 * width * classes + 2 * c * classes + beside + 6 * n * width + blocks
-
-
-def in_forward_on_tpu(head: Head) -> int:
-    n, width, classes, dtype = head
-    if dtype == "float32":
-        return 4 * chunk(head) * classes + 8 * n * width + 2 * width * classes
-    return 4 * width * classes + 8 * chunk(head) * classes + 6 * n * width
-
-
-def recompute_on_cpu(head: Head) -> int:
-    n, width, classes, dtype = head
-    blocks = n * (BLOCK + classes % BLOCK)
-    if dtype == "float32":
-        return 4 * blocks + 4 * n * width + 8 * width * BLOCK
-    size = 6 * blocks + 8 * n * width + 6 * width * BLOCK
-    if dtype == "bfloat16" and jax.__version_info__ < (0, 11):
-        # d_kernel as integers, until which about half of the rest lies where it will lie.
-        return max(size, 2 * width * classes + size // 2)
-    return size
+@pytest.mark.parametrize("head", CPU + TPU[-1:], ids=str)
+@pytest.mark.parametrize(
+    ("function", "order"),
+    [(jaxsoftmax.linear_loss, "in_forward"), (jaxsoftmax.linear_log_probs, "recompute")],
+)
+def test_the_formula_is_that_of_the_docstring(function, order, head):
+    """Where there is no CPU and no TPU: without what the sentences below the formula add."""
+    kind = "float32 operands" if head.dtype == "float32" else "half precision"
+    (terms,) = re.findall(rf"^ +{kind} +(\d.*)$", function.__doc__, re.MULTILINE)
+    N, H, V, _ = head
+    sizes = {"N": N, "H": H, "V": V, "b": formula.BLOCK, "c": formula.chunk(head)}
+    stated = sum(
+        math.prod(sizes.get(factor) or int(factor) for factor in term.split("·"))
+        for term in terms.split(" + ")
+    )
+    assert formula.temporary_bytes(head, order, "gpu") == stated
 
 
 def test_on_cpu():
     found = measured("here", CPU)
     assert len(found) == 2 * len(CPU)
     for (head, name), size in found.items():
-        formula = recompute_on_cpu if "recompute" in name else in_forward_on_cpu
-        assert size == pytest.approx(formula(head), rel=0.2), (head, name)
+        expected = formula.temporary_bytes(head, order_of(name), "cpu")
+        assert size == pytest.approx(expected, rel=0.2), (head, name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
@@ -116,10 +104,12 @@ def test_for_tpu():
     found = measured("v5p", TPU)
     assert len(found) == 2 * len(TPU)
     for (head, name), size in found.items():
+        expected = formula.temporary_bytes(head, order_of(name), "tpu")
         if "recompute" not in name:
-            assert size == pytest.approx(in_forward_on_tpu(head), rel=0.2), head
+            assert size == pytest.approx(expected, rel=0.2), head
         elif head.dtype != "float32":
-            assert size <= 6 * head.tokens * BLOCK + 8 * head.tokens * head.hidden, head
+            blocks = 6 * head.hidden * formula.BLOCK  # of the kernel: in the chip's own memory
+            assert size <= expected - blocks, head
 
     large = Head(8192, 2304, 256000, Dtype.BFLOAT16)  # plain optax: 8.4 GB
     assert found[large, "jaxsoftmax"] <= 3.5e9

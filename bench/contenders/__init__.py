@@ -9,7 +9,8 @@ compile comes from a module with functions of its own in the place of `bench.cas
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from bench import cases
@@ -43,18 +44,13 @@ class Contender(NamedTuple):
 
 
 LOGITS = {
-    Labels.INTEGER: (
-        Entry(OURS, "ours", "integer_labels"),
-        Entry(BASELINE, "with_optax", "integer_labels_upcast"),
-        Entry("optax, no upcast", "with_optax", "integer_labels", half_only=True),
-        Entry("jax.nn", "with_jax_nn", "integer_labels"),
-    ),
-    Labels.DENSE: (
-        Entry(OURS, "ours", "dense_labels"),
-        Entry(BASELINE, "with_optax", "dense_labels_upcast"),
-        Entry("optax, no upcast", "with_optax", "dense_labels", half_only=True),
-        Entry("jax.nn", "with_jax_nn", "dense_labels"),
-    ),
+    labels: (
+        Entry(OURS, "ours", f"{labels}_labels"),
+        Entry(BASELINE, "with_optax", f"{labels}_labels_upcast"),
+        Entry("optax, no upcast", "with_optax", f"{labels}_labels", half_only=True),
+        Entry("jax.nn", "with_jax_nn", f"{labels}_labels"),
+    )
+    for labels in Labels
 }
 
 # Beside those of `LOGITS`; eager alone where time is not what is asked for.
@@ -81,10 +77,10 @@ HEAD = (
 # Ours again with another loss: what its options cost.
 OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
 
-# Heads whose kernel is the transpose of an embedding [V, H], which they take in its place.
+# Heads that take an embedding [V, H] in the place of the kernel, which is its transpose.
 TIED = (
-    Entry("jaxsoftmax, tied", "ours", "tied_in_forward"),
-    Entry("jaxsoftmax, recompute, tied", "ours", "tied_recompute"),
+    Entry("jaxsoftmax, tied", "ours", "head_in_forward"),
+    Entry("jaxsoftmax, recompute, tied", "ours", "head_recompute"),
 )
 
 NOTES = {
@@ -99,6 +95,11 @@ NOTES = {
     "three products": "the matrix products of the plain head and nothing else",
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
+
+
+def names(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Those who were measured in any of the cases of a section of the results file."""
+    return list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
 
 
 def explain(names: Iterable[str]) -> str:
@@ -130,10 +131,16 @@ def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[
     return found, left_out
 
 
-def failure(case: object, name: str, error: Exception) -> str:
-    """Say in a line why a contender is left out of a case."""
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return f"{case}: {name} fails: {reason}"[:200]
+@contextmanager
+def may_fail(contender: Contender, case: object, left_out: list[str]) -> Iterator[None]:
+    """Go on where a peer cannot do a case, and add a line that says so; ours must do them all."""
+    try:
+        yield
+    except Exception as error:
+        if contender.entry.module == "ours":
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        left_out.append(f"{case}: {contender.name} fails: {reason}"[:200])
 
 
 def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., Any]:
@@ -144,10 +151,10 @@ def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., 
     return _module(entry).program(function, mode, parameters)
 
 
-def losses_and_gradients(contender: Contender) -> Callable[..., Any]:
-    """Turn a contender into what is compared, as `bench.cases.losses_and_gradients`."""
-    _, function, entry = contender
-    return (cases if entry.jax else _module(entry)).losses_and_gradients(function)
+def losses_and_gradients(contender: Contender, logits: Any, labels: Any) -> tuple[Any, Any]:
+    """Run a contender, as `bench.cases.losses_and_gradients`."""
+    module = cases if contender.entry.jax else _module(contender.entry)
+    return module.losses_and_gradients(contender.function, logits, labels)
 
 
 def _module(entry: Entry) -> Any:

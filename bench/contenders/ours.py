@@ -21,16 +21,6 @@ def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -
     )
 
 
-def tied_in_forward(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
-    """Take the kernel from an embedding `[V, H]`."""
-    return head_in_forward(hidden, embedding.T, labels)
-
-
-def tied_recompute(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
-    """Take the kernel from an embedding `[V, H]`."""
-    return head_recompute(hidden, embedding.T, labels)
-
-
 def head_recompute(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Recompute the logits, block by block, in the backward pass."""
     return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="recompute")

@@ -51,16 +51,13 @@ def program(loss: Callable[..., Any], mode: Mode, parameters: int) -> Callable[.
     return run
 
 
-def losses_and_gradients(loss: Callable[..., Any]) -> Callable[..., Any]:
+def losses_and_gradients(loss: Callable[..., Any], logits: Any, labels: Any) -> tuple[Any, Any]:
     """As `bench.cases.losses_and_gradients`, in float64 arrays of NumPy, which has no bfloat16."""
-
-    def run(logits: Any, labels: Any) -> Any:
-        leaf = torch.from_dlpack(logits).detach().requires_grad_()
-        losses = loss(leaf, torch.from_dlpack(labels))
-        (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-        return tuple(tensor.detach().double().cpu().numpy() for tensor in (losses, gradients))
-
-    return run
+    leaf = torch.from_dlpack(logits).detach().requires_grad_()
+    losses = loss(leaf, torch.from_dlpack(labels))
+    (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+    losses, gradients = (tensor.detach().double().cpu().numpy() for tensor in (losses, gradients))
+    return losses, gradients
 
 
 def _computed(tensor: Any) -> Any:
