@@ -53,7 +53,7 @@ def program(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess
 
 
 def wait_until(
-    condition: Callable[[], object], *running: subprocess.Popen[str], seconds: float = SLOW
+    condition: Callable[[], object], *running: subprocess.Popen[Any], seconds: float = SLOW
 ) -> None:
     """Looks again and again, for as long as these processes run; if it takes too long they end."""
     deadline = time.monotonic() + seconds

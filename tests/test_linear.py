@@ -98,7 +98,7 @@ def test_weights_are_differentiable(gradients):
         )
 
     w = weights_of(33)
-    (losses, error), *_ = head_truth(*arrays, np.ones(33))
+    (losses, error), *_ = head_truth(*arrays, g=np.ones(33))
     share = w / np.sum(w, dtype=np.longdouble)
     expected = (losses - share @ losses) / w.sum()
     bound = (error + share @ error + (33 + 4) * U * (losses + share @ losses)) / w.sum()
@@ -168,7 +168,7 @@ def test_log_probs_agree_with_those_of_the_logits(soft_cap, temperature):
 @pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
 def test_bfloat16_is_no_worse_than_the_plain_head_with_upcast(scale, gradients):
     hidden, kernel, bias, labels = arrays = problem(64, 40, 2049, jnp.bfloat16, scale)
-    losses, *expected = head_truth(*arrays, np.full(64, 1 / 64))
+    losses, *expected = head_truth(*arrays, g=np.full(64, 1 / 64))
     value, got = total(*arrays, reduction="mean", gradients=gradients, chunk_size=30)
 
     def plain(hidden, kernel):
@@ -194,7 +194,7 @@ def test_confident_columns_of_d_kernel_keep_bfloat16_accuracy(gradients):
     hidden, kernel = ((a * np.eye(n) + b).astype(jnp.bfloat16) for a, b in ((20, 0), (1, noise)))
     arrays = hidden, kernel, np.zeros(n, np.float32), np.arange(n, dtype=np.int32)
     _, got, _ = check_head(gradients, arrays, np.ones(n))
-    (expected, _) = head_truth(*arrays, np.ones(n))[2]
+    (expected, _) = head_truth(*arrays, g=np.ones(n))[2]
     np.testing.assert_allclose(np.diag(got).astype(float), np.diag(expected), rtol=0.01)
 
 
@@ -320,7 +320,7 @@ def test_a_bad_label_is_one_token_of_a_mean_with_class_weights(gradients):
     others = np.arange(5) != 2
     counts = weights * np.where(others, class_weights[labels], 1)
     g = weights * class_weights[labels] / counts.sum()
-    (expected, _) = head_truth(*operands, labels, g)[1]
+    (expected, _) = head_truth(*operands, labels=labels, g=g)[1]
     for bad in (-1, 10):
         given = np.where(others, labels, bad)
         value, (d, d_weights) = step(operands[0], class_weights, given)

@@ -29,7 +29,9 @@ RULES: dict[str, Any] = {
     "softmax_cross_entropy_with_integer_labels": partial(integer_labels, labels=LABELS),
     "label_log_probs": partial(jaxsoftmax.label_log_probs, labels=LABELS, with_entropy=True),
 }
-MASKED = {name: partial(f, where=MASK) for name, f in RULES.items() if name != "label_log_probs"}
+MASKED: dict[str, Any] = {
+    name: partial(f, where=MASK) for name, f in RULES.items() if name != "label_log_probs"
+}
 MASKED["softmax_cross_entropy"] = lambda x: dense(x, jnp.full(SHAPE, 0.1, x.dtype), where=MASK)
 # Left to JAX, because the result is larger than anything that is kept.
 WITHOUT_A_RULE = {"softmax_jacobian"}
