@@ -45,6 +45,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "linear_log_probs": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
     "check_labels": {"labels": LABELS, "num_classes": 16},
 }
+# The first of its arrays.
+ARRAY = {
+    name: next(a for a in ("x", "a", "logits", "hidden", "labels") if a in least)
+    for name, least in RIGHT.items()
+}
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 HEAD = "linear_softmax_cross_entropy"
 

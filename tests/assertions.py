@@ -61,3 +61,12 @@ def assert_close(got, want, units, size=lambda path: 0, name: str = "") -> None:
 
 def assert_dtype(got, dtype) -> None:
     assert got.dtype == jnp.dtype(dtype), f"{got.dtype}, expected {jnp.dtype(dtype)}"
+
+
+def assert_trees_close(got, want, *, rtol=0.0, atol=0.0, of_largest=0.0) -> None:
+    """Every leaf is close, by its numbers, absolutely, and by the largest number of the leaf."""
+    for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        true = np.asarray(w)
+        allowed = atol + of_largest * np.abs(true[np.isfinite(true)]).max(initial=0)
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(g, true, rtol=rtol, atol=allowed, err_msg=name)

@@ -96,11 +96,12 @@ def head_truth(hidden, kernel, bias, labels, g) -> list[Value]:
 
 
 @partial(jax.jit, static_argnames=("gradients", "chunk_size", "ignore_index", "reduction"))
-def total(hidden, kernel, bias, labels, *, reduction: Any = "sum", **options):
+def total(hidden, kernel, bias, labels, *, cotangent=1, reduction: Any = "sum", **options):
     """The head's reduced loss and its gradients, compiled once for all tests of a shape."""
 
     def f(hidden, kernel, bias):
-        return head(hidden, kernel, labels, bias=bias, reduction=reduction, **options)
+        losses = head(hidden, kernel, labels, bias=bias, reduction=reduction, **options)
+        return jnp.sum(losses * cotangent)
 
     return jax.value_and_grad(f, (0, 1, 2))(hidden, kernel, bias)
 
@@ -120,11 +121,11 @@ def check_head(gradients, arrays, g=None, *, given=None, **options) -> Any:
     return ds
 
 
-def check_log_probs(arrays) -> None:
+def check_log_probs(arrays, **options) -> None:
     """Each result of `linear_log_probs`, and the gradients of each alone by all operands."""
     hidden, kernel, _, labels = arrays
     g = np.linspace(-1, 2, len(labels)).astype(np.float32)
-    out, ds = log_probs_and_gradients(*arrays, g)
+    out, ds = log_probs_and_gradients(*arrays, g, **options)
     for i, truth in enumerate(statistics_truth(*arrays).values()):
         assert_within(-out[0] if i == 0 else out[i], *truth.value)
         expected = pulled_back(truth.derivative, g, hidden, kernel)
@@ -132,10 +133,10 @@ def check_log_probs(arrays) -> None:
             assert_within(-d if i == 0 else d, value, bound)
 
 
-@jax.jit
-def log_probs_and_gradients(hidden, kernel, bias, labels, g):
+@partial(jax.jit, static_argnames="chunk_size")
+def log_probs_and_gradients(hidden, kernel, bias, labels, g, *, chunk_size=64):
     def f(hidden, kernel, bias):
-        options: Any = {"bias": bias, "with_entropy": True, "chunk_size": 64}
+        options: Any = {"bias": bias, "with_entropy": True, "chunk_size": chunk_size}
         return js.linear_log_probs(hidden, kernel, labels, **options)
 
     out, pull = jax.vjp(f, hidden, kernel, bias)

@@ -2,11 +2,11 @@
 """How a head may be spread over a mesh: one list for all tests of sharding."""
 
 import importlib.util
+import math
 import os
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
@@ -66,15 +66,19 @@ LAYOUTS = {
 }
 
 
-def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
-    """Eight devices, two along each axis."""
-    return jax.make_mesh((2, 2, 2), AXES, axis_types=(kind,) * 3)
+def mesh_of(kind: AxisType, shape: tuple[int, int, int] = (2, 2, 2)) -> jax.sharding.Mesh:
+    """Eight devices, two along each axis, if `shape` does not say otherwise."""
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(kind,) * 3, devices=devices)
 
 
-def put(mesh: jax.sharding.Mesh, layout: Layout, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The arrays as the layout has them."""
-    specs = layout.specs()
-    return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in arrays.items()}
+def put(mesh: jax.sharding.Mesh, specs: Any, arrays: Any) -> Any:
+    """The arrays as the specs have them: a tuple of each, or by name."""
+    if isinstance(arrays, dict):
+        return {name: put(mesh, specs[name], a) for name, a in arrays.items()}
+    if isinstance(arrays, tuple | list):
+        return [put(mesh, spec, a) for spec, a in zip(specs, arrays, strict=True)]
+    return jax.device_put(arrays, NamedSharding(mesh, specs))
 
 
 def tpu_devices(topology: str) -> list[Any]:

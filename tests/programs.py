@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULE, FUNCTION = PROJECT["project"]["scripts"]["jaxsoftmax"].split(":")
 
+# Seconds that nothing takes but on a machine that does much else.
+SLOW = 300
 SMALL = ("--hidden", "16", "--batch-size", "50")
 
 
@@ -35,24 +40,37 @@ def command(*arguments: object, first: str = "pass") -> list[str]:
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
+def run(*line: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A process to its end, and what it wrote."""
+    given = {"capture_output": True, "text": True, "timeout": SLOW} | options
+    return subprocess.run([*map(str, line)], check=False, **given)
+
+
 def program(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess[str]:
     """A run to its end: what one compiles the next need not, as nobody kills it on the way."""
     kept = {"JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"]}
-    return subprocess.run(
-        command(*arguments),
-        env=environment(devices) | kept,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run(*command(*arguments), env=environment(devices) | kept)
+
+
+def wait_until(
+    condition: Callable[[], object], *running: subprocess.Popen[Any], seconds: float = SLOW
+) -> None:
+    """Looks again and again, for as long as these processes run; if it takes too long they end."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in running), "ended by itself"
+        late = time.monotonic() > deadline
+        for process in running * late:
+            process.kill()
+        assert not late
+        time.sleep(0.005)
 
 
 def trained(*arguments: object, devices: int = 1) -> str:
-    run = program("train", *arguments, devices=devices)
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr
-    return run.stdout
+    done = program("train", *arguments, devices=devices)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -66,10 +84,20 @@ def parameters(folder: Path, epoch: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that `train` ends in; in this process, since nothing is trained."""
-    assert cli.run(["train", *arguments]) == 2
+    assert cli.run(["train", *map(str, arguments)]) == 2
     captured = capsys.readouterr()
     assert not captured.out
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def assert_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object, words: Iterable[str]
+) -> None:
+    """In a line with these words, before anything is written."""
+    line = refused(capsys, "--output", folder, *arguments)
+    for word in words:
+        assert word in line, line
+    assert not folder.exists()

@@ -5,9 +5,10 @@ Every right call of `arguments` passes them, with its gradient and in half preci
 one is refused, by them or with the very error that a user gets.
 """
 
-import subprocess
 import sys
 from pathlib import Path
+
+from programs import run
 
 CALLS = """
 from jaxtyping import TypeCheckError, install_import_hook
@@ -16,12 +17,12 @@ with install_import_hook("jaxsoftmax", "beartype.beartype"):
     import jaxsoftmax
 
 import jax, jax.numpy as jnp
-from arguments import MORE_RIGHT, RIGHT, WRONG, call
+from arguments import ARRAY, MORE_RIGHT, RIGHT, WRONG, call
 
 
 def with_gradient(name, changes):
     # Of the first array, in its own dtype and in bfloat16.
-    array = next(n for n in ("x", "a", "logits", "hidden", "labels") if n in RIGHT[name])
+    array = ARRAY[name]
     x = jnp.asarray((RIGHT[name] | changes)[array])
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return call(name, **changes)
@@ -53,12 +54,6 @@ print("checked")
 
 
 def test_annotations_agree_with_what_comes_and_goes():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALLS],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    here = Path(__file__).parent
+    done = run(sys.executable, "-W", "error", "-c", CALLS, cwd=here)
     assert done.stdout == "checked\n", done.stderr

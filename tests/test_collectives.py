@@ -31,37 +31,28 @@ both_ways = pytest.mark.parametrize("gradients", PASSES)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 
 
+def compiled_for(mesh, layout, function, sizes, dtype):
+    """`function` of hidden [batch, sequence, H], kernel and labels, for the mesh's devices."""
+    batch, sequence, width, classes = sizes
+    shapes = ((batch, sequence, width), (width, classes), (batch, sequence))
+    kinds = (dtype, dtype, jnp.int32)
+    with jax.set_mesh(mesh):
+        arguments = [
+            jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+            for shape, kind, spec in zip(shapes, kinds, specs(layout), strict=True)
+        ]
+        traced = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).trace(*arguments)
+        return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)).compile()
+
+
 def specs(layout):
     every = layout.specs()
     return tuple(every[name] for name in ("hidden", "kernel", "labels"))
 
 
-def loss(gradients, **options):
-    def mean(hidden, kernel, labels):
-        return jaxsoftmax.linear_softmax_cross_entropy(
-            hidden, kernel, labels, gradients=gradients, **options
-        )
-
-    return jax.value_and_grad(mean, argnums=(0, 1))
-
-
 def found_in(mesh, layout, function, sizes):
-    """Of `hidden [batch, sequence, H]`, `kernel` and labels, compiled for the mesh's devices."""
-    batch, sequence, width, classes = sizes
-    platform = mesh.devices.flat[0].platform
-    dtype = jnp.bfloat16 if platform == "tpu" else jnp.float32
-    shapes = ((batch, sequence, width), (width, classes), (batch, sequence))
-    with jax.set_mesh(mesh):
-        arguments = [
-            jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-            for shape, kind, spec in zip(
-                shapes, (dtype, dtype, jnp.int32), specs(layout), strict=True
-            )
-        ]
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
-        text = lowered.compile().as_text()
-    assert text is not None
-    return collectives(text)
+    dtype = jnp.bfloat16 if mesh.devices.flat[0].platform == "tpu" else jnp.float32
+    return collectives(compiled_for(mesh, layout, function, sizes, dtype).as_text() or "")
 
 
 def role(dims: tuple[int, ...]) -> str:
@@ -103,45 +94,39 @@ def check(found: list[Collective], layout: Layout, *, chunk: int, passes: int) -
     assert counts["sum", "logits"] == 0, f"logits summed:\n{listed}"
 
 
-def shard_map_loss(gradients, layout, **options):
+def in_shard_map(loss, layout):
     """The same mean, by hand: the kernel's width gathered, the classes over a manual axis."""
     width, classes = layout.kernel
 
     def local(hidden, kernel, labels):
         if width is not None:
             kernel = lax.all_gather(kernel, width, axis=0, tiled=True)
-        total = jaxsoftmax.linear_softmax_cross_entropy(
-            hidden,
-            kernel,
-            labels,
-            reduction="sum",
-            gradients=gradients,
-            axis_name=classes,
-            **options,
-        )
+        total = loss(hidden, kernel, labels, reduction="sum", axis_name=classes)
         return lax.psum(total, layout.token_axes) if layout.token_axes else total
 
-    mean = jax.shard_map(local, in_specs=specs(layout), out_specs=P())
-    return jax.value_and_grad(lambda h, k, y: mean(h, k, y) / y.size, argnums=(0, 1))
+    total = jax.shard_map(local, in_specs=specs(layout), out_specs=P())
+    return lambda hidden, kernel, labels: total(hidden, kernel, labels) / labels.size
+
+
+def check_head(mesh, layout, gradients, *, chunk, sizes, by_hand=False):
+    """What the head's value and gradients send, in chunks of so many tokens."""
+    head = jaxsoftmax.linear_softmax_cross_entropy
+    program = functools.partial(head, gradients=gradients, chunk_size=chunk)
+    program = in_shard_map(program, layout) if by_hand else program
+    check(found_in(mesh, layout, program, sizes), layout, chunk=chunk, passes=PASSES[gradients])
 
 
 @both_ways
 @every_layout
 def test_an_explicit_mesh_of_cpus(layout, gradients):
-    mesh = mesh_of(AxisType.Explicit)
-    program = loss(gradients, chunk_size=TOKEN)
-    found = found_in(mesh, layout, program, SMALL)
-    check(found, layout, chunk=TOKEN, passes=PASSES[gradients])
+    check_head(mesh_of(AxisType.Explicit), layout, gradients, chunk=TOKEN, sizes=SMALL)
 
 
 @both_ways
 @pytest.mark.parametrize("name", ["data", "vocabulary", "fsdp", "fsdp and vocabulary"])
 def test_shard_map_on_cpus(name, gradients):
-    layout = LAYOUTS[name]
-    program = shard_map_loss(gradients, layout, chunk_size=TOKEN)
-    mesh = mesh_of(AxisType.Auto)
-    found = found_in(mesh, layout, program, SMALL)
-    check(found, layout, chunk=TOKEN, passes=PASSES[gradients])
+    mesh, layout = mesh_of(AxisType.Auto), LAYOUTS[name]
+    check_head(mesh, layout, gradients, chunk=TOKEN, sizes=SMALL, by_hand=True)
 
 
 @functools.cache
@@ -155,27 +140,19 @@ def tpu_mesh(topology, kind=AxisType.Explicit):
 @pytest.mark.parametrize(
     ("name", "topology"),
     [
-        ("data", "v5e:2x4"),
-        ("vocabulary", "v5e:2x4"),
-        ("fsdp", "v5e:2x4"),
-        ("fsdp and vocabulary", "v5e:2x4"),
+        *((name, "v5e:2x4") for name in ("data", "vocabulary", "fsdp", "fsdp and vocabulary")),
         ("hybrid", "v5e:4x4"),
     ],
 )
 def test_an_explicit_mesh_of_tpus(name, topology, gradients):
-    layout = LAYOUTS[name]
-    program = loss(gradients, chunk_size=32 * TOKEN)
-    mesh = tpu_mesh(topology)
-    found = found_in(mesh, layout, program, LARGE)
-    check(found, layout, chunk=32 * TOKEN, passes=PASSES[gradients])
+    check_head(tpu_mesh(topology), LAYOUTS[name], gradients, chunk=32 * TOKEN, sizes=LARGE)
 
 
 def test_data_and_vocabulary_on_an_automatic_mesh_of_tpus():
     """Nothing can be read off its types; XLA itself does as well, but sums d_hidden by chunks."""
-    layout, chunk = LAYOUTS["data and vocabulary"], 32 * TOKEN
-    program = loss("in_forward", chunk_size=chunk)
-    mesh = tpu_mesh("v5e:2x4", AxisType.Auto)
-    found = found_in(mesh, layout, program, LARGE)
+    chunk, mesh = 32 * TOKEN, tpu_mesh("v5e:2x4", AxisType.Auto)
+    head = functools.partial(jaxsoftmax.linear_softmax_cross_entropy, chunk_size=chunk)
+    found = found_in(mesh, LAYOUTS["data and vocabulary"], head, LARGE)
     d_hidden = chunk * LARGE[2]
     assert all(math.prod(dims) <= d_hidden for one in found if one.in_loop for dims in one.dims)
     d_kernel = [one for one in found for dims in one.dims if role(dims) == "kernel"]
@@ -195,17 +172,7 @@ def operations(mesh, layout, sizes, chunk_size, *, told=False):
     head: Any = functools.partial(jaxsoftmax.linear_loss, loss, chunk_size=chunk_size)
     if told:
         head = jax.sharding.explicit_axes(head, in_sharding=specs(layout))
-    platform = mesh.devices.flat[0].platform
-    shapes = ((batch, sequence, width), (width, classes), (batch, sequence))
-    with jax.set_mesh(mesh):
-        arguments = [
-            jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-            for shape, kind, spec in zip(
-                shapes, (jnp.bfloat16, jnp.bfloat16, jnp.int32), specs(layout), strict=True
-            )
-        ]
-        step = jax.jit(jax.value_and_grad(head, argnums=(0, 1)))
-        compiled = step.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+    compiled = compiled_for(mesh, layout, head, sizes, jnp.bfloat16)
     (chunk,) = chunks
     tokens = batch * sequence
     axes = (*layout.token_axes, *names(layout.classes))

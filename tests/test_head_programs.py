@@ -5,7 +5,6 @@ import functools
 import gc
 import json
 import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from assertions import assert_trees_close
+from programs import run
 
 import jaxsoftmax as js
 
@@ -101,13 +102,7 @@ EAGER = {
 def test_eager_calls_compile_once_and_keep_nothing():
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(sys.executable, "-c", MEASURE, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == set(EAGER)
@@ -196,6 +191,10 @@ def test_a_key_closed_over_in_any_transform(reduction):
     check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW})
 
 
+def kind(array):
+    return array.shape, array.dtype
+
+
 def check_closed_over(name, reduction, ways):
     closed_over, made_of = CLOSED_OVER[name]
 
@@ -213,9 +212,8 @@ def check_closed_over(name, reduction, ways):
     for how in ways:
         run = jax.value_and_grad(WRAPPED[how](head), numbers)
         got = (jax.jit(run) if how == "jit of the gradient" else run)(HIDDEN, c)
-        for x, true in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert x.dtype == true.dtype
-            np.testing.assert_allclose(x, true, rtol=1e-5, atol=1e-6, err_msg=how)
+        assert jax.tree.map(kind, got) == jax.tree.map(kind, want), how
+        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @both_orders
@@ -232,8 +230,7 @@ def test_second_derivatives_beside_what_it_closes_over(reduction):
     arguments = (HIDDEN, jnp.float32(1.3), closed_over)
     for f in (jax.hessian, lambda f, n: jax.jacrev(jax.grad(f, n), n)):
         got, want = (jax.jit(f(g, (0, 1)))(*arguments) for g in (head, plain))
-        for x, true in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(x, true, rtol=1e-4, atol=1e-5)
+        assert_trees_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_it_closes_over_may_be_another_in_the_next_call():
@@ -308,6 +305,5 @@ def test_what_a_token_argument_may_be():
 
     arguments = (HIDDEN, numbers.astype(np.complex64) + 1, np.zeros((5, 0), np.float32))
     got, want = (jax.value_and_grad(f, (0, 1, 2))(*arguments) for f in (head, plain))
-    for x, true in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (x.shape, x.dtype) == (true.shape, true.dtype)
-        np.testing.assert_allclose(x, true, rtol=1e-5, atol=1e-6)
+    assert jax.tree.map(kind, got) == jax.tree.map(kind, want)
+    assert_trees_close(got, want, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arguments import ARRAY, RIGHT, call
+from programs import run
 
 import jaxsoftmax
 
@@ -29,29 +30,9 @@ SOURCES = [
         for path in sorted((ROOT / folder).rglob("*.py"))
     ),
 ]
-# A module imports only from those before it.
-LAYERS = [
-    "_sharding",
-    "_checks",
-    "_rows",
-    "_numerics",
-    "_rules",
-    "_softmax",
-    "_transform",
-    "_statistics",
-    "_options",
-    "_cross_entropy",
-    "_closures",
-    "_products",
-    "_head",
-    "_token_chunks",
-    "_vocabulary_blocks",
-    "_head_programs",
-    "_linear",
-]
 OUTSIDE = ("jaxsoftmax/training", "jaxsoftmax_command", "bench", "examples", "tests")
 # Tests of a private formulation may reach for it.
-PRIVATE_IN_TESTS = {"jaxsoftmax._numerics", "jaxsoftmax._sharding"}
+PRIVATE_IN_TESTS = {"jaxsoftmax._cpu", "jaxsoftmax._row_sums"}
 # What the library itself needs beside the standard library.
 NEEDED = {"jax", "numpy", "jaxtyping"}
 DROP_INS = {
@@ -60,11 +41,6 @@ DROP_INS = {
     "logsumexp": jax.nn.logsumexp,
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_cross_entropy_with_integer_labels": optax.softmax_cross_entropy_with_integer_labels,
-}
-LABELS = {
-    "softmax_cross_entropy": jnp.full((4, 8), 0.125),
-    "softmax_cross_entropy_with_integer_labels": jnp.zeros(4, jnp.int32),
-    "label_log_probs": jnp.zeros(4, jnp.int32),
 }
 FUNCTIONS = [name for name in jaxsoftmax.__all__ if name != "LogProbs"]
 DIFFERENTIABLE = [name for name in FUNCTIONS if name != "check_labels"]
@@ -80,14 +56,12 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def call(name: str, x):
-    if name in HEADS:
-        kernel, labels = jnp.ones((x.shape[-1], 5)), jnp.zeros(len(x), jnp.int32)
-        if name == "linear_loss":
-            return jaxsoftmax.linear_loss(lambda z, y: z[:, 0] * y, x, kernel, jnp.ones(len(x)))
-        return getattr(jaxsoftmax, name)(x, kernel, labels)
-    arguments = (x, LABELS[name]) if name in LABELS else (x,)
-    return getattr(jaxsoftmax, name)(*arguments, axis=-1)
+def of_array(name: str):
+    """A right call as a function of its first array, and such an array."""
+    x = RIGHT[name][ARRAY[name]]
+    x = np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+    axis = {"axis": -1} if name == "logsumexp" else {}
+    return lambda x: call(name, **{ARRAY[name]: x}, **axis), x
 
 
 def test_all_is_sorted_and_true():
@@ -173,9 +147,29 @@ def _imports(path: Path) -> list[str]:
     return found
 
 
-def _layer(module: str) -> str | None:
-    match = re.match(r"jaxsoftmax\.(_\w+?)(\.|$)", module)
-    return match[1] if match and match[1] in LAYERS else None
+def _module(path: Path) -> str:
+    """Its name below `jaxsoftmax`, such as `_head.layout`."""
+    parts = path.relative_to(ROOT / "jaxsoftmax").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _order() -> list[str]:
+    """The one list of the library's modules, in CONTRIBUTING.md: each imports from those below."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^```text\n(_.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^_[\w.]+", listed, re.MULTILINE)
+
+
+ORDER = _order()
+
+
+def _place(name: str) -> int:
+    """Of the module that a full name is, or is in."""
+    name = name.removeprefix("jaxsoftmax.")
+    while name not in ORDER:
+        assert name, "in no module of the list"
+        name = name.rpartition(".")[0]
+    return ORDER.index(name)
 
 
 @source
@@ -186,18 +180,21 @@ def test_imports_point_down(path):
         allowed = PRIVATE_IN_TESTS if relative(path).startswith("tests") else set()
         reached = {".".join(m.split(".")[:2]) for m in private}
         assert reached <= allowed
-    elif path.stem in LAYERS:
-        below = LAYERS[: LAYERS.index(path.stem)]
-        assert {_layer(m) for m in private} <= set(below)
-    if path.parent == ROOT / "jaxsoftmax" and path.stem != "__main__":
+    elif relative(path).startswith("jaxsoftmax") and path.stem != "__main__":
+        if (module := _module(path)) in ORDER:
+            assert not [m for m in private if _place(m) <= ORDER.index(module)]
         roots = {m.partition(".")[0] for m in imports}
         assert roots - set(sys.stdlib_module_names) <= NEEDED | {"jaxsoftmax"}
         assert not any(m.startswith(("jax._src", "jaxsoftmax.training")) for m in imports)
 
 
-def test_every_module_of_the_library_has_its_layer():
-    modules = {p.stem for p in (ROOT / "jaxsoftmax").glob("_*.py")} - {"__init__", "__main__"}
-    assert modules <= set(LAYERS)
+def test_every_module_of_the_library_has_its_place():
+    """A package's own file needs none while it is empty."""
+    inside = [p for p in SOURCES if relative(p).startswith("jaxsoftmax/_") and p.stem != "__main__"]
+    inside = [p for p in inside if p.parent != ROOT / "jaxsoftmax" or p.stem != "__init__"]
+    assert {_module(p) for p in inside if p.stem != "__init__" or _imports(p)} <= set(ORDER)
+    assert set(ORDER) <= {_module(p) for p in inside}
+    assert len(ORDER) == len(set(ORDER))
 
 
 @source
@@ -224,17 +221,14 @@ assert jax.device_count() == 3
 
 def test_an_import_has_no_side_effects():
     environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": "/tmp"}
-    command = [sys.executable, "-c", IMPORT]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run(sys.executable, "-c", IMPORT, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 @differentiable
 def test_named_scope_in_the_lowered_program(name):
-    x = jnp.ones((4, 8))
-    text = jax.jit(lambda x: call(name, x)).lower(x).as_text(debug_info=True)
+    f, x = of_array(name)
+    text = jax.jit(f).lower(x).as_text(debug_info=True)
     assert re.search(rf"jaxsoftmax\.{name}(?!\w)", text)
     others = set(jaxsoftmax.__all__) - {name}
     assert not any(re.search(rf"jaxsoftmax\.{other}(?!\w)", text) for other in others)
@@ -243,19 +237,19 @@ def test_named_scope_in_the_lowered_program(name):
 @on_logits
 def test_a_policy_keeps_the_row_statistics_by_name(name):
     """(m, r) alone are kept, and the backward pass does not take the maximum again."""
+    f, x = of_array(name)
 
     def kept(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        pullback = jax.vjp(jax.checkpoint(lambda x: call(name, x), policy=policy), x)[1]
-        rows = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) == (4,)]
+        pullback = jax.vjp(jax.checkpoint(f, policy=policy), x)[1]
+        rows = [a for a in jax.tree.leaves(pullback) if getattr(a, "shape", ()) == x.shape[:1]]
         return [np.asarray(row) for row in rows if row.dtype == jnp.float32]
 
-    x = jnp.sin(jnp.arange(32, dtype=jnp.float32)).reshape(4, 8)
     m = np.max(x, axis=-1)
     r = np.sum(np.exp(x - m[:, None]), axis=-1) - 1
     assert kept("nobody.uses.this") == []
-    (only,) = kept("jaxsoftmax.max")
+    (only,) = kept("jaxsoftmax.shift")
     np.testing.assert_array_equal(only, m)
     (only,) = kept("jaxsoftmax.remainder")
     np.testing.assert_allclose(only, r, rtol=1e-6)
-    assert len(kept("jaxsoftmax.max", "jaxsoftmax.remainder")) == 2
+    assert len(kept("jaxsoftmax.shift", "jaxsoftmax.remainder")) == 2

@@ -4,6 +4,7 @@
 `jax.vjp` returns a pytree whose leaves are what is kept.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,23 +20,19 @@ LABELS = np.arange(ROWS, dtype=np.int32)
 MASK = np.arange(ROWS * CLASSES).reshape(SHAPE) % 3 > 0
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 
+dense = jaxsoftmax.softmax_cross_entropy
 # Each rule as a function of the logits.
-RULES = {
+RULES: dict[str, Any] = {
     "softmax": jaxsoftmax.softmax,
     "log_softmax": jaxsoftmax.log_softmax,
-    "logsumexp": lambda x: jaxsoftmax.logsumexp(x, axis=-1),
-    "softmax_cross_entropy_with_integer_labels": lambda x: integer_labels(x, LABELS),
-    "label_log_probs": lambda x: jaxsoftmax.label_log_probs(x, LABELS, with_entropy=True),
+    "logsumexp": partial(jaxsoftmax.logsumexp, axis=-1),
+    "softmax_cross_entropy_with_integer_labels": partial(integer_labels, labels=LABELS),
+    "label_log_probs": partial(jaxsoftmax.label_log_probs, labels=LABELS, with_entropy=True),
 }
-MASKED = {
-    "softmax": lambda x: jaxsoftmax.softmax(x, where=MASK),
-    "log_softmax": lambda x: jaxsoftmax.log_softmax(x, where=MASK),
-    "logsumexp": lambda x: jaxsoftmax.logsumexp(x, axis=-1, where=MASK),
-    "softmax_cross_entropy_with_integer_labels": lambda x: integer_labels(x, LABELS, where=MASK),
-    "softmax_cross_entropy": lambda x: jaxsoftmax.softmax_cross_entropy(
-        x, jnp.full(SHAPE, 0.1, x.dtype), where=MASK
-    ),
+MASKED: dict[str, Any] = {
+    name: partial(f, where=MASK) for name, f in RULES.items() if name != "label_log_probs"
 }
+MASKED["softmax_cross_entropy"] = lambda x: dense(x, jnp.full(SHAPE, 0.1, x.dtype), where=MASK)
 # Left to JAX, because the result is larger than anything that is kept.
 WITHOUT_A_RULE = {"softmax_jacobian"}
 
@@ -76,7 +73,7 @@ def test_one_array_of_the_logits_size_in_their_dtype(name, wrapper, dtype):
 def test_options_keep_numbers_a_row_at_most(wrapper, dtype):
     options: Any = {"label_smoothing": 0.1, "z_loss": 0.1, "soft_cap": 9.0, "temperature": 0.5}
     arrays = kept(
-        wrapper(lambda x: integer_labels(x, LABELS, ignore_index=3, **options)), logits(dtype)
+        wrapper(partial(integer_labels, labels=LABELS, ignore_index=3, **options)), logits(dtype)
     )
     large = [a for a in arrays if a.size > ROWS]
     assert [(a.shape, a.dtype) for a in large] == [(SHAPE, dtype)]
@@ -86,7 +83,7 @@ def test_options_keep_numbers_a_row_at_most(wrapper, dtype):
 @wrappers
 def test_dense_labels_keep_logits_and_labels_in_their_dtypes(wrapper, dtype):
     y = jnp.full(SHAPE, 0.1, jnp.float16)
-    arrays = kept(wrapper(jaxsoftmax.softmax_cross_entropy), logits(dtype), y)
+    arrays = kept(wrapper(dense), logits(dtype), y)
     large = sorted(str(a.dtype) for a in arrays if a.size > ROWS)
     assert large == sorted([str(jnp.dtype(dtype)), "float16"])
     assert [a.shape for a in arrays if a.size <= ROWS] == 3 * [(ROWS,)]  # m, r and Σ_k y_k
@@ -123,8 +120,8 @@ def test_the_value_alone_keeps_nothing():
 @pytest.mark.parametrize("name", [*RULES, "softmax_cross_entropy", "softmax_jacobian"])
 def test_an_eager_call_is_one_program(name):
     """Operation by operation it would be slower, and hold what lies between them."""
-    dense = {"softmax_cross_entropy": lambda x: jaxsoftmax.softmax_cross_entropy(x, x)}
-    f = (RULES | dense).get(name) or getattr(jaxsoftmax, name)
+    of_both = {"softmax_cross_entropy": lambda x: dense(x, x)}
+    f = (RULES | of_both).get(name) or getattr(jaxsoftmax, name)
     assert [e.primitive.name for e in jax.make_jaxpr(f)(logits(jnp.float32)).eqns] == ["jit"]
 
 

@@ -4,17 +4,18 @@
 Numbers are those without a mesh; a gradient comes in the layout of its argument.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from assertions import assert_trees_close
 from cases import generator
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from layouts import AXES, mesh_of
+from layouts import AXES, mesh_of, put
 
 import jaxsoftmax as js
 
@@ -32,26 +33,25 @@ def mesh():
         yield mesh
 
 
-def put(x, spec, mesh):
-    return jax.device_put(x, NamedSharding(mesh, spec))
-
-
-def check(f, arrays, specs, mesh):
-    """A function and its gradients by arrays in these layouts, and with nothing sharded."""
-    g = np.cos(np.arange(jax.eval_shape(f, *arrays).size, dtype=np.float32))
+@cache
+def with_gradients(f):
+    """Compiled once for all layouts that are none."""
 
     @jax.jit
     def both(*arrays):
         out, pull = jax.vjp(f, *arrays)
-        weights = g.reshape(out.shape).astype(out.dtype)
+        weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
         return out, pull(jax.sharding.reshard(weights, jax.typeof(out).sharding))
 
-    sharded = [put(a, spec, mesh) for a, spec in zip(arrays, specs, strict=True)]
-    got = both(*sharded)
-    expected = both(*arrays)
-    for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if e.dtype != jax.dtypes.float0:
-            np.testing.assert_allclose(a, e, rtol=2e-6, atol=2e-6)
+    return both
+
+
+def check(f, arrays, specs, mesh):
+    """A function and its gradients by arrays in these layouts, and with nothing sharded."""
+    both, sharded = with_gradients(f), put(mesh, specs, arrays)
+    got, expected = both(*sharded), both(*arrays)
+    number = lambda a: None if a.dtype == jax.dtypes.float0 else a  # noqa: E731
+    assert_trees_close(*(jax.tree.map(number, t) for t in (got, expected)), rtol=2e-6, atol=2e-6)
     for d, a in zip(got[1], sharded, strict=True):
         if d.dtype != jax.dtypes.float0:
             assert jax.typeof(d).sharding.spec == jax.typeof(a).sharding.spec
@@ -72,19 +72,20 @@ FAMILY = {
 @pytest.mark.parametrize("axis", [(1, 2), None], ids=str)
 def test_class_axes_of_any_layout(axis, mesh):
     """Every function in one program."""
-    check(lambda x: _sum_of_all(x, axis), [X], [LAYOUTS[0]], mesh)
 
+    def sum_of_all(x):
+        return jnp.stack([jnp.mean(f(x, axis)) for f in FAMILY.values()]).sum()[None]
 
-def _sum_of_all(x, axis):
-    return jnp.stack([jnp.mean(f(x, axis)) for f in FAMILY.values()]).sum()[None]
+    check(sum_of_all, [X], [LAYOUTS[0]], mesh)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("axis", [(1, 2), (2, 1), None, (0, 2), 2, 1], ids=str)
 @pytest.mark.parametrize("name", FAMILY)
 def test_class_axes_of_any_number_and_every_layout(name, axis, mesh):
+    f = partial(FAMILY[name], axis=axis)
     for spec in LAYOUTS:
-        check(partial(FAMILY[name], axis=axis), [X], [spec], mesh)
+        check(f, [X], [spec], mesh)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +121,16 @@ def test_integer_labels_in_any_layout(of_labels, mesh):
         "label_smoothing": 0.1,
         "class_weights": np.linspace(0.5, 2, 8, dtype="float32"),
     }
-    for of_logits in (P("data", "vocab"), P("data"), P(None, "vocab"), P()):
-        check(integer, [X[0], labels], [of_logits, of_labels], mesh)
-        check(partial(integer, **options), [X[0], labels], [of_logits, of_labels], mesh)
+    for f in (integer, partial(integer, **options)):
+        for of_logits in (P("data", "vocab"), P("data"), P(None, "vocab"), P()):
+            check(f, [X[0], labels], [of_logits, of_labels], mesh)
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_the_jacobian_of_sharded_classes(axis, mesh):
+    f = partial(js.softmax_jacobian, axis=axis)
     for spec in (P("data", "vocab"), P(None, "vocab"), P("data")):
-        check(partial(js.softmax_jacobian, axis=axis), [X[0]], [spec], mesh)
+        check(f, [X[0]], [spec], mesh)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
@@ -144,7 +146,7 @@ def test_within_a_shard_map_over_all_axes_arrays_are_local(kind):
         return str(jax.make_jaxpr(f)(z, y))
 
     with jax.set_mesh(whole):
-        z, y = (put(a, P("data"), whole) for a in (z, y))
+        z, y = put(whole, (P("data"), P("data")), (z, y))
         assert "local=True" in forms()
         if kind == AxisType.Auto:
             assert "local=False" in forms(axis_names={"data"})
@@ -168,5 +170,4 @@ def test_the_forms_of_one_device_within_shard_map(classes):
             for f in (f, integer)
         )
         mapped = jax.jit(jax.vmap(f))(*twice)
-    for a, e in zip((*got, mapped[1]), (*want, want[0]), strict=True):
-        np.testing.assert_allclose(a, e, rtol=2e-6, atol=1e-37)
+    assert_trees_close((*got, mapped[1]), (*want, want[0]), rtol=2e-6, atol=1e-37)
