@@ -182,6 +182,58 @@ def operations(mesh, layout, sizes, chunk_size, *, told=False):
     return loops * (compiled.cost_analysis() or {})["flops"] / share
 
 
+def log_probs(hidden, kernel, labels):
+    every = jaxsoftmax.linear_log_probs(hidden, kernel, labels, with_entropy=True)
+    return sum(field.mean() for field in every)
+
+
+def unreduced(hidden, kernel, labels):
+    losses = jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, reduction=None)
+    return losses.mean()
+
+
+AUTOMATIC = {
+    gradients: functools.partial(jaxsoftmax.linear_softmax_cross_entropy, gradients=gradients)
+    for gradients in PASSES
+} | {"unreduced": unreduced, "log-probabilities": log_probs}
+DEFAULT = {
+    ("vocabulary", "log-probabilities"),
+    ("fsdp", "in_forward"),
+    ("fsdp and vocabulary", "recompute"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        pytest.param(name, program, marks=() if (name, program) in DEFAULT else pytest.mark.wide)
+        for name in ("vocabulary", "fsdp", "fsdp and vocabulary")
+        for program in AUTOMATIC
+    ],
+)
+def test_an_automatic_mesh_of_tpus(name, program):
+    """The kernel gathered once, before the loop, and every part of d_kernel summed once."""
+    layout = LAYOUTS[name]
+    found = found_in(tpu_mesh("v5e:2x4", AxisType.Auto), layout, AUTOMATIC[program], LARGE)
+    listed = "\n".join(map(str, found))
+    gathered = [one for one in found if one.kind == "all-gather"]
+    assert not any(one.in_loop for one in gathered), listed
+    width, classes = layout.kernel
+    assert [role(dims) for one in gathered for dims in one.dims] == ["kernel"] * (width is not None)
+    # A device's classes of d_kernel, all of them or by block, before they are scattered.
+    shards = math.prod(tpu_mesh("v5e:2x4").shape[axis] for axis in names(classes))
+    summed = [
+        (one.times * math.prod(dims), one.in_loop)
+        for one in found
+        for dims in one.dims
+        if one.kind in {"all-reduce", "reduce-scatter"} and dims[:1] == LARGE[2:3] and len(dims) > 1
+    ]
+    once = LARGE[2] * LARGE[3] // shards if layout.token_axes else 0
+    assert sum(size for size, _ in summed) == once, listed
+    if program == "in_forward":
+        assert not any(in_loop for _, in_loop in summed), listed
+
+
 SPREAD = Layout(tokens=(AXES, None))
 UNTOLD = {
     "data over all devices": SPREAD,

@@ -24,7 +24,8 @@ from programs import (
     wait_until,
 )
 
-from jaxsoftmax.training import data, layout, model, step
+from jaxsoftmax.training import data, model, step
+from jaxsoftmax.training import mesh as meshes
 
 LOST = "jaxsoftmax: a process of the run stopped, or cannot be reached; start all of them again"
 # JAX gives a process up after 30 seconds of silence; the rest is for a slow machine.
@@ -195,12 +196,12 @@ def listening(port: int) -> bool:
 def test_a_device_holds_its_share() -> None:
     """Of the examples and of the last layer, in memory as well as in the compiled program."""
     digits = data.load(data.DIGITS)
-    mesh = layout.make_mesh({"data": 4, "vocab": 2})
+    mesh = meshes.make_mesh({"data": 4, "vocab": 2})
     params = model.init(jax.random.key(0), (64, 8, digits.classes))
     optimizer = step.OPTIMIZERS["sgd"](1e-3)
     initial = step.State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType]
-    state = layout.split(initial, mesh, step.specs(optimizer, initial))
-    x, y = layout.split((digits.train_x, digits.train_y), mesh, PartitionSpec(layout.DATA))
+    state = meshes.split(initial, mesh, step.specs(optimizer, initial))
+    x, y = meshes.split((digits.train_x, digits.train_y), mesh, PartitionSpec(meshes.DATA))
     assert [shard.data.shape for shard in x.addressable_shards] == [(360, 64)] * 8
     for leaf in jax.tree.leaves(state.params[-1]):
         assert {shard.data.shape[-1] for shard in leaf.addressable_shards} == {5}
@@ -235,9 +236,9 @@ def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
         (jax.sharding.AxisType.Auto,) * 2,
         devices=jax.devices()[:devices],
     )
-    split = layout.split(whole, mesh, specs)
+    split = meshes.split(whole, mesh, specs)
     assert len(split[0].addressable_shards) == devices
-    for a, b in zip(layout.whole(split, whole), whole, strict=True):
+    for a, b in zip(meshes.whole(split, whole), whole, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
