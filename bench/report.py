@@ -42,6 +42,8 @@ DOCUMENTS: dict[Path, Blocks] = {
             "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
             "memory --mesh v5p:4x4x4/data=16,vocab=4 "
             "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
+            "memory --mesh v5p:8x8x8/data=64,vocab=8 "
+            "--tokens 1048576 --hidden 8192 --vocab 262144 --dtype bfloat16",
         )
     },
     BENCHMARKS: {
