@@ -184,7 +184,7 @@ def operations(mesh, layout, sizes, chunk_size, *, told=False):
 
 def log_probs(hidden, kernel, labels):
     every = jaxsoftmax.linear_log_probs(hidden, kernel, labels, with_entropy=True)
-    return sum(field.mean() for field in every)
+    return sum(jnp.mean(field) for field in every if field is not None)
 
 
 def unreduced(hidden, kernel, labels):
@@ -192,10 +192,11 @@ def unreduced(hidden, kernel, labels):
     return losses.mean()
 
 
-AUTOMATIC = {
-    gradients: functools.partial(jaxsoftmax.linear_softmax_cross_entropy, gradients=gradients)
-    for gradients in PASSES
-} | {"unreduced": unreduced, "log-probabilities": log_probs}
+HEAD: Any = jaxsoftmax.linear_softmax_cross_entropy
+AUTOMATIC = {gradients: functools.partial(HEAD, gradients=gradients) for gradients in PASSES} | {
+    "unreduced": unreduced,
+    "log-probabilities": log_probs,
+}
 DEFAULT = {
     ("vocabulary", "log-probabilities"),
     ("fsdp", "in_forward"),
