@@ -159,17 +159,19 @@ def test_ctrl_c_at_any_moment(tmp_path: Path, moments: list[float]) -> None:
 
 def test_ctrl_c_is_ignored_in_the_background(tmp_path: Path) -> None:
     """As a shell starts it there; also while the program would have a handler of its own."""
-    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    output, ready = tmp_path / "run", tmp_path / "ready"
+    ignoring = ("sh", "-c", 'trap "" INT; : > "$0"; exec "$@"', ready)
     with subprocess.Popen(
-        [*ignoring, *command("train", "--output", tmp_path, "--epochs", 5000, "--hidden", "none")],
+        [*ignoring, *command("train", "--output", output, "--epochs", 5000, "--hidden", "none")],
         env=environment(),
         stdout=subprocess.DEVNULL,
     ) as process:
 
         def trains_on() -> bool:
             process.send_signal(signal.SIGINT)
-            return (tmp_path / "checkpoints" / "3").exists()
+            return (output / "checkpoints" / "3").exists()
 
+        wait_until(ready.exists, process)
         wait_until(trains_on, process)
         process.kill()
 
