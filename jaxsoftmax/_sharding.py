@@ -34,10 +34,8 @@ def is_local(*arrays: jax.Array) -> bool:
 
 def unseen_devices() -> int:
     """Over how many devices an automatic mesh may spread an array here, which no type tells."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count()
-    return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
+    unset = jax.sharding.get_abstract_mesh().empty
+    return jax.device_count() if unset else devices_of_automatic_mesh()
 
 
 def devices_of_automatic_mesh() -> int:

@@ -223,7 +223,7 @@ def _class_blocks(head, most):
 
     A block that cuts through a sharded axis is gathered, with all that is made of it. On an
     automatic mesh, where shards cannot be seen, each device is taken to hold one: as many blocks go
-    together as there are devices, and those that hold whole classes lose nothing by it.
+    together as there are devices. Where they hold whole classes that costs a copy of the kernel.
     """
     sharding, devices = head.sharding, devices_of_automatic_mesh()
     if sharding.mesh is not None or head.kernel.shape[1] % devices:

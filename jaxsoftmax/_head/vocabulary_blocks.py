@@ -65,8 +65,8 @@ class Operands(NamedTuple):
     labels: Any  # [N], from `to_index`
 
 
-# Where an explicit mesh shards the classes, they are two axes within, [shards, V / shards]: each
-# shard goes over its own blocks, and all are merged once, at the end.
+# Where a mesh shards the classes, or an automatic one may, they are two axes within,
+# [shards, V / shards]: each shard goes over its own blocks, and all are merged once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_statistics(plan, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
