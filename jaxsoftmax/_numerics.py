@@ -93,7 +93,8 @@ def gradient_numerator(total: jax.Array, y: jax.Array, e: jax.Array, r: jax.Arra
     """(Y ŷ_k − y_k)(1 + r) = (Y e_k − y_k) − y_k r, without cancellation; `total` is Y.
 
     At the maximum e_k is exactly 1, so a one-hot target leaves −r; at any other entry r ≥ e_k, so
-    nothing cancels either (docs/derivation.md, equation 27).
+    nothing cancels either (docs/derivation.md, equation 27). Of an integer label it is e_k beside
+    the label and (e_t − 1) − r at it: `_statistics.label_cotangents` takes it in these two parts.
     """
     return (total[..., None] * e - y) - y * r[..., None]
 

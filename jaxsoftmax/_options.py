@@ -130,14 +130,14 @@ def target_losses(
     """The losses with all options; exactly 0 where not included."""
     if included is not None:
         statistics = jax.tree.map(lambda s: jnp.where(included, s, 0), statistics)
-    if weights is None and options.label_smoothing is None and options.z_loss is None:
+    mixed = (weights, options.label_smoothing, options.z_loss)
+    if all(option is None for option in mixed):
         return statistics.loss
-    mix = _MIX.for_mode(forward_mode)
-    return mix(statistics, weights, options.label_smoothing, options.z_loss)
+    return _MIX.for_mode(forward_mode)(statistics, *mixed)
 
 
 def _mix(statistics, weights, epsilon, z_loss):
-    """(1 − ε) · weights · loss + ε · spread + λ · lse², one number a token."""
+    """(1 − ε) · weights · loss + ε · spread + λ · lse², one number per token."""
     loss, dtype = statistics.loss, statistics.loss.dtype
     if weights is not None:
         loss = _times(weights.astype(dtype), loss)

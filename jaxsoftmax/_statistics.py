@@ -221,7 +221,7 @@ def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
 
 
 def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
-    """BlockSums without a known log-sum-exp of which nothing is used: their gradient is 0, not NaN.
+    """Which rows, without a known log-sum-exp, nothing is used of: their gradient is 0, not NaN.
 
     Other rows need no such care, and must have none: 0 times a finite gradient is 0, but its
     derivative by the cotangent is not.
@@ -252,6 +252,7 @@ def label_cotangents(  # noqa: PLR0917
     dtype = z.dtype
     if unused is not None:
         sums, z = without_rows(unused, sums, z)
+    # `gradient_numerator` of a one-hot target, beside the label and at it: equation (27).
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
     dz, d_weights = _cotangents(z, targets, weights, sums, g)
     if g.loss is None:
@@ -282,8 +283,8 @@ def _cotangents(z, targets, weights, sums, g):
             d_weights = jnp.sum(cost, axis=tuple(range(cost.ndim - weights.ndim))).astype(
                 weights.dtype
             )
-    for share, beyond in targets:
-        terms.append((share * scale)[..., None] * beyond(e, r))
+    for share, numerator in targets:
+        terms.append((share * scale)[..., None] * numerator(e, r))
     if g.lse is not None:
         terms.append((g.lse * scale)[..., None] * e)
     if g.entropy is not None:

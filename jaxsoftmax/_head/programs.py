@@ -28,9 +28,10 @@ from .closures import Closed, closed
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
 # suffice a CPU, an accelerator wants as many as the budget allows.
 _BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
-_LEAST, _MOST = 256, 4096
-# Classes in a block; of each shard at least, as a TPU wants the last axis of its arrays.
-_BLOCK, _LEAST_BLOCK = 2048, 128
+_LEAST_TOKENS, _MOST_TOKENS = 256, 4096
+# Classes in a block. Where an automatic mesh may shard them, each device has at least so many of a
+# block: the length that a TPU gives the last axis of an array.
+_BLOCK_CLASSES, _LEAST_CLASSES_PER_DEVICE = 2048, 128
 
 
 def any_loss(
@@ -209,7 +210,8 @@ def _chunk_tokens(head, most):
     devices = unseen_devices() if sharding.mesh is None else 1
     if most is None:
         budget = _BUDGET.get(jax.default_backend(), _BUDGET["default"])
-        most = max(min(max(budget // (4 * classes), _LEAST), _MOST), devices)
+        most = min(max(budget // (4 * classes), _LEAST_TOKENS), _MOST_TOKENS)
+        most = max(most, devices)
     if most < devices:
         devices = 1  # it cannot be
     chunks = _ceil(n, most // devices * devices)
@@ -227,8 +229,8 @@ def _class_blocks(head, most):
     """
     sharding, devices = head.sharding, devices_of_automatic_mesh()
     if sharding.mesh is not None or head.kernel.shape[1] % devices:
-        return sharding, most or _BLOCK
-    size = (most or max(_BLOCK, _LEAST_BLOCK * devices)) // devices
+        return sharding, most or _BLOCK_CLASSES
+    size = (most or max(_BLOCK_CLASSES, _LEAST_CLASSES_PER_DEVICE * devices)) // devices
     return sharding._replace(class_shards=devices), max(1, size)
 
 
