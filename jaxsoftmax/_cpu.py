@@ -83,8 +83,8 @@ def _from_label(x, labels, others, from_maximum):
     """(m, r) of `x [n, C]` from the label's logit, or the highest of the first few if that is more.
 
     From the maximum where r is still too large. `others(x, m, index)` sums over all classes but
-    `index`, whose logit is m. A row whose label is out of range has a NaN loss: it is not computed
-    again, and its m and r are any finite numbers.
+    `index`, whose logit is m. A row whose label is out of range has a NaN loss: it is not
+    recomputed, and its m and r are any finite numbers.
     """
     n, classes = x.shape
     none, index = labels < 0, jnp.maximum(labels, 0)
@@ -123,7 +123,7 @@ def _from_label(x, labels, others, from_maximum):
 
 
 def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
-    """r of rows of medium width: the label's term is left out; no maximum, no ties to count."""
+    """The r of rows of medium width: without the label's term; no maximum, no ties to count."""
 
     def others(x, m, labels):
         return (jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m)),)
@@ -164,11 +164,11 @@ def _by_whole_block(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 def _others_by_whole_block(
     x: jax.Array, m: jax.Array, labels: jax.Array | None, block: int
 ) -> jax.Array:
-    """r of `x [n, C]`; m is the label's logit (or that of `labels`' class), or else the maximum.
+    """The r of `x [n, C]`; m is the logit of class `labels [n]`, or the maximum without them.
 
-    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses no digits and counts ties. Below 2, the
-    block that holds m is recomputed without it: the label's block, or (there is only one maximum)
-    that with the largest sum.
+    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses no digits and counts ties. Below 2 only
+    m itself is a maximum, and its block is recomputed without it: that of `labels`, or that with
+    the largest sum.
     The barriers keep XLA from merging sums of sums into sums of whole rows, which are slower.
     """
     n, classes = x.shape

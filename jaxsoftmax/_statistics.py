@@ -242,7 +242,7 @@ def without_rows(unused: jax.Array, sums: BlockSums, z: jax.Array) -> tuple[Bloc
 def label_cotangents(  # noqa: PLR0917
     z: jax.Array, labels: Any, weights: Any, sums: BlockSums, g: Statistics, unused: Any
 ) -> tuple[jax.Array, Any]:
-    """Cotangents of `z [..., C]`, in its dtype, and of `weights`; labels of −1: in another block.
+    """Cotangents of `z [..., C]`, in its dtype, and of `weights`; −1: a label of another block.
 
     Every entry is computed as if it were not the label's. The label's own, one number per row, is
     then selected in its place, so that the loop over all classes holds only a select (XLA:CPU,
