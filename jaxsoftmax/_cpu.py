@@ -32,9 +32,9 @@ from ._numerics import (
 # 79, 67, 57, 58, 130 ms at [4096, 32000] float32 on 2 cores with 1 MiB L2 each and 32 MiB L3.
 _FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
 _CHUNK_BYTES = 4 << 20
-# A row is measured from its label only if r is less than this, so the loss less than 16.6. Other
-# rows are recomputed from their maximum, 1 MiB of rows at a time: with 4 MiB a single such row
-# costs more, with less than 1 MiB many of them do.
+# A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.6.
+# Other rows are recomputed from their maximum, 1 MiB of rows at a time: with 4 MiB a single such
+# row costs more, with less than 1 MiB many of them do.
 _NEAR = 2.0**24
 _AGAIN_BYTES = 1 << 20
 # XLA:CPU writes a matrix product to memory before it adds it to anything: so many bytes at a time.

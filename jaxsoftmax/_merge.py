@@ -36,10 +36,10 @@ def merge_blocks(
     """Merges blocks of classes into one, by a maximum and a sum over the blocks.
 
     If an array axis counts the blocks, `max_over` keeps it with size 1 and `sum_over` removes it. A
-    block that reaches the common maximum m adds its r, any other all of its (1 + r) e^(m_b − m);
-    the maxima of those that reach it are added but for one. A block of nothing but −inf has r = NaN
-    and adds nothing, unless all blocks are such. A block with +inf or NaN has r = NaN too, and
-    makes the whole row's r NaN. `extra(m)` is summed over the blocks in the same sum.
+    block that reaches the common maximum m adds its r, any other all of its (1 + r) e^(m_b − m); of
+    the maxima of the blocks that reach m, all but one are added. A block of nothing but −inf has
+    r = NaN and adds nothing, unless all blocks are such. A block with +inf or NaN has r = NaN too,
+    and makes the whole row's r NaN. `extra(m)` is summed over the blocks in the same sum.
     """
     m = max_over(sums.m)
     reached = sums.m == m

@@ -268,7 +268,7 @@ def label_cotangents(  # noqa: PLR0917
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
-# with the mean gap μ = Σ_k ŷ_k (m − z_k)
+# with the mean gap μ = Σ_k ŷ_k (m − z_k); `targets`: pairs of g and (Y ŷ − y)(1 + r) by (e, r).
 def _cotangents(z, targets, weights, sums, g):
     m, r = sums.m, sums.r
     scale = 1 / (1 + r)

@@ -47,7 +47,7 @@ class Head:
         return accumulation_dtype(self.hidden.dtype, self.kernel.dtype)
 
     def rows(self, *others: Any) -> "Head":
-        """Tokens in one axis, operands in one dtype; on the mesh of `others` if it has none."""
+        """Tokens in one axis, operands in one dtype; the mesh of `others` if the head has none."""
         sharding = self.sharding.on_mesh_of((self.bias, self.weights, others))
         dtype = jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
         hidden = sharding.resharded(self.hidden.astype(dtype), *sharding.tokens, None)
@@ -134,7 +134,7 @@ class Head:
 
 
 def _real(*arrays):
-    """Those that may hold NaN."""
+    """Those of the arrays that may hold NaN."""
     return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an explicit mesh shards a head, read off its arguments; arrays in that form and back."""
+"""How an explicit mesh shards a head, read off its arguments; axes merged and split by shard."""
 
 import math
 from typing import Any, NamedTuple

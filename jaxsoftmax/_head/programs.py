@@ -30,7 +30,7 @@ from .closures import Closed, closed
 # are enough for a CPU, an accelerator needs as many as the budget allows.
 _BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
 _LEAST, _MOST = 256, 4096
-# Classes in a block; on an automatic mesh the least of each device: a TPU's tile of a last axis.
+# Classes in a block, and the fewest of each device on an automatic mesh: a TPU's tile of 128.
 _BLOCK, _LEAST_BLOCK = 2048, 128
 
 

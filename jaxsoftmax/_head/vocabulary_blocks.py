@@ -74,6 +74,7 @@ def linear_statistics(plan, operands):
 
 
 def _forward(plan, operands):
+    """The `BlockSums` of whole rows, each `[N]`."""
     spec, sharding = plan.spec, plan.sharding
     operands = _by_shard(plan, operands)
     labels = _per_row(plan, operands.labels)
@@ -226,6 +227,7 @@ def _over_blocks(plan, step, carry, classes):
 
 
 def _block_logits(plan, operands, start, size):
+    """The raw logits of a block, `[N, size]`; `[N, shards, size]` where there is such an axis."""
     sharding = plan.sharding
     block = sharding.merge_classes(slice_in_loop(operands.kernel, start, size, axis=-1), None)
     logits = product(operands.hidden, block, None, plan.precision)
