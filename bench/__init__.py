@@ -6,7 +6,7 @@ dictionary that goes to a JSON file as it is, and from which its tables are prin
 be printed again from a committed file.
 
     cases.py        what is measured: shapes, dtypes, modes, their inputs, bytes and flops
-    contenders/     who is measured: one module a package, plain functions
+    contenders/     who is measured: one module per package, plain functions
     timing.py       how: compiled ahead, warmed up, interleaved, memory donated; the device's roof
     formula.py      what memory our heads need, as their docstrings say it
     collectives.py  what a compiled program sends between devices

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench`: one command a question."""
+"""`python -m bench`: one command per question."""
 
 import typer
 

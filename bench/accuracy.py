@@ -87,9 +87,9 @@ def measure(
     tokens: int = TOKENS,
     classes: int = CLASSES,
 ) -> dict[str, Any]:
-    """Take every contender's largest and median relative errors at every lead and offset.
+    """Measure every contender's largest and median relative errors at every lead and offset.
 
-    The logits are the same everywhere, but for the lead of the target and for rounding.
+    The logits are the same everywhere, except for the target's lead, the offset and the rounding.
 
     Returns:
         A section of the results file. A series has an error, or None, for each lead.
@@ -131,7 +131,7 @@ def measure(
 def _load(
     entries: Sequence[contenders.Entry], dtype: Dtype, labels: Labels, tokens: int, classes: int
 ) -> tuple[list[contenders.Contender], list[str]]:
-    """As `contenders.load`, without those that cannot do it: PyTorch may lack our device."""
+    """As `contenders.load`, without contenders that fail here: PyTorch may lack our device."""
     found, left_out = contenders.load(entries, dtype)
     logits, targets = draw(dtype, 0.0, 0.0, tokens, classes)
     able = []
@@ -172,7 +172,7 @@ def draw(
 def exact(logits: jax.Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute losses and gradients from the definitions, with `DIGITS` digits.
 
-    The logits are taken as they are, so rounding them to their dtype is nobody's error.
+    It starts from the rounded logits, so their rounding does not count as an error.
 
     Returns:
         Losses `[tokens]` and gradients `[tokens, classes]`, rounded to float64 at the end.
@@ -209,7 +209,7 @@ def relative_errors(
     """Reduce to the largest and the median relative error of each quantity.
 
     Relative precision ends at the smallest normal number of a dtype, so a true value below it does
-    not count: losses are held to float32, gradients to `dtype`. None where no value counts.
+    not count: that of float32 for losses, that of `dtype` for gradients. None if no value counts.
     """
     at_target = np.zeros(truth[1].shape, bool)
     at_target[np.arange(len(targets)), targets] = True

@@ -16,8 +16,8 @@ from bench.tables import Table
 
 DIGITS = 80  # of the truth
 
-# Of what was measured, what the tables show, and the lead at which offsets are compared: small
-# enough that everybody has some digits right without one.
+# The measured leads that the tables show, and the lead at which offsets are compared: small enough
+# that every contender has some digits right without an offset.
 README_LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
 TABLE_LEADS = (0.0, 10.0, 17.0, 30.0, 80.0)
 LEAD_OF_OFFSETS = 5.0
@@ -40,7 +40,7 @@ def percent(error: float | None) -> str:
 
 
 def _of(section: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
-    """The series of a dtype, of an offset, …, in the order of the contenders."""
+    """The series with the `wanted` dtype, offset, …, in the order of the contenders."""
     return [one for one in section["series"] if all(one[key] == wanted[key] for key in wanted)]
 
 
@@ -50,7 +50,7 @@ def _all(section: dict[str, Any], key: str) -> list[Any]:
 
 
 def _shown(section: dict[str, Any], leads: Sequence[float]) -> list[int]:
-    """The places of those leads, of all in a selection that lacks some of them."""
+    """The indices of those leads; of all measured leads if some of those are missing."""
     measured = section["leads"]
     return [measured.index(lead) for lead in (leads if {*leads} <= {*measured} else measured)]
 
@@ -89,7 +89,7 @@ END = "100 % means that zero came back."
 
 
 def in_terminal(section: dict[str, Any]) -> list[Table]:
-    """Lay out the largest errors: a table a dtype and offset."""
+    """Lay out the largest errors: one table per dtype and offset."""
     cases = itertools.product(_all(section, "dtype"), _all(section, "offset"))
     found = [_errors(section, dtype, offset) for dtype, offset in cases]
     notes = f"{TRUTH}. {_drawn(section)}. {END}", _explained(section), tables.origin(section)
@@ -144,13 +144,13 @@ def _explained(section: dict[str, Any]) -> str:
     return contenders.explain(one["name"] for one in section["series"])
 
 
-# Errors are drawn from here on; those below are drawn here, for what is exact has no logarithm.
+# The range of errors drawn; smaller ones are drawn at LEAST, since 0 has no logarithm.
 LEAST, MOST = 1e-9, 20.0
 Points = list[tuple[float, int]]  # offsets, and places among the leads
 
 
 def figure(section: dict[str, Any]) -> Figure:
-    """Draw loss and target's gradient against the lead, without an offset, a panel a dtype."""
+    """Draw loss and target's gradient against the lead, without an offset, one panel per dtype."""
     leads = np.array(section["leads"])
     points = [(0.0, place) for place in range(len(leads))]
     label = "lead of the target's logit (nats)"
@@ -184,7 +184,7 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
 
 
 def _errors_at(points: Points, section: dict[str, Any], *of: str) -> np.ndarray:
-    """The errors `of` dtype, contender, quantity, "max" or "median"; NaN where there is none."""
+    """The errors `of` a dtype, contender, quantity and "max" or "median"; NaN if there is none."""
     dtype, name, quantity, which = of
     series = {one["offset"]: one for one in _of(section, dtype=dtype, name=name)}
     errors = [series[offset][quantity][which][place] for offset, place in points]
@@ -194,7 +194,7 @@ def _errors_at(points: Points, section: dict[str, Any], *of: str) -> np.ndarray:
 def _panels(
     section: dict[str, Any], label: str, x: np.ndarray, points: Points, **style: Any
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Draw the largest error as a line and shade down to the median: a row a quantity.
+    """Draw the largest error as a line and shade down to the median: one row per quantity.
 
     Returns:
         The figure, and its axes by quantity and dtype.

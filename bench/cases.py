@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 ROTATION_BYTES = 256 * 2**20
 MOST_COPIES = 512
 LEARNING_RATE = 0.1  # of a training step
-LEAD, LED = 20, 3  # of confident logits: what is added to the label's, in one row of how many
+LEAD, LED = 20, 3  # of confident logits: what is added to the label's, in one of LED rows
 
 
 class Dtype(StrEnum):
@@ -39,7 +39,7 @@ class Mode(StrEnum):
 
 
 class Labels(StrEnum):
-    """How the targets are given: a class number a row, or a distribution a row."""
+    """How the targets are given: one class number per row, or one distribution per row."""
 
     INTEGER = "integer"
     DENSE = "dense"
@@ -73,7 +73,7 @@ class Size(StrEnum):
 
 TOKENS = 4096  # of a case that the command line gives without them
 
-# Classes and width of the head of a model of that name: one model a vocabulary.
+# Classes and width of the head of a model of that name: one model per vocabulary.
 MODELS = {
     "llama-2": (32000, 4096),  # 7B
     "gpt-2": (50257, 768),
@@ -107,7 +107,7 @@ class Logits(NamedTuple):
         return f"{self.shape} {self.dtype}"
 
     def bytes(self, mode: Mode) -> int:
-        """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
+        """The bytes that an ideal program moves; `BYTES_MODEL` says it in words."""
         arrays = 2 if self.labels is Labels.DENSE else 1
         passes = arrays if mode is Mode.FORWARD else 2 * arrays + 1
         return passes * self.tokens * self.classes * jnp.dtype(self.dtype).itemsize
@@ -120,7 +120,7 @@ class Logits(NamedTuple):
     def inputs(self) -> list[tuple[Any, ...]]:
         """Draw normal logits of scale 1 and random labels, as many copies as outgrow the caches.
 
-        Confident ones are random too, but in one row of `LED` the label's is raised by `LEAD`.
+        Confident logits are random too, but in one of `LED` rows `LEAD` is added to the label's.
 
         Returns:
             Pairs `(logits, labels)`: logits `[tokens, classes]` of `dtype`; labels `[tokens]`
@@ -188,11 +188,11 @@ class Head(NamedTuple):
                 jnp.asarray(labels, jnp.int32),
             )
 
-        # What a head computes in between outgrows its inputs: some fewer copies will do.
+        # A head's intermediate results are larger than its inputs: fewer copies are enough.
         return _copies(draw, 4 * self.bytes(Mode.FORWARD))
 
     def abstract_inputs(self, *shardings: Sharding) -> list[jax.ShapeDtypeStruct]:
-        """Say what `inputs` draws, each with a sharding of its own, to compile for."""
+        """Describe what `inputs` draws, each array with its own sharding, for compiling."""
         arrays = (
             ((self.tokens, self.hidden), self.dtype),
             ((self.hidden, self.classes), self.dtype),
@@ -246,13 +246,13 @@ def choose(
     models: Sequence[str] | None = None,
     size: Size = Size.REGULAR,
 ) -> list[Any]:
-    """Combine what the command line gives with every other, or take the default cases.
+    """Combine all that the command line gives, or take the default cases.
 
-    Those are the cases of a run that gives none of tokens, hidden, vocab and models; their kind is
-    the kind of the result. Where tokens are not given, `size` scales them; a model has a width.
+    The default cases are used if none of tokens, hidden, vocab and models is given; they decide
+    whether the result is of logits or of heads. `size` scales tokens that are not given.
 
     Raises:
-        typer.BadParameter: something is missing or does not go with the rest.
+        typer.BadParameter: an option is missing or does not fit the others.
     """
     if not (tokens or hidden or vocab or models):
         scaled = [case._replace(tokens=size.tokens(case.tokens)) for case in default]
@@ -296,14 +296,14 @@ def program(
     """Turn a contender's loss into what is timed.
 
     Args:
-        loss: maps the parameters and labels to one loss a row, or their mean.
+        loss: maps the parameters and labels to one loss per row, or to their mean.
         mode: `forward` keeps the losses; `value-and-grad` returns the mean loss and its gradients;
             `training-step` the mean loss and the parameters after a step of gradient descent.
         parameters: how many leading arguments are differentiated.
         whole: the loss returns value and gradients itself.
 
     Returns:
-        A function of the inputs, all of whose results are to be computed.
+        A function of the inputs; all of its results must be computed.
     """
     if mode is Mode.FORWARD:
         return loss
@@ -317,7 +317,7 @@ def program(
 
     def step(*inputs: Any) -> tuple[Any, tuple[Any, ...]]:
         value, gradients = value_and_grad(*inputs)
-        # A peer may hand out float32 gradients of half-precision parameters.
+        # A peer may return float32 gradients of half-precision parameters.
         return value, tuple(
             parameter - (LEARNING_RATE * gradient).astype(parameter.dtype)
             for parameter, gradient in zip(inputs, gradients, strict=False)
@@ -330,6 +330,6 @@ def program(
 def losses_and_gradients(
     loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Run a contender's loss of logits: a loss a row, and each row's gradient of its own loss."""
+    """Run a contender's loss of logits: one loss per row, and each row's gradient of its loss."""
     losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
     return losses, pullback(jnp.ones_like(losses))[0]

@@ -28,7 +28,7 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """What a device sends in all, by the ring algorithm, which sends the least there is."""
+        """The bytes that a device sends in all by the ring algorithm, which sends the fewest."""
         share = (self.group - 1) / self.group
         once = {
             "all-gather": self.bytes * share,
@@ -41,9 +41,9 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a compiled program, `compiled.as_text()`.
+    """The collectives of a compiled program, from its `compiled.as_text()`.
 
-    TPU keeps a reduce-scatter as a computation "all-reduce-scatter" around an all-reduce: it counts
+    On TPU a reduce-scatter is a computation "all-reduce-scatter" around an all-reduce: that counts
     as a reduce-scatter.
     """
     lines: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ def _read(operation: re.Match[str], line: str, computation: str, times: int) -> 
 
 
 def _group(line: str) -> int:
-    """How many devices take part, in any of the ways that HLO writes it."""
+    """How many devices take part, from any of the forms in which HLO writes it."""
     groups = _GROUPS.search(line)
     if groups is None:
         return 1

@@ -17,7 +17,7 @@ import typer
 from jax.experimental import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
-# What README's commands install on the oldest Python; tables measured with another JAX say so.
+# What README's commands install on the oldest Python; captions of tables of another JAX say so.
 PYTHON, JAX = "3.11", "0.10.2"
 PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax", "tokamax", "jax-cce", "torch")
 
@@ -34,7 +34,7 @@ def use(device: Device | None) -> None:
     """Make everything run on this kind of device; None leaves the choice to JAX.
 
     Raises:
-        typer.BadParameter: JAX finds none.
+        typer.BadParameter: JAX finds no such device.
     """
     if device:
         jax.config.update("jax_platforms", "cuda" if device is Device.GPU else device.value)

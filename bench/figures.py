@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures have in common: a contender's look, axes, legends, where numbers come from."""
+"""What the figures have in common: each contender's style, axes, legends, the numbers' origin."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ _OURS = {"color": "#0072b2", "marker": "o", "linewidth": 3.2, "zorder": 4}
 _OPTAX = {"color": "#d55e00", "marker": "s", "linewidth": 2.4}
 _TORCH = {"color": "#cc79a7", "marker": "v", "linewidth": 2.0}
 _VARIANT = {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}
-# Okabe and Ito's colours, which the colour-blind tell apart: a colour a package, ours blue, thick
+# Okabe and Ito's colours, which the colour-blind can tell apart: one per package, ours blue, thick
 # and on top. Lines that coincide stay visible: the later ones are narrower or broken.
 STYLES: dict[str, dict[str, Any]] = {
     contenders.OURS: _OURS,
@@ -38,7 +38,7 @@ def dress(axes: Axes) -> None:
 
 
 def shade(axes: Axes, begin: float, end: float, words: str, *, at: float, **style: Any) -> None:
-    """Grey what lies between, and say why in the middle of it."""
+    """Grey the range from `begin` to `end`, with words in its middle that say why."""
     axes.axvspan(begin, end, color="0.94", zorder=0)
     axes.text((begin + end) / 2, at, words, ha="center", color=FAINT, **style)
 
@@ -65,9 +65,9 @@ def origin(figure: Figure, section: dict[str, Any]) -> None:
 def against_vocabulary(
     section: dict[str, Any], points: Iterable[tuple[int, str, float]], unit: str, where: str = ""
 ) -> Figure:
-    """Draw what heads cost against their number of classes, both from zero.
+    """Draw the cost of heads against their number of classes, both axes from zero.
 
-    A point is a number of classes, a contender and its cost; those without a style are not drawn.
+    A point is (classes, contender, cost); contenders without a style are not drawn.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for classes, name, value in points:

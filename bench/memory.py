@@ -151,7 +151,7 @@ def measure_peaks(cases: Sequence[Head]) -> dict[str, Any]:
     """Run every contender on every case, each in its own process: a section of the results file.
 
     Raises:
-        typer.BadParameter: this machine does not tell.
+        typer.BadParameter: this machine does not report resident memory.
     """
     if not (PROCESS / "clear_refs").exists() or jax.default_backend() != "cpu":
         raise typer.BadParameter("expected a CPU, on Linux", param_hint="--peak")
@@ -192,7 +192,7 @@ def _resident(which: str) -> int:
 
 
 def in_docs(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the terminal and docs/benchmarks.md: a table a target."""
+    """Lay a section out for the terminal and docs/benchmarks.md: one table per target."""
     targets = dict.fromkeys(case["target"] for case in section["cases"])
     found = [_table("temporary MB", "temp_bytes", _only(section, target)) for target in targets]
     return [*found[:-1], found[-1]._replace(notes=[tables.origin(section)])]

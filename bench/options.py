@@ -60,7 +60,7 @@ Output = Annotated[
 ]
 
 
-# Where and into what a run is measured: nothing that its command has to repeat.
+# Where a run is measured and where its results go: no part of the command that is recorded.
 _NOT_SAID = {"device", "output", "profile"}
 
 

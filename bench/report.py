@@ -25,7 +25,7 @@ SPEED_BY_MODEL = (
 SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
 
-# A block of a document: the command behind it, its section of a results file, who lays it out.
+# A document's blocks by command: the section of a results file, and the function that lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
 Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
 DOCUMENTS: dict[Path, Blocks] = {
@@ -59,7 +59,7 @@ DOCUMENTS: dict[Path, Blocks] = {
     },
 }
 
-# A figure of docs/figures by its name there: its section, who draws it.
+# The figures of docs/figures by name: the section, and the function that draws it.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "speed_vocabulary": (SPEED_BY_MODEL, speed_tables.figure),
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
@@ -122,7 +122,7 @@ def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks) -> str:
     """Replace every block of a document by the section of each device that has it.
 
     Raises:
-        ValueError: no file has a block's section, or the markers are not there once each.
+        ValueError: no file has a block's section, or a marker is not there exactly once.
     """
     for name, (key, lay_out) in blocks.items():
         sections = sections_of(files, key, name)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results file: one a device, one section a command.
+"""The results file: one per device, one section per command.
 
     {"speed/integer": {"command": …, "environment": {…}, "cases": […], …}, "accuracy/…": {…}}
 
 The section of a selection is named by its command.
 
-A section says by itself where and when it was measured, so a file may hold sections of several
-days; a command replaces its own section and keeps the others. README and docs show those of the
+Each section says where and when it was measured, so a file may hold sections of several days; a
+command replaces its own section and keeps the others. README and docs show the sections of the
 folder `COMMITTED`, which a command writes to only when told.
 """
 
@@ -27,7 +27,7 @@ from bench.tables import say
 COMMITTED = Path(__file__).resolve().parent / "results"
 DEFAULT = Path("runs/bench")
 PROGRAM = "python -m bench"
-# What tells two rows of a section apart, where it is there; `name` is the contender.
+# The keys that tell two rows of a section apart, where present; `name` is the contender.
 _ROW = (
     *("target", "devices", "shape", "tokens", "hidden", "classes", "dtype", "mode", "offset"),
     *("gradients", "layout", "name"),
@@ -35,7 +35,7 @@ _ROW = (
 
 
 def destination(folder: Path) -> Path:
-    """Return the device's file in a folder, and find out before a run whether it can be kept.
+    """Return the device's file in a folder, and check before a run that it can be written.
 
     Raises:
         typer.BadParameter: the file holds something else, or the folder cannot be made.
@@ -64,7 +64,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, name: str, section: dict[str, Any]) -> None:
-    """Put a section into the file and keep its other sections; a list of numbers is one line."""
+    """Put a section into the file and keep its other sections; each list of numbers on one line."""
     sections = load(path) | {name: section}
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(sections, indent=1, sort_keys=True)
@@ -74,7 +74,7 @@ def save(path: Path, name: str, section: dict[str, Any]) -> None:
 
 
 def command_line(name: str, options: dict[str, Any]) -> str:
-    """Write the command that measures a section again; a list repeats its option."""
+    """Write the command that measures a section again; its option is repeated for a list."""
     words = [*shlex.split(PROGRAM), name]
     for option, value in options.items():
         if value is True:
@@ -86,9 +86,9 @@ def command_line(name: str, options: dict[str, Any]) -> str:
 
 
 def keep(path: Path, section: dict[str, Any], name: str | None) -> None:
-    """Save what a command measured, and say so, and what was there before and is not any more.
+    """Save what a command measured; say so, and which rows of before are no longer there.
 
-    `name` is that of a complete run's section; a selection is named by its command.
+    `name` is the name of a complete run's section; a selection is named by its command.
     """
     key = name or section["command"].removeprefix(f"{PROGRAM} ")
     before = load(path).get(key, {})
@@ -103,7 +103,7 @@ def keep(path: Path, section: dict[str, Any], name: str | None) -> None:
 
 
 def rows(section: Any, above: tuple[tuple[str, Any], ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield what tells each row of a section apart: the case, and who was measured."""
+    """Yield what identifies each row of a section: the case, and the contender."""
     if isinstance(section, list):
         for one in section:
             yield from rows(one, above)

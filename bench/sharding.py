@@ -19,7 +19,7 @@ from bench.tables import Table, megabytes, origin
 
 ORDERS = ("in_forward", "recompute")
 EVERY = ("data", "vocab")
-# By name, the mesh axes of the tokens, and of the kernel's hidden and class axes.
+# By name: the mesh axes of the tokens, of the kernel's hidden axis and of its classes.
 LAYOUTS: dict[str, tuple[Any, Any, Any]] = {
     "data": (EVERY, None, None),
     "vocabulary": (None, None, EVERY),
@@ -34,7 +34,7 @@ HEADINGS = (
 
 
 class Devices(NamedTuple):
-    """Devices that need not be there, as a mesh of two axes."""
+    """Devices, which need not be there, as a mesh of two axes."""
 
     topology: str  # such as v5e:2x4; "here" for this machine's
     data: int
@@ -117,10 +117,10 @@ class _Shards(NamedTuple):
 
 
 def _formula(part: Head, shards: _Shards, gradients: str, platform: str) -> float:
-    """The formula on one device's part of the head, and what sharding adds.
+    """The formula for one device's part of the head, and what sharding adds.
 
-    That is the kernel gathered where its hidden axis is sharded; and, in recompute, where tokens
-    are sharded, d_kernel before it is summed.
+    Sharding adds the gathered kernel where its hidden axis is sharded and, in recompute where
+    tokens are sharded, d_kernel before it is summed.
     """
     kernels = (shards.width > 1) + (gradients == "recompute" and shards.tokens > 1)
     return formula.temporary_bytes(part, gradients, platform) + kernels * _kernel_bytes(part)
@@ -130,8 +130,8 @@ def _least_wire(part: Head, shards: _Shards, gradients: str) -> float:
     """What a device must send at least, by rings.
 
     The kernel gathered once, d_kernel scattered while it is summed (in float32, or in recompute in
-    the kernel's dtype) and gathered where every device wants all of it, d_hidden summed in float32
-    over the vocabulary; and four numbers a token there.
+    the kernel's dtype) and gathered where every device needs all of it; over the vocabulary's
+    devices, d_hidden summed in float32 and four numbers per token.
     """
     tokens, width, classes = ((devices - 1) / devices for devices in shards)
     kernel = _kernel_bytes(part)

@@ -249,7 +249,7 @@ def _trace(folder: Path, ready: dict[str, Ready], call: Callable[[timing.Program
 
 
 def compare(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Average our time over each other contender's, over the shapes, for each dtype and mode."""
+    """Average over the shapes our time divided by each contender's, for each dtype and mode."""
     ratios: dict[tuple[str, str, str], dict[str, float]] = {}
     for case in cases:
         for row in case["contenders"]:

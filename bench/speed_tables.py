@@ -15,7 +15,7 @@ IN_README = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
 
 
 def in_terminal(section: dict[str, Any]) -> list[Table]:
-    """Lay out everything: a table a dtype and mode, then the geometric means."""
+    """Lay out everything: one table per dtype and mode, then the geometric means."""
     head = section["op"] == Op.LINEAR
     rate = "GFLOP/s" if head else "GB/s"
     headings = [
@@ -75,7 +75,7 @@ def _summary(section: dict[str, Any]) -> Table:
 
 
 def ratios(section: dict[str, Any]) -> list[Table]:
-    """Lay logits out for the README: only the ratios, the geometric means under each dtype."""
+    """Lay logits out for the README: only the ratios, with the geometric means below each dtype."""
     found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for case in section["cases"]:
         row = found.setdefault((case["shape"], case["dtype"]), {})

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bench import contenders, environment
 
-WIDTH = 120  # of a table in a file or a pipe, unless COLUMNS says another
+WIDTH = 120  # of a table in a file or a pipe, unless COLUMNS is set
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -41,9 +41,9 @@ class Table(NamedTuple):
         return "\n".join([*lines, "", *notes] if notes else lines)
 
     def rich(self, console: Console) -> Group:
-        """Lay it out for a console, whole: nothing is cut off where it is wider.
+        """Lay it out for a console; nothing is cut off if it is wider than the console.
 
-        Words are wrapped first; then the last columns go below, beside the leading columns again.
+        Words are wrapped first; then the last columns go below, with the leading columns repeated.
         """
         parts: list[Any] = [Text(self.title, style="table.title")] if self.title else []
         for columns in self._groups(console):
@@ -66,7 +66,7 @@ class Table(NamedTuple):
         yield group
 
     def _columns(self, widths: dict[int, int]) -> RichTable:
-        """Some of the columns, each as wide as it says."""
+        """These columns, each of its width."""
         part = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column, width in widths.items():
             justify = "left" if column < self.words else "right"
@@ -80,12 +80,12 @@ class Table(NamedTuple):
         return part
 
     def _room(self, columns: Sequence[int], console: Console) -> int:
-        """How many characters are left for the cells themselves."""
+        """How many characters of a line are left for the cells themselves."""
         narrow = self._columns(dict.fromkeys(columns, 1))
         return console.width - (console.measure(narrow).maximum - len(columns))
 
     def _widths(self, columns: Sequence[int], room: int) -> list[int]:
-        """What each column gets: the widest give way first, and numbers last of all."""
+        """The width of each column: the widest shrink first, and those of numbers last."""
         widths = [max(map(cell_len, self._texts(column))) for column in columns]
         unbroken = [self._least(column) for column in columns]
         numbers = [self._least(column) if column >= self.words else 1 for column in columns]
@@ -98,7 +98,7 @@ class Table(NamedTuple):
         return widths
 
     def _least(self, column: int) -> int:
-        """The width from which on no word is broken, and no number has to be wrapped."""
+        """The least width at which no word is broken and no number is wrapped."""
         heading, *cells = self._texts(column)
         whole = cells if column >= self.words else " ".join(cells).split()
         return max(map(cell_len, [*heading.split(), *whole, ""]))
@@ -122,7 +122,7 @@ def by_contender(
 
 
 def megabytes(count: float | None) -> str:
-    """Write bytes as MB; – where nobody can tell."""
+    """Write bytes as MB; – where they are not known."""
     return "–" if count is None else f"{count / 1e6:.0f}"
 
 

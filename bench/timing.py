@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How time is taken: compiled ahead, warmed up, interleaved, blocked on; and what the roof is."""
+"""How time is measured: compiled ahead, warmed up, interleaved, blocked on; and the roof."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ WARM_UP_ROUNDS = 1
 FEWEST_ROUNDS = 5
 MOST_ROUNDS = 300
 
-# What the roof is measured on: elsewhere so much that the call itself takes no part of the time.
+# What the roof is measured on; not on a CPU, so much that the call itself takes none of the time.
 COPY_BYTES = {"cpu": 2**28, "default": 2**32}
 WIDTHS = {"cpu": 2048, "default": 8192}  # of the square matrices
 ROOF_ROUNDS = 3
@@ -26,7 +26,7 @@ Program = Callable[..., Any]
 
 
 class Timing(NamedTuple):
-    """Seconds a call: the median and the quartiles around it."""
+    """Seconds per call: the median and the quartiles around it."""
 
     median_s: float
     q1_s: float
@@ -36,7 +36,7 @@ class Timing(NamedTuple):
 def compile_ahead(
     function: Program, arguments: Sequence[Any], *, donated: int = 0
 ) -> tuple[Program, float]:
-    """Trace, lower and compile for these arguments, whose first `donated` a call consumes.
+    """Trace, lower and compile for these arguments; a call consumes the first `donated` of them.
 
     Returns:
         The compiled program and the seconds that took.
@@ -63,13 +63,13 @@ def caller(
     donated: int = 0,
     wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> Callable[[Program], float]:
-    """Return what calls a program on the next inputs, and says how many seconds that took.
+    """Return a function that calls a program on the next inputs, and returns the seconds it took.
 
     Args:
-        inputs: argument lists to rotate through; one is enough when it fits no cache.
-        donated: how many leading arguments a call consumes. A program that does returns a value
-            and their successors, which take their place in `inputs`: whoever is called next goes on
-            from there, so that all share one set of arrays and none is copied.
+        inputs: argument lists to rotate through; one is enough if it fits in no cache.
+        donated: how many leading arguments a call consumes. Such a program returns a value and the
+            successors of these arguments, which replace them in `inputs`: the next call starts from
+            there, so that all programs share one set of arrays and none is copied.
         wait: blocks until all of a call's results are there.
     """
     turns = itertools.cycle(range(len(inputs)))
@@ -94,12 +94,12 @@ def interleave(
     rounds: int | None = None,
     seconds: float = 10.0,
 ) -> dict[str, Timing]:
-    """Time every program once a round, in a new random order each round.
+    """Time every program once per round, in a new random order each round.
 
     What slows the machine down for a while then slows all of them down. Each program is called
-    twice and the second call is timed, so that everybody runs after themselves: memory that a
-    neighbour has just given back costs the next call more to get ([4096, 32000] float32, value and
-    gradient: 290 ms after one that uses three times the memory, 200 after itself).
+    twice and the second call is timed, so that each runs after itself: memory that another program
+    has just freed takes the next call longer to get ([4096, 32000] float32, value and gradient:
+    290 ms after a program that uses three times the memory, 200 after itself).
 
     Args:
         programs: what to time, by name.
@@ -136,8 +136,8 @@ def summarize(samples: Sequence[float]) -> Timing:
 def roofs(dtypes: Iterable[Dtype]) -> dict[str, Any]:
     """Measure what the device can do at most: a large copy, and a large product of each dtype.
 
-    The copy is written into memory that is there: memory fresh from the system is several times
-    slower on a CPU, which is the program's cost and not the device's.
+    The copy is written into memory in use: memory fresh from the system is several times slower on
+    a CPU, which is the program's cost and not the device's.
 
     Returns:
         `bytes_per_s`, read and written; `flops_per_s` by dtype.
@@ -162,7 +162,7 @@ def _seconds(function: Program, inputs: list[tuple[Any, ...]], *, donated: int =
 
 
 def least_seconds(roofs: dict[str, Any], dtype: str, *, nbytes: int, flops: int) -> float:
-    """What moving so many bytes, or so many flops, takes at the roof: the longer of the two."""
+    """The time for so many bytes or so many flops at the roof: the longer of the two."""
     return max(nbytes / roofs["bytes_per_s"], flops / roofs["flops_per_s"][dtype])
 
 

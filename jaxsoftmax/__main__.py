@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `jaxsoftmax`, as `python -m jaxsoftmax`.
 
-Python imports the package, and so JAX, before this file: until then Ctrl-C is Python's own.
+Python imports the package, and with it JAX, before this file runs: until then Ctrl-C has Python's
+own handler.
 """
 
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments as rows: the class axes as the last one, and back; labels as numbers in it."""
+"""Arguments as rows: the class axes as one last axis, and back; labels as indices into it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from ._sharding import AxisName, merge_last, split_last, sum_over
 
 
 def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Moves `axes` to the end, in the given order, and merges them into one; none are one class."""
+    """Moves `axes` to the end, in the given order, and merges them; no axes are one class."""
     if not axes:
         return x[..., None]
     x = _moved(x, axes)
@@ -22,7 +22,7 @@ def to_rows(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def from_rows(rows: jax.Array, axes: Sequence[int], x: jax.Array) -> jax.Array:
-    """Undoes `to_rows` for an array like `x`."""
+    """Undoes `to_rows`: rows of an array with the shape of `x` as such an array."""
     if not axes:
         return rows[..., 0]
     if len(axes) != 1:
@@ -35,7 +35,7 @@ def _moved(x, axes):
 
 
 def to_index(labels: jax.Array, classes: int) -> jax.Array:
-    """Labels of any integer dtype as int32, with −1 for every label outside [0, C)."""
+    """Labels of any integer dtype as int32; −1 for a label out of range [0, classes)."""
     last = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(labels.dtype).max)
     fits = (labels >= 0) & (labels <= last)
     index = jnp.where(fits, labels, 0).astype(jnp.int32)
@@ -43,7 +43,7 @@ def to_index(labels: jax.Array, classes: int) -> jax.Array:
 
 
 def labels_in_block(labels: jax.Array, start: Any, size: int) -> jax.Array:
-    """Labels as numbers within a block of classes; −1 for those of other blocks."""
+    """Labels as indices into the block of `size` classes from `start`; −1 for those of others."""
     shifted = labels - start
     return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
 
@@ -51,7 +51,7 @@ def labels_in_block(labels: jax.Array, start: Any, size: int) -> jax.Array:
 def broadcast_mask(
     function: str, where: ArrayLike | None, shape: Sequence[int], meaning: str
 ) -> jax.Array | None:
-    """A boolean mask of that shape, which `meaning` explains; None stays None."""
+    """`where` as a boolean mask of `shape`, which `meaning` explains; None stays None."""
     if where is None:
         return None
     where = _checks.as_mask(function, "where", where)
@@ -62,9 +62,9 @@ def broadcast_mask(
 def masked(
     x: jax.Array, where: jax.Array, axes: Sequence[int], axis_name: AxisName | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`x` at −inf outside `where`, and which rows have anything inside.
+    """`x` with −inf outside `where`, and which rows have any class included.
 
-    A row without anything is of zeros, so that what is made of it is finite until it is dropped.
+    A row without any becomes zeros, so that everything computed from it is finite until discarded.
     """
     included = jnp.any(where, axis=axes)
     if axis_name is not None:

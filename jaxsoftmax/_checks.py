@@ -34,7 +34,7 @@ def _typed(value: object) -> str:
 
 
 def _untraced(value: object) -> str:
-    """What came in place of a value that decides what is computed, and what to do if traced."""
+    """What came in place of a static value, and the remedy if it is traced."""
     remedy = ", which is traced: name it in static_argnames of jax.jit, or bind it with partial"
     return _typed(value) + (remedy if isinstance(value, Tracer) else "")
 
@@ -79,7 +79,7 @@ def as_inexact(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def promoted(function: str, values: Mapping[str, ArrayLike]) -> jnp.dtype:
-    """The dtype that the arguments of these names have in common."""
+    """The dtype to which JAX promotes these arguments, given by name."""
     try:
         return jnp.result_type(*values.values())
     except ValueError as error:  # JAX's TypePromotionError
@@ -91,7 +91,7 @@ def promoted(function: str, values: Mapping[str, ArrayLike]) -> jnp.dtype:
 
 
 def as_labels(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """`value` as an array of integers: none that JAX would cut to 32 bits."""
+    """`value` as an integer array; numbers that JAX would cut to 32 bits are refused."""
     array = as_array(function, name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {name} must have an integer dtype; got {array.dtype}")
@@ -144,7 +144,7 @@ def as_axes(
 
 
 def check_has_classes(function: str, name: str, shape: Sequence[int], axes: Sequence[int]) -> None:
-    """At least one class: the softmax of nothing is not defined."""
+    """There is at least one class: the softmax of no classes is not defined."""
     if any(shape[a] == 0 for a in axes):
         raise ValueError(
             f"{function}: {name} must have at least one class along axis "
@@ -153,7 +153,7 @@ def check_has_classes(function: str, name: str, shape: Sequence[int], axes: Sequ
 
 
 def check_labels_fit(function: str, shape: Sequence[int], axes: Sequence[int]) -> None:
-    """No more classes than int32, the dtype of labels within, can count."""
+    """There are no more classes than int32, the dtype of the library's labels, can number."""
     classes = math.prod(shape[a] for a in axes)
     if isinstance(classes, int) and classes > jnp.iinfo(jnp.int32).max:
         raise ValueError(
@@ -187,7 +187,7 @@ def check_broadcasts(
 
 
 def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
-    """A real floating scalar; a boolean is a switch, and no number."""
+    """A real floating scalar; a boolean is refused: it is a flag, not a number."""
     array = as_array(function, name, _as_float(value))
     if array.dtype == jnp.bool_:
         raise TypeError(f"{function}: {name} must be a real number; got {_describe(value)}")
@@ -198,7 +198,7 @@ def as_scalar(function: str, name: str, value: ArrayLike) -> jax.Array:
 
 
 def _as_float(value: ArrayLike) -> ArrayLike:
-    """A Python integer as a number, which may be more than an integer dtype holds."""
+    """A Python integer as a float: it may be more than an integer dtype holds."""
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     try:
@@ -208,7 +208,7 @@ def _as_float(value: ArrayLike) -> ArrayLike:
 
 
 def _known(value: ArrayLike, array: jax.Array) -> float | None:
-    """The number in `array`, which was made of `value`: 1e-60 is 0 there. None if traced."""
+    """`value` rounded to the dtype of `array` (1e-60 is 0 in float32); None if traced."""
     if isinstance(value, Tracer):
         return None
     with np.errstate(over="ignore", under="ignore"):
@@ -289,7 +289,7 @@ def _varying(array: jax.Array) -> str:
 
 
 def check_mesh(function: str, *arrays: jax.Array) -> None:
-    """No mesh that is partly explicit: JAX sums wrongly there, or XLA ends the process."""
+    """No mesh is partly explicit: JAX's sums are wrong there, or XLA ends the process."""
     for mesh in (jax.typeof(array).sharding.mesh for array in arrays):
         if mesh.explicit_axes and mesh.manual_axes:
             raise ValueError(
@@ -347,9 +347,10 @@ def check_losses(
     varying: frozenset[str],
     axis_name: AxisName | None,
 ) -> None:
-    """`losses`, what `loss_fn` makes of logits of that shape, are one floating loss a token.
+    """`losses`, the result of `loss_fn` for logits of that shape, are one floating loss per token.
 
-    `varying`: the manual mesh axes over which they vary; they are of whole rows.
+    `varying`: the manual mesh axes over which they vary. A loss of a whole row does not vary over
+    `axis_name`.
     """
     if getattr(losses, "shape", None) != logits[:1]:
         raise ValueError(
@@ -374,19 +375,19 @@ def check_count(function: str, name: str, value: object) -> None:
 
 
 def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | None = None) -> None:
-    """Refuse labels outside [0, num_classes), which the losses would answer with NaN.
+    """Refuse labels out of range [0, num_classes), for which the losses would be NaN.
 
     Args:
       labels: integers of any shape, whose values are known: not inside `jit`.
       num_classes: the number of classes.
-      ignore_index: a label that is allowed besides.
+      ignore_index: a label that is allowed as well.
 
     Returns:
       Nothing.
 
     Raises:
       TypeError: labels not integers or traced, or an argument of the wrong type.
-      ValueError: labels out of range: how many, the first of them and where it is.
+      ValueError: labels out of range; the message says how many, the first one and its index.
 
     Example:
       >>> import numpy as np, jaxsoftmax

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a row in the forms that XLA:CPU is fast at, and the ways around its weak points.
+"""The sums of a row in the forms that XLA:CPU is fast at, and the ways around its weak points.
 
 The mathematics is that of `_numerics`, and so are the results, to rounding. docs/performance.md has
 a table of the forms and what each was measured against.
@@ -26,23 +26,23 @@ from ._numerics import (
     upcast,
 )
 
-# Up to _FEW classes go column by column; from _SOME on by whole blocks, if any divide them; the
-# rest a chunk of rows at a time, from _MANY on by block (see `shift_and_remainder`).
+# Rows of up to _FEW classes go column by column; from _SOME on by whole blocks, if they divide the
+# classes; the rest a chunk of rows at a time, from _MANY on by block (see `shift_and_remainder`).
 # A chunk of rows of _CHUNK_BYTES stays in cache between its two passes: 1, 2, 4, 8, 16 MiB took
 # 79, 67, 57, 58, 130 ms at [4096, 32000] float32 on 2 cores with 1 MiB L2 each and 32 MiB L3.
 _FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
 _CHUNK_BYTES = 4 << 20
-# A row is measured from its label only while the others sum to less than this: the loss below 16.6.
-# The others are computed again, 1 MiB of rows at a time: with 4 MiB one such row costs more, with
-# less many do.
+# A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.6.
+# Other rows are recomputed from their maximum, 1 MiB of rows at a time: with 4 MiB a single such
+# row costs more, with less than 1 MiB many of them do.
 _NEAR = 2.0**24
 _AGAIN_BYTES = 1 << 20
-# XLA:CPU keeps a product apart before it is added to anything: so many bytes of it at a time.
+# XLA:CPU writes a matrix product to memory before it adds it to anything: so many bytes at a time.
 _PRODUCT_BYTES = 8 << 20
 
 
 def or_plain(form: Callable[..., Any], plain: Callable[..., Any], *args: Any, local: bool) -> Any:
-    """`form(*args)` where that runs on a CPU and each array is known to lie on one device."""
+    """`form(*args)` on a CPU if each array is known to lie on one device, else `plain(*args)`."""
     if not local:
         return plain(*args)
     return lax.platform_dependent(*args, cpu=form, default=plain)
@@ -51,9 +51,9 @@ def or_plain(form: Callable[..., Any], plain: Callable[..., Any], *args: Any, lo
 def shift_and_remainder(
     of: Elementwise, x: jax.Array, labels: jax.Array | None, *scalars: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(m, r) of each row of of(x, *scalars), from the label where there is one.
+    """(m, r) of each row of of(x, *scalars) `[..., C]`, from the label if `labels [...]` are given.
 
-    At the speed of XLA:CPU's plain log-sum-exp, or better.
+    At least as fast as XLA:CPU's plain log-sum-exp.
     """
     *batch, classes = x.shape
     if not isinstance(classes, int) or classes > jnp.iinfo(jnp.int32).max:
@@ -70,7 +70,7 @@ def shift_and_remainder(
         from_maximum = partial(_in_chunks, max_and_remainder if classes < _MANY else _by_block)
         others = _others_in_chunks if classes < _MANY and wide else None
     x = x.reshape(math.prod(batch), classes)
-    if of is not upcast:  # in chunks, so that there is no other array of the logits' size
+    if of is not upcast:  # in chunks, so that there is no second array of the logits' size
         m, r = _in_chunks(lambda x: from_maximum(of(x, *scalars)), x)
     elif labels is None or others is None:
         m, r = from_maximum(x)
@@ -80,16 +80,16 @@ def shift_and_remainder(
 
 
 def _from_label(x, labels, others, from_maximum):
-    """(m, r) from the label's logit, or from the first few classes' largest where that is higher.
+    """(m, r) of `x [n, C]` from the label's logit, or the highest of the first few if that is more.
 
-    From the maximum where the rest sums to too much even so. `others(x, m, index)` is r without the
-    class m is of. A row whose label is out of range has no loss: it is not looked at again, and
-    gets an m and r that are finite.
+    From the maximum where r is still too large. `others(x, m, index)` sums over all classes but
+    `index`, whose logit is m. A row whose label is out of range has a NaN loss: it is not
+    recomputed, and its m and r are any finite numbers.
     """
     n, classes = x.shape
     none, index = labels < 0, jnp.maximum(labels, 0)
     m = pick(x, index)
-    if classes >= _MANY:  # in a shorter row looking is not cheap enough
+    if classes >= _MANY:  # in a shorter row, looking at the first few is not cheap enough
         few = min(_BLOCK, classes // 64)
         first = upcast(x[:, :few])
         highest = jnp.max(first, axis=-1)
@@ -123,7 +123,7 @@ def _from_label(x, labels, others, from_maximum):
 
 
 def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:
-    """Rows of medium width: without the label's term, no maximum and no ties to count."""
+    """The r of rows of medium width: without the label's term; no maximum, no ties to count."""
 
     def others(x, m, labels):
         return (jnp.where(one_hot(labels, x.shape[-1]), 0, shifted_exp(x, m)),)
@@ -137,10 +137,10 @@ def _any(flags: jax.Array) -> jax.Array:
 
 
 def _whole_block(classes: int) -> int | None:
-    """How many classes a block of `_by_whole_block` has; None where none would do.
+    """How many classes a block of `_by_whole_block` has; None if no good size divides them.
 
-    Measured at 512 to 256000 classes: about √(2C) at few, where a block more is read again for each
-    row, and up to 256 at many; a multiple of 8, or else one of at least _BLOCK.
+    The best at 512 to 256000 classes, measured: about √(2C) at few, since one block of each row is
+    read a second time, up to 256 at many; a multiple of 8, or else any size of at least _BLOCK.
     """
     if classes < _SOME:
         return None
@@ -151,7 +151,7 @@ def _whole_block(classes: int) -> int | None:
 
 
 def _by_whole_block(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """Blocks that divide the classes: plain sums of all rows, without a loop.
+    """(m, r) of `x [n, C]` by blocks that divide the classes: plain sums of all rows, no loop.
 
     The barrier keeps XLA from merging the maximum of maxima into one of whole rows, which is slow.
     """
@@ -164,10 +164,11 @@ def _by_whole_block(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 def _others_by_whole_block(
     x: jax.Array, m: jax.Array, labels: jax.Array | None, block: int
 ) -> jax.Array:
-    """r, from the logit m of the label, or from the maximum.
+    """The r of `x [n, C]`; m is the logit of class `labels [n]`, or the maximum without them.
 
-    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses nothing, ties included. Below there is
-    one maximum, m, whose block is taken anew without it: the label's, or that with the largest sum.
+    Where a row's exponentials sum to s ≥ 2, r = s − 1 loses no digits and counts ties. Below 2 only
+    m itself is a maximum, and its block is recomputed without it: that of `labels`, or that with
+    the largest sum.
     The barriers keep XLA from merging sums of sums into sums of whole rows, which are slower.
     """
     n, classes = x.shape
@@ -194,7 +195,7 @@ def _others_by_whole_block(
 
 
 def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Many classes: plain sums over blocks, then the block that holds the maximum once more.
+    """(m, r) of many classes: sums over blocks, then the block that holds the maximum once more.
 
     XLA:CPU does not vectorise a wide reduction that compares, so only that block is compared.
     The barriers keep XLA from merging the reduction over blocks into the one inside them,
@@ -211,8 +212,8 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     m = jnp.max(block_max, axis=-1)
     shift = finite_shift(m)[:, None]
     sums = jnp.concatenate([jnp.sum(shifted_exp(z, shift), axis=-1) for z in parts], axis=-1)
-    top = _first(block_max == m[:, None])  # a NaN row finds none, and stays NaN
-    # The last block may be short: read _BLOCK classes that end with the row, mask what is not it.
+    top = _first(block_max == m[:, None])  # a row with NaN finds none, and stays NaN
+    # The last block may be short: read the row's last _BLOCK classes, and mask those before it.
     start = jnp.minimum(top * _BLOCK, classes - _BLOCK)
     at = start[:, None] + jnp.arange(_BLOCK, dtype=jnp.int32).reshape(1, -1)
     block = upcast(jnp.take_along_axis(x, at, axis=-1, mode="clip"))
@@ -221,7 +222,7 @@ def _by_block(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_column(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Few classes: elementwise over the rows, where a reduction of a short axis is slow."""
+    """(m, r) of few classes, elementwise over the rows: a reduction of a short axis is slow."""
     columns = _columns(x)
     m = functools.reduce(jnp.maximum, columns)
     e = [jnp.exp(z_k - finite_shift(m)) for z_k in columns]
@@ -241,7 +242,7 @@ def _columns(x: jax.Array) -> list[jax.Array]:
 
 
 def _first(flags: jax.Array) -> jax.Array:
-    """The first of each row that is True, the last if none: a tenth of XLA:CPU's argmax's time."""
+    """The index of the first True of each row, the last if none: a tenth of the time of argmax."""
     count = flags.shape[-1]
     index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (flags.ndim - 1) + (-1,))
     return jnp.min(jnp.where(flags, index, count - 1), axis=-1)
@@ -254,8 +255,8 @@ def _sum_without(terms: jax.Array, index: jax.Array) -> jax.Array:
 def _sum_in_lanes(terms: jax.Array) -> jax.Array:
     """The sum of each row of `terms [n, k]`; of a small array eight terms at a time, then in pairs.
 
-    XLA:CPU adds those of a small one (up to about 5000 numbers) one after the other: twice the
-    error at 25 terms of 64 rows.
+    XLA:CPU adds the terms of a small array (up to about 5000 numbers) one after the other, with
+    twice the error at 64 rows of 25 terms.
     """
     n, count = terms.shape
     if not isinstance(n, int) or n * count > 8192:  # n: symbolic in an export
@@ -268,9 +269,9 @@ def _sum_in_lanes(terms: jax.Array) -> jax.Array:
 
 
 def _in_chunks(form, x, *numbers):
-    """`form` of the rows of `x [*batch, C]`, and of numbers `[*batch]`: numbers again.
+    """`form` of the rows of `x [*batch, C]` and of `numbers [*batch]`: a tuple of `[*batch]`.
 
-    Rows are taken a chunk at a time, so that a second pass reads from cache; the last chunk is
+    It gets one chunk of rows at a time, so that its second pass reads from cache; the last chunk is
     moved back to end with the last row, so that any number of rows fits.
     """
     *batch, classes = x.shape
@@ -289,7 +290,7 @@ def _in_chunks(form, x, *numbers):
 
     chunks = -(-n // rows)
     sums = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
-    fresh = n - (chunks - 1) * rows  # rows of the last chunk that no other has seen
+    fresh = n - (chunks - 1) * rows  # rows of the last chunk that are in no other chunk
 
     def joined(s):
         return jnp.concatenate([s[:-1].reshape(-1), s[-1, rows - fresh :]]).reshape(batch)
@@ -298,9 +299,9 @@ def _in_chunks(form, x, *numbers):
 
 
 def _written_sums(terms, *rows):
-    """The sums of `terms(*rows)`, of a chunk of rows, whose terms are written to cache first.
+    """The row sums of each of `terms(*rows)`, of a chunk of rows; terms are written to cache first.
 
-    XLA:CPU adds up numbers that lie there several times faster than numbers it selects on the way.
+    XLA:CPU adds numbers in cache several times faster than numbers it selects while it adds.
     """
     return tuple(jnp.sum(t, axis=-1) for t in lax.optimization_barrier(terms(*rows)))
 
@@ -309,7 +310,7 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
     """The logit of each row at its label."""
     classes = x.shape[-1]
     if x.dtype.itemsize < 4 and isinstance(classes, int) and classes <= _FEW:
-        # XLA:CPU gathers from half precision through a float32 copy: half the time of few classes.
+        # XLA:CPU gathers from half precision through a float32 copy, half the time at few classes.
         own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
         return functools.reduce(jnp.add, own)
     return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
@@ -325,9 +326,9 @@ def row_sums(
 def add_by_block(
     add: Callable[..., jax.Array], total: jax.Array, a: jax.Array, b: jax.Array
 ) -> jax.Array:
-    """`add(total, a, b)`, a sum `[H, V]` with a product of `a [c, H]` and `b [c, V]`, in place."""
+    """`add(total, a, b)` in place: to `total [H, V]`, a product of `a [c, H]` and `b [c, V]`."""
     classes = total.shape[1]
-    # Of the product, and of the columns that go into it, unless an export does not know it.
+    # Of the product and of the columns of b; a size that is symbolic, in an export, does not count.
     rows = max(1, *(size for size in a.shape if isinstance(size, int)))
     size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
 
@@ -340,16 +341,16 @@ def add_by_block(
     total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)
     if not rest:
         return total
-    # Of a start that XLA knows it makes a plain slice, and then goes over all of `total`.
+    # From a start that XLA knows it makes a plain slice, and then it goes over all of `total`.
     return step(lax.optimization_barrier(jnp.int32(blocks * size)), rest, total)
 
 
 def slice_in_loop(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     """`lax.dynamic_slice_in_dim` in a loop, without a copy of all of `x`.
 
-    XLA:CPU of JAX 0.10 slices a bfloat16 array by making a float32 copy of it, but as integers in
-    place, unless it takes that view before the loop, as a copy: the barrier keeps it inside
-    ([4096, 32000], its (m, r): 224, 126 and 49 ms).
+    XLA:CPU of JAX 0.10 makes a float32 copy of a bfloat16 array to slice it ((m, r) of
+    [4096, 32000]: 224 ms). As integers it is sliced in place, but XLA may move the view as integers
+    before the loop, as a copy (126 ms): the barrier keeps it inside (49 ms).
     """
     if x.dtype == jnp.bfloat16 and _on_old_cpu():
         x, start = lax.optimization_barrier((x, start))
@@ -359,14 +360,14 @@ def slice_in_loop(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """`x` as XLA:CPU of JAX 0.10 updates a slice of it in place; see `slice_in_loop`."""
+    """`x` as integers, if XLA:CPU of JAX 0.10 needs that to update a slice in place."""
     if x.dtype == jnp.bfloat16 and _on_old_cpu():
         return lax.bitcast_convert_type(x, jnp.uint16)
     return x
 
 
 def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What `as_bits` made of an array of this dtype, as such again."""
+    """Undoes `as_bits` for an array of this dtype."""
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
 
 

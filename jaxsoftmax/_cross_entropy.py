@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax cross-entropy on logits: each loss, its rule below it."""
+"""Losses and log-probabilities on logits: each function, with what it compiles below it.
+
+`_statistics` has the rules of their derivatives.
+"""
 
 from __future__ import annotations
 
@@ -50,24 +53,24 @@ def softmax_cross_entropy_with_integer_labels(
     Args:
       logits: unnormalized log-probabilities in any floating dtype.
       labels: integers in [0, C) of any integer dtype, with the shape of `logits` without
-        `axis`. A label outside gives NaN in that example's loss and gradient.
-      axis: the class axis. With a tuple of axes C is the product of their sizes and a label
-        counts through them in the given order, the last one fastest.
-      where: boolean. With the number of axes of `logits` (and a shape that broadcasts to it): the
-        classes to include; the others have probability 0 and gradient exactly 0, a label among
-        them has the loss +inf, and an example with none has the loss 0. With the shape of
+        `axis`. A label out of range makes that example's loss and gradient NaN.
+      axis: the class axis, or a tuple of class axes: C is then the product of their sizes, and
+        labels number the classes in the given order of the axes, the last one fastest.
+      where: boolean. With as many axes as `logits` (and a shape that broadcasts to theirs): the
+        classes to include. The others have probability 0 and gradient exactly 0; an example whose
+        label is excluded has the loss +inf, one with no class left the loss 0. With the shape of
         `labels`: the examples to include; the others have loss 0 and gradient 0.
       ignore_index: a Python integer: examples with this label have loss 0 and gradient exactly 0.
-      class_weights: `[C]`: what the loss of each class is multiplied by; with `label_smoothing`
-        the share of every class too, as `torch.nn.functional.cross_entropy` does.
+      class_weights: `[C]`, the factor of the loss of each class; with `label_smoothing` also of
+        each class's share of the smoothing, as in `torch.nn.functional.cross_entropy`.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C`, over the C classes that
         are neither masked nor at −inf.
-      z_loss: λ ≥ 0: adds `λ·lse²` with the log-sum-exp of the example.
+      z_loss: λ ≥ 0: adds `λ·lse²`, with lse the log-sum-exp of the example.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
-      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: logits
-        and whatever has a number a class are this device's part, labels global class numbers. The
-        parts are in the order of the devices.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `logits`,
+        `class_weights` and a class mask `where` are this device's part, in the order of the
+        devices; labels are global class numbers.
 
     Returns:
       The losses, with the shape of `labels`: float32, or float64 for float64 logits. A row that
@@ -77,11 +80,11 @@ def softmax_cross_entropy_with_integer_labels(
       TypeError: logits not floating, labels not integers, `where` not boolean, or an option of
         the wrong type.
       ValueError: shapes that do not match, an axis out of range, no classes, or an option out of
-        its range (where its value is known: it may be traced, `ignore_index` apart).
+        its range (if its value is known: all options but `ignore_index` may be traced).
 
     Differentiable in `logits` and in every option but `ignore_index`, in reverse mode, to any
-    order; forward mode over reverse works. The gradient is `ŷ − y`, exact where `ŷ` is close to
-    `y`: docs/derivation.md equation (27).
+    order; forward mode over reverse works. The gradient is `ŷ − y`, accurate even where `ŷ` is
+    close to `y`: docs/derivation.md equation (27).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -128,7 +131,7 @@ def _integer_labels(  # noqa: PLR0917
     index = label_index(labels, rows.shape[-1] * shard_count(axis_name), ignore_index)
     ignored = ignored_tokens(labels, ignore_index)
     if ignored is not None and forward_mode:
-        # A linear map cannot see that a token is not used: 0 · NaN would be NaN.
+        # The tangent map is linear and cannot tell that a token is ignored: 0 · NaN would be NaN.
         rows = jnp.where(ignored[..., None], 0, rows)
     weights = options.class_weights
     summed = token_statistics(spec, axis_name).for_mode(forward_mode)
@@ -156,20 +159,19 @@ def softmax_cross_entropy(
       logits: unnormalized log-probabilities in any floating dtype.
       labels: target weights `y` that broadcast to the shape of `logits`, floating, integer or
         boolean. They need not sum to 1: the gradient is `Y ŷ − y` with `Y = Σ_k y_k`. A label
-        of 0 at a logit of −inf counts as 0.
+        of 0 at a logit of −inf adds 0 to the loss.
       axis: the class axis, a tuple of class axes, or None for all axes.
-      where: boolean. With the number of axes of `logits` (and a shape that broadcasts to it): the
-        classes to include; logits and labels of the others do not count. With the shape of
-        `logits` without `axis`: the examples to include. The loss of an example with nothing
-        included, or of no classes at all, is 0, its gradient 0.
+      where: boolean. With as many axes as `logits` (and a shape that broadcasts to theirs): the
+        classes to include; logits and labels of the others are ignored. With the shape of `logits`
+        without `axis`: the examples to include. An example with nothing included, or with no
+        classes at all, has loss 0 and gradient 0.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C`, over the C classes that
         are neither masked nor at −inf.
-      z_loss: λ ≥ 0: adds `λ·lse²` with the log-sum-exp of the example.
+      z_loss: λ ≥ 0: adds `λ·lse²`, with lse the log-sum-exp of the example.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
-      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: logits
-        and whatever has a number a class are this device's part, labels global class numbers. The
-        parts are in the order of the devices.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `logits`,
+        `labels` and a class mask `where` are this device's part, in the order of the devices.
 
     Returns:
       The losses, with the shape of `logits` without `axis`: float32, or float64 where logits
@@ -180,10 +182,10 @@ def softmax_cross_entropy(
       TypeError: logits not floating, labels not real, `where` not boolean, or an option of the
         wrong type.
       ValueError: shapes that do not match, an axis out of range, or an option out of its range
-        (where its value is known: it may be traced).
+        (if its value is known: options may be traced).
 
     Differentiable in `logits`, in floating `labels` (`lse − z_k`) and in the options, in reverse
-    mode, to any order; forward mode over reverse works. docs/derivation.md equation (27).
+    mode, to any order; forward mode over reverse works. docs/derivation.md equations (26), (27).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
@@ -229,7 +231,7 @@ def _dense_labels(  # noqa: PLR0917
 
 
 class LogProbs(NamedTuple):
-    """What `label_log_probs` and `linear_log_probs` return, each with the shape of the labels.
+    """What `label_log_probs` and `linear_log_probs` return: arrays with the shape of the labels.
 
     Attributes:
       log_probs: log-probability of each label.
@@ -256,14 +258,14 @@ def label_log_probs(
 
     Args:
       logits: unnormalized log-probabilities in any floating dtype.
-      labels: integers in [0, C) with the shape of `logits` without `axis`. A label outside gives
-        NaN in that log-probability and its gradient.
+      labels: integers in [0, C) with the shape of `logits` without `axis`. A label out of range
+        makes that log-probability and its gradient NaN.
       axis: the class axis, or a tuple of class axes (see the cross-entropy).
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive. The results are those of the divided
         logits.
       with_entropy: also compute the entropies.
-      axis_name: inside `jax.shard_map`, the mesh axis that shards the classes (see the
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see the
         cross-entropy).
 
     Returns:
@@ -312,7 +314,7 @@ def _label_log_probs(  # noqa: PLR0917
 
 
 def as_log_probs(statistics: Statistics) -> LogProbs:
-    """The public face of `Statistics`."""
+    """`Statistics` as the public `LogProbs`."""
     return LogProbs(-statistics.loss, statistics.lse, statistics.entropy)
 
 
@@ -332,9 +334,9 @@ def _batch_shape(shape, axes):
 
 
 def _one_axis(axes: tuple[int, ...], *arrays: Any) -> tuple[Sequence[Any], tuple[int, ...]]:
-    """Several class axes merged into one, before jit.
+    """Merges several class axes into one, before jit.
 
-    So a row's sums are taken in the same order, and come out the same, wherever its axes were.
+    A row's sums are then taken in the same order, with the same result, wherever its axes were.
     """
     if len(axes) == 1:
         return arrays, axes

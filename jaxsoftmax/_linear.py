@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear head: a per-token loss of `hidden @ kernel + bias` that never holds the logits.
 
-The public functions, their arguments, and the choice between the two orders of the same work:
-_head/token_chunks.py, for any loss, and _head/vocabulary_blocks.py, for any cotangent at the
-least memory.
+The public functions, their arguments, and the choice between two orders of the same work: by chunks
+of tokens (_head/token_chunks.py), for any loss, or by blocks of classes
+(_head/vocabulary_blocks.py), for any cotangent with the least memory.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ def linear_loss(
 ) -> Float[Array, "..."]:
     r"""Any per-token loss of the logits `hidden @ kernel + bias`, without holding the logits.
 
-    Goes over chunks of `c` tokens. With a reduction the gradient is made in the forward pass,
-    while the chunk's logits are there: three matrix products, like the plain version. Without
-    one the backward pass does the chunks again: four products, for any cotangent.
+    Works on one chunk of `c` tokens at a time. With a reduction, the gradient is computed in the
+    forward pass, while the chunk's logits exist: three matrix products, as in the plain version.
+    Without one, the backward pass recomputes every chunk: four products, for any cotangent.
 
     Args:
       loss_fn: `loss_fn(logits, *args) -> losses` for a chunk: `logits [c, V]` in float32 (float64
         for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
-        treat tokens independently. What it closes over may be traced: arrays of any dtype, keys;
-        and differentiated. Outside `jit` all functions that trace alike are one program, compiled
-        once; one with a custom derivative in it (`jax.nn.relu`, say) has it to be inside `jax.jit`
-        for that, and a number that changes is to be a JAX array.
+        treat tokens independently. It may close over arrays of any dtype and keys; they may be
+        traced and differentiated. Outside `jit`, functions with the same trace share one compiled
+        program. A custom derivative (as in `jax.nn.relu`) prevents that unless it is called inside
+        a `jax.jit` of yours, and so does a Python number that changes: make it a JAX array.
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
-      *token_args: arrays `[*tokens, ...]` that go to `loss_fn`.
-      bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
-        whatever it holds: what is not finite in its `hidden`, `token_args`, loss or gradient is no
-        part of a sum. The derivative by that weight is the loss, or 0 if anything is not finite.
-        (The gradient of what `loss_fn` closes over is a sum within: where `hidden` and `token_args`
-        are finite, the loss and its derivatives by that must be too.)
-      reduction: "mean" is Σ weights·loss / Σ weights (0 where that is 0 / 0), "sum", or None for
+      *token_args: arrays `[*tokens, ...]` that are passed to `loss_fn`.
+      bias: `[V]`; −inf excludes a class.
+      weights: `[*tokens]`, the factor of each loss. A token of weight 0 contributes nothing: NaN or
+        infinity in its `hidden`, `token_args`, loss or gradient never enters a sum. The derivative
+        by that weight is the token's loss, or 0 if anything of the token is not finite. (The
+        gradient of what `loss_fn` closes over is summed over tokens by `loss_fn`'s own derivative:
+        where `hidden` and `token_args` are finite, the loss and that derivative must be too.)
+      reduction: "mean" is Σ weights·loss / Σ weights (0 if every weight is 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes of `kernel`
-        and `bias`: `loss_fn` gets its device's logits and must give the losses of the whole rows,
-        as the package's losses with this `axis_name` do.
-      chunk_size: tokens in a chunk, `c`. By default as many as keep a chunk's float32 logits under
-        56 MiB on a CPU and 448 MiB elsewhere (JAX's default backend counts), from 256 to 4096.
-        Never more than asked for; any number of tokens fits. Where an explicit mesh shards tokens
-        or classes, each of its devices has chunks of `c` tokens, and V counts its classes. Where an
-        automatic one may, all devices together have, and `c` is a multiple of their number, unless
-        fewer tokens are asked for, or all are in one chunk.
+        and `bias`: `loss_fn` gets this device's part of the logits and must return the losses of
+        whole rows, as the package's losses with this `axis_name` do.
+      chunk_size: the most tokens in a chunk, `c`; chunks have equal sizes, and any number of tokens
+        fits. By default as many as keep a chunk's float32 logits under 56 MiB on a CPU and 448 MiB
+        elsewhere (by JAX's default backend), but from 256 to 4096. Where an explicit mesh shards
+        tokens or classes, `c` counts the tokens, and V the classes, of one device. Where an
+        automatic mesh may shard them, `c` counts the tokens of all devices, and is a multiple of
+        the number of devices, unless `chunk_size` is smaller or one chunk holds all tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -82,22 +82,23 @@ def linear_loss(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in `hidden`, `kernel`, `bias`, `weights`, floating `token_args` and what
-    `loss_fn` closes over, in reverse mode, to the order `loss_fn` is. What is not differentiated
-    is not computed.
+    `loss_fn` closes over, in reverse mode, to the same order as `loss_fn`. Gradients that are not
+    asked for are not computed.
 
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
-    (for the cross-entropy; another loss may keep more of a chunk):
+    (for the cross-entropy; another loss may keep more per chunk):
 
         float32 operands   4·c·V + 8·N·H
         half precision     4·H·V + 8·c·V + 6·N·H
 
-    The first term of half precision is d_kernel's float32 accumulator, which with float32 operands
-    is the result itself. A CPU adds up to 16 MiB, and in half precision keeps a chunk's float32
-    logits where d_kernel will be: `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that
-    multiplies float32 in bfloat16 adds a kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in
-    float32, with a kernel of that, `4·H·V`. float16 takes up to `4·c·V` more: its d_logits are
-    divided by a power of two first, as large as they are. Each chunk reads and writes the
-    accumulator: time is lost where c is far below the operations a byte of the device.
+    The first term of half precision is the float32 accumulator of d_kernel; with float32 operands
+    the result itself is the accumulator. A CPU adds up to 16 MiB; in half precision it keeps a
+    chunk's float32 logits in the later memory of d_kernel, which makes the sum
+    `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that multiplies float32 in bfloat16 adds
+    a copy of the kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in float32 and adds a copy
+    in float32, `4·H·V`. float16 takes up to `4·c·V` more: its d_logits are first divided by a power
+    of two of about their size. Each chunk reads and writes the accumulator, which costs time where
+    c is far below the operations per byte of the device.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -149,38 +150,40 @@ def linear_softmax_cross_entropy(
     r"""Softmax cross-entropy of `hidden @ kernel + bias` with integer labels, chunk by chunk.
 
     The mean is `softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias, labels).mean()`
-    with its exact gradient, but the logits never exist.
+    with its exact gradient, but only the logits of one chunk exist at a time.
 
     Args:
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
-      labels: `[*tokens]`, integers in [0, V). One outside makes that token's loss and gradient NaN;
-        in the divisor of a mean it has the class weight 1, so that other gradients stay.
-      bias: `[V]`; −inf takes a class out.
-      weights: `[*tokens]`, what each loss is multiplied by. A token of weight 0 gives nothing,
+      labels: `[*tokens]`, integers in [0, V). A label out of range makes that token's loss and
+        gradient NaN, and with it the gradients of `kernel` and `bias`; a mean's divisor counts it
+        with the class weight 1, so that the gradients of other tokens' `hidden` stay.
+      bias: `[V]`; −inf excludes a class.
+      weights: `[*tokens]`, the factor of each loss. A token of weight 0 contributes nothing,
         whatever its `hidden` and label are. The derivative by that weight is the token's loss, or 0
-        if anything of it is not finite.
+        if anything of the token is not finite.
       ignore_index: a Python integer: tokens with this label have loss 0 and gradient exactly 0,
-        whatever their `hidden` holds, and leave the mean.
-      class_weights: `[V]`: what the loss of each class is multiplied by, as in PyTorch.
+        whatever their `hidden` holds, and do not count in the mean.
+      class_weights: `[V]`, the factor of the loss of each class, as in PyTorch.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C` over the C classes that
         are not at −inf.
-      z_loss: λ ≥ 0: adds `λ·lse²` with the token's log-sum-exp.
+      z_loss: λ ≥ 0: adds `λ·lse²`, with lse the token's log-sum-exp.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
-      reduction: "mean" is Σ weights·loss / Σ weights over the tokens that are not ignored, each
-        of the latter times its label's class weight (0 where that is 0 / 0); "sum"; or None for
-        the weighted losses `[*tokens]`.
-      denominator: a scalar that replaces that divisor, a global token count, say.
-      gradients: "in_forward" makes the gradient in the forward pass, as `linear_loss` does: the
-        fastest, for a reduced loss. "recompute" goes over blocks of the vocabulary, as
-        `linear_log_probs` does: a product more, for the least memory (with `weights` or
-        `ignore_index` it holds a copy of `hidden`). "auto" is "in_forward" with a reduction and
-        "recompute" without.
+      reduction: "mean" is Σ weights·loss / Σ weights·class_weights[label], both over the tokens
+        that are not ignored (0 if every term of the divisor is 0); "sum"; or None for the weighted
+        losses `[*tokens]`.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      gradients: "in_forward" computes the gradient in the forward pass, as `linear_loss` does:
+        faster in most cases, for a reduced loss only. "recompute" works on blocks of the vocabulary
+        and recomputes their logits in the backward pass, as `linear_log_probs` does: one product
+        more, for the least memory (with `weights` or `ignore_index` it holds a copy of `hidden`).
+        "auto" is "in_forward" with a reduction and "recompute" without.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
-      chunk_size: tokens in a chunk, or classes in a block; see those functions for the default.
+      chunk_size: tokens in a chunk (see `linear_loss`), or in "recompute" classes in a block (see
+        `linear_log_probs`).
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -191,8 +194,8 @@ def linear_softmax_cross_entropy(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in `hidden`, `kernel`, `bias`, `weights` and every option but `ignore_index`, in
-    reverse mode, to any order; forward mode over reverse works. What is not differentiated is not
-    computed.
+    reverse mode, to any order; forward mode over reverse works. Gradients that are not asked for
+    are not computed.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -250,23 +253,23 @@ def linear_log_probs(
 ) -> LogProbs:
     r"""Log-probability of each label under `hidden @ kernel + bias`, log-normalizer and entropy.
 
-    What `label_log_probs` gives on the logits, which never exist here. Goes over blocks of the
-    vocabulary, forward and again backward: four matrix products, any cotangents.
+    The results of `label_log_probs` on these logits, of which only one block of classes exists at a
+    time. The backward pass recomputes every block: four matrix products, for any cotangents.
 
     Args:
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
-      labels: `[*tokens]`, integers in [0, V). One outside makes that log-probability and its
-        gradient NaN.
-      bias: `[V]`; −inf takes a class out.
+      labels: `[*tokens]`, integers in [0, V). A label out of range makes that log-probability and
+        its gradient NaN.
+      bias: `[V]`; −inf excludes a class.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
       with_entropy: also compute the entropies.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
         `linear_softmax_cross_entropy`).
-      chunk_size: classes in a block, 2048 by default; of each shard where an explicit mesh shards
-        them, and of all D devices together where an automatic one is set, by default at least
-        128·D (docs/sharding.md). Any number of classes fits.
+      chunk_size: classes in a block, 2048 by default. Where an explicit mesh shards the classes, it
+        counts those of one shard. Where an automatic mesh of D devices is set, it counts those of
+        all devices, by default at least 128·D (docs/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -277,16 +280,16 @@ def linear_log_probs(
       ValueError: an argument of the wrong shape or value.
 
     Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
-    any cotangents, in reverse mode to any order. What is not differentiated is not computed.
+    any cotangents, in reverse mode to any order. Gradients that are not asked for are not computed.
 
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
-    and blocks of b classes (on a CPU a smaller last block counts as well: b + V mod b):
+    and blocks of b classes (on a CPU a smaller last block counts as well: N·(b + V mod b) for N·b):
 
         float32 operands   4·N·b + 4·N·H + 8·H·b
         half precision     6·N·b + 8·N·H + 6·H·b
 
-    float16 takes up to `4·N·b` more (see `linear_loss`). On a CPU with JAX 0.10, bfloat16 keeps a
-    copy of d_kernel, `2·H·V`, beside half of that or more.
+    float16 takes up to `4·N·b` more (see `linear_loss`). On a CPU with JAX 0.10, bfloat16 also
+    keeps a copy of d_kernel: at least `2·H·V` plus half of the sum above.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

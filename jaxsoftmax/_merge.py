@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of classes, of a loop or of devices, as one: docs/derivation.md, section 9."""
+"""Blocks of classes, of a loop or of devices, merged into one: docs/derivation.md, section 9."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,19 +12,19 @@ from ._sharding import AxisName
 
 
 class BlockSums(NamedTuple):
-    """What blocks of classes are merged by, one number per row; None where not asked for.
+    """The sums over a block of classes, one number per row each; None where not asked for.
 
-    Labels and whole rows are spread over blocks: each holds its part of every sum, relative to its
-    own maximum. Whole rows whose loss alone is asked for may have their label's logit for m.
+    They are relative to the block's own maximum m. If the block is the whole row and only the loss
+    is asked for, m may be another class's logit, such as the label's (`_row_sums`).
     """
 
     m: Any
     r: Any
     z_label: Any = None  # z_t; 0 where the label is in another block
     gaps: Any = None  # Σ e (m − z), for the entropy
-    classes: Any = None  # those not at −inf, for the spread
+    classes: Any = None  # the number of those not at −inf, for the spread
     mass: Any = None  # Σ u over those
-    costs: Any = None  # Σ u (m − z)
+    costs: Any = None  # Σ u (m − z) over those
 
 
 def merge_blocks(
@@ -33,20 +33,20 @@ def merge_blocks(
     sum_over: Callable[[Any], Any],
     extra: Callable[[Any], Any] = lambda _: (),
 ) -> Any:
-    """Blocks of classes as one, by the maximum over them and the sums.
+    """Merges blocks of classes into one, by a maximum and a sum over the blocks.
 
-    Of an axis of blocks, `max_over` keeps it with size 1 and `sum_over` takes it away. A block that
-    reaches the common maximum gives its r, any other all of its (1 + r) e^(m_b − m); of those that
-    reach it one maximum is counted. A block of nothing but −inf gives nothing, unless all are such;
-    its r is NaN, as that of a block with +inf or NaN, which the whole row takes on.
-    `extra(m)` is summed along.
+    If an array axis counts the blocks, `max_over` keeps it with size 1 and `sum_over` removes it. A
+    block that reaches the common maximum m adds its r, any other all of its (1 + r) e^(m_b − m); of
+    the maxima of the blocks that reach m, all but one are added. A block of nothing but −inf has
+    r = NaN and adds nothing, unless all blocks are such. A block with +inf or NaN has r = NaN too,
+    and makes the whole row's r NaN. `extra(m)` is summed over the blocks in the same sum.
     """
     m = max_over(sums.m)
     reached = sums.m == m
     empty = (sums.m == -jnp.inf) & ~reached
     rise = jnp.where(empty | reached | ~jnp.isfinite(m), 0, m - sums.m)
     scale = jnp.where(empty, 0, jnp.exp(-rise))
-    # Nothing of an empty block enters a product, whose derivative would be NaN.
+    # No number of an empty block enters a product: the product's derivative would be NaN.
     r = jnp.where(empty, 0, sums.r)
     moved = sums._replace(m=None, r=jnp.where(reached, r, (1 + r) * scale))
     if sums.gaps is not None:
@@ -62,6 +62,6 @@ def merge_blocks(
 def merge_shards(
     axis_name: AxisName, sums: BlockSums, extra: Callable[[Any], Any] = lambda _: ()
 ) -> Any:
-    """The blocks of all devices along a manual mesh axis as one: one maximum and one sum."""
+    """Merges the blocks of all devices along a manual mesh axis: one maximum and one sum."""
     max_over = partial(_sharding.maximum_over, axis_name)
     return merge_blocks(sums, max_over, partial(_sharding.sum_over, axis_name), extra)

@@ -7,9 +7,9 @@ With ties `r`, the remainder, counts all but one of the maxima. Everything else 
 
     lse = m + log1p(r)        ŷ_k = e_k / (1 + r)        Y ŷ_k − y_k = numerator / (1 + r)
 
-For a label's loss m, the shift, may be the label's logit in place of the maximum, and r the sum
-over all other classes. Rows are the last axis; `_axes` brings the class axes there. `_row_sums`
-computes the same in the forms that are fast.
+For a label's loss m, the shift, may be another class's logit in place of the maximum, mostly the
+label's, and r the sum over all other classes. A row is the last axis; `_axes` moves the class axes
+there. `_row_sums` computes the same in the forms that are fast.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# Raw logits, and scalars, to the logits whose softmax it is, each in the accumulation dtype.
+# A function of raw logits and scalars: the logits of the softmax, in the accumulation dtype.
 Elementwise = Callable[..., jax.Array]
 
 
@@ -61,24 +61,24 @@ def remainder(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def finite_shift(m: jax.Array) -> jax.Array:
-    """What is subtracted from a row with the maximum m: an infinite one would make r NaN."""
+    """What is subtracted from a row with the maximum m: 0 for an infinite m, or r would be NaN."""
     return jnp.where(jnp.isinf(m), 0, m)
 
 
 def remainder_tangent(x: jax.Array, dx: jax.Array, m: jax.Array) -> jax.Array:
     """The derivative Σ_k e_k dz_k of r, over *every* k, with m a constant.
 
-    Whatever is made of (z, m, r) must not depend on the shift m, and then r = Σ e − 1. That gives
-    the right second derivatives at ties too, where the maximum has none.
+    What is computed from (z, m, r) does not depend on the shift m: so m may be held constant, and
+    r = Σ e − 1. That gives the right second derivatives at ties too, where the maximum has none.
     """
     has_sum, x, m = rows_with_sum(x, m)
     return jnp.where(has_sum, jnp.sum(shifted_exp(x, m) * upcast(dx), axis=-1), 0)
 
 
 def rows_with_sum(x: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which rows have a log-sum-exp, and (x, m) with finite numbers in place of all others.
+    """Which rows have a finite log-sum-exp, and (x, m) with zeros in all other rows.
 
-    A derivative of any order meets them with cotangents of 0, and 0 · NaN would be NaN.
+    Derivatives of any order multiply those rows by cotangents of 0, and 0 · NaN would be NaN.
     """
     has_sum = jnp.isfinite(m)
     return has_sum, jnp.where(has_sum[..., None], x, 0), jnp.where(has_sum, m, 0)
@@ -105,11 +105,11 @@ def one_hot(index: jax.Array, size: int) -> jax.Array:
 
 
 def selected(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The logit of each row at its index: by comparison, for a class axis that may be sharded."""
+    """The logit of each row at its index, by comparison: the class axis may be sharded."""
     return jnp.sum(jnp.where(one_hot(index, x.shape[-1]), upcast(x), 0), axis=-1)
 
 
 def nan_where(invalid: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """NaN there and 0 elsewhere; without a NaN while nothing is invalid, for `jax_debug_nans`."""
+    """NaN where `invalid`, else 0; no NaN is formed if nothing is invalid, for `jax_debug_nans`."""
     infinite = jnp.where(invalid, jnp.inf, 0).astype(dtype)
     return infinite - infinite

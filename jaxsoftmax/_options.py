@@ -37,7 +37,7 @@ def as_options(
     axis_name: AxisName | None = None,
     classes: int = 0,
 ) -> Options:
-    """Check what is the same for every loss."""
+    """Check the options that all losses share."""
     if class_weights is not None:
         class_weights = upcast(_checks.as_inexact(function, "class_weights", class_weights))
         meaning = "one weight per class"
@@ -58,7 +58,7 @@ def _unless_zero(function, name, value, most):
 
 
 def required_statistics(options: Options) -> StatisticsSpec:
-    """What `target_losses` takes beside the loss."""
+    """The statistics that `target_losses` needs for these options, beside the loss."""
     spread = options.label_smoothing is not None
     return StatisticsSpec(lse=options.z_loss is not None, spread=spread)
 
@@ -72,7 +72,7 @@ def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | N
 
 
 def label_index(labels: jax.Array, classes: int, ignore_index: int | None) -> jax.Array:
-    """Labels as int32, −1 where out of range; an ignored label is some class: nothing is NaN."""
+    """Labels as int32: −1 where out of range, 0 where ignored, which makes nothing NaN."""
     index = to_index(labels, classes)
     ignored = ignored_tokens(labels, ignore_index)
     return index if ignored is None else jnp.where(ignored, 0, index)
@@ -84,9 +84,9 @@ def label_weights(
     class_weights: jax.Array | None,
     axis_name: AxisName | None = None,
 ) -> jax.Array | None:
-    """What each token counts in a mean: its class's weight, 0 if ignored; None for 1 each.
+    """What each token counts in a mean: its label's class weight, 0 if ignored; None for 1 each.
 
-    1 for a label out of range: its loss is NaN, and whatever it is divided by.
+    A label out of range counts 1: the token's loss is NaN whatever it is divided by.
     """
     ignored = ignored_tokens(labels, ignore_index)
     if class_weights is None:
@@ -150,7 +150,7 @@ def _mix(statistics, weights, epsilon, z_loss):
 
 
 def _times(share: jax.Array, loss: jax.Array) -> jax.Array:
-    """Nothing of an infinite loss is nothing: 0 · ∞ counts as 0."""
+    """`share * loss`, where 0 · ∞ counts as 0."""
     return share * jnp.where((share == 0) & (loss == jnp.inf), 0, loss)
 
 
@@ -163,7 +163,7 @@ def _mix_linear(args, g):
 
 
 def _mix_bwd(args, g):
-    """Of a loss that is not used nothing reaches an option either, where 0 · NaN would be NaN."""
+    """A loss that is not used adds nothing to the options' gradients: 0 · NaN would be NaN."""
     g, (statistics, *options) = instantiated(g), args
     finite = [jnp.isfinite(s) for s in (_mix(*args), *jax.tree.leaves(statistics))]
     unused = (g == 0) & ~functools.reduce(jnp.logical_and, finite)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is summed or picked along each row of logits, in the form that is fast where it runs.
 
-The plain forms of `_numerics` everywhere, those of `_cpu` where an array lies on one CPU.
+The forms of `_cpu` where an array lies on one CPU device, the plain ones of `_numerics` elsewhere.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ def shift_and_remainder(
 ) -> tuple[jax.Array, jax.Array]:
     """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
 
-    Without labels m is the maximum. With `labels [...]` (from `to_index`) it may be the label's
-    logit and r the sum over all others, where r < 2²⁴: as good for the loss and its gradient, and
-    found without a pass over the row.
+    Without labels m is the maximum. With `labels [...]` (from `to_index`) m may be another class's
+    logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the loss and
+    its gradient, and no pass over the row has to find m.
     """
     local = is_local(*jax.tree.leaves((x, labels)))
     labels = labels if local and of is upcast else None
@@ -41,8 +41,8 @@ def shift_and_remainder(
     return checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
 
 
-# A primitive of its own: a function with its derivative and its batching, which JAX never looks
-# into. (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+# A primitive with its own derivative and batching rules: JAX's transformations never look inside.
+# (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
 _shift_and_remainder = Primitive("shift_and_remainder")
 _shift_and_remainder.multiple_results = True
 
@@ -53,10 +53,10 @@ def _compute(x, *rest, of, labelled, local):
     plain = lambda x, labels, *scalars: max_and_remainder(of(x, *scalars))  # noqa: E731
     on_cpu = partial(_cpu.shift_and_remainder, of)
     m, r = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
-    # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row without a finite
-    # maximum has a log-sum-exp, which is m, and no probabilities, which r says.
+    # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row whose maximum is
+    # infinite has a log-sum-exp, m, but no probabilities: its r is NaN.
     m = jnp.where(jnp.isnan(r), r, m)
-    return m, r + (m - m)  # NaN where m is not finite; no NaN written down, for `jax_debug_nans`
+    return m, r + (m - m)  # NaN where m is not finite; no NaN as a constant, for `jax_debug_nans`
 
 
 @_shift_and_remainder.def_abstract_eval
@@ -76,14 +76,14 @@ def _differentiated(rows, tangents, *, of, labelled, local):
 
 
 def _batched(rows, axes, *, of, labelled, local):
-    """A mapped axis is one more axis of rows: what no row needs is skipped, as without it."""
+    """A mapped axis is one more axis of rows, so a branch that no row needs is still skipped."""
     bind = partial(_shift_and_remainder.bind, local=local)
     (x, *scalars), labels = (rows[:-1], rows[-1]) if labelled else (rows, None)
     of_x, *of_scalars = axes[: len(rows) - labelled]
     if any(axis is not None for axis in of_scalars):
         z = jax.vmap(of, (of_x, *of_scalars))(x, *scalars)
         return bind(z, of=upcast, labelled=False), (0, 0)
-    if of_x is None:  # the same rows for all labels: from their maximum
+    if of_x is None:  # the labels alone are mapped: the same rows for all, from their maximum
         return bind(x, *scalars, of=of, labelled=False), (None, None)
     x = jnp.moveaxis(x, of_x, 0)
     if labels is None:

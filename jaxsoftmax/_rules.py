@@ -27,13 +27,13 @@ def forward_mode() -> Iterator[None]:
 
 
 def in_forward_mode() -> bool:
-    """Which mode was asked for: a static argument of `jit`, whose cache does not know it else."""
+    """Whether forward mode is asked for. A static argument of `jit`: its cache cannot see it."""
     return _forward_mode.get()
 
 
 @contextlib.contextmanager
 def scope(function: str, remedy: str) -> Iterator[None]:
-    """The name of a public function in profiles; what to do in JAX's error about forward mode."""
+    """Names a public function in profiles; adds `remedy` to JAX's error about forward mode."""
     with jax.named_scope(f"jaxsoftmax.{function}"):
         try:
             yield
@@ -70,8 +70,8 @@ def rule(
     Args:
       fwd: arguments to (result, residuals).
       bwd: (residuals, cotangent) to the cotangents of the arguments, None for integers.
-      linear: `bwd` without what is not linear in the cotangent; with it, `fwd` gets the primals and
-        `bwd` the cotangents of `defvjp(symbolic_zeros=True)`.
+      linear: `bwd` without what is not linear in the cotangent. If it is given, `bwd` gets symbolic
+        zeros for cotangents that are 0, as `defvjp(symbolic_zeros=True)` passes them.
     """
 
     def function(*args):
@@ -83,8 +83,8 @@ def rule(
     else:
         reverse.defvjp(lambda *args: fwd(*values(args)), bwd, symbolic_zeros=True)
 
-    # The tangent map is the transpose of the linear map of the cotangent. Under checkpoint its
-    # residuals are those of reverse mode.
+    # The tangent map is the transpose of `bwd` (or `linear`), which is linear in the cotangent.
+    # Under checkpoint its residuals are those of reverse mode.
     def jvp(primals, tangents):
         out, residuals = fwd(*primals)
 
@@ -97,7 +97,7 @@ def rule(
 
         return out, jax.checkpoint(tangent_map, prevent_cse=False)(residuals, tangents)
 
-    # Within `shard_map` a rule's cotangents vary over whatever its arguments vary over together.
+    # Inside `shard_map`, a rule's cotangents vary over every axis that any argument varies over.
     forward = jax.custom_jvp(function)
     forward.defjvp(jvp)
     return Rule(lambda *args: reverse(*aligned(args)), lambda *args: forward(*aligned(args)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-# One axis of a mesh, or several, the first one slowest.
+# One axis of a mesh, or several, of which the first varies slowest.
 AxisName = str | tuple[str, ...]
 
 
@@ -21,9 +21,9 @@ def axis_names(axis_name: AxisName | None) -> frozenset[str]:
 def is_local(*arrays: jax.Array) -> bool:
     """Whether it is certain, while tracing, that each array lies on one device.
 
-    A loop over slices of a sharded axis would gather it. Explicit shardings can be read
-    off the type; an automatic mesh cannot be seen, but it needs a second device, and a `shard_map`
-    over all of its axes leaves nothing of it.
+    A loop over slices of a sharded axis would gather it. The type of an array shows an explicit
+    sharding, but not one on an automatic mesh; that needs a second device, though, and inside a
+    `shard_map` over all axes of the mesh nothing is left automatic.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
@@ -33,7 +33,7 @@ def is_local(*arrays: jax.Array) -> bool:
 
 
 def unseen_devices() -> int:
-    """Over how many devices an automatic mesh may spread an array here, which no type tells."""
+    """Over how many devices an automatic mesh may spread an array here; no type shows that."""
     unset = jax.sharding.get_abstract_mesh().empty
     return jax.device_count() if unset else devices_of_automatic_mesh()
 
@@ -45,7 +45,7 @@ def devices_of_automatic_mesh() -> int:
 
 
 def hidden_axis_whole(kernel: jax.Array) -> jax.Array:
-    """A kernel `[H, V]` with its hidden axis on each device of an automatic mesh that is set."""
+    """A kernel `[H, V]` with its hidden axis unsharded, if an automatic mesh is set."""
     if devices_of_automatic_mesh() == 1:
         return kernel
     return lax.with_sharding_constraint(kernel, PartitionSpec(None, PartitionSpec.UNCONSTRAINED))
@@ -63,10 +63,10 @@ def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def aligned(tree: Any) -> Any:
-    """Arrays that all vary over the same axes, as a custom rule's cotangents will.
+    """Floating arrays that all vary over the same manual axes, as a custom rule's cotangents will.
 
-    Integers have none: they stay as they are, so that sums over an axis still know that they do not
-    vary over it.
+    Integers have no cotangents: they stay as they are, so that sums over an axis still know that
+    they do not vary over it.
     """
     axes = manual_axes(*jax.tree.leaves(tree))
     is_real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
@@ -85,23 +85,23 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
 
 
 def resharded(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """`x` sharded so, summed over what it was unreduced over; as it is for None."""
+    """`x` in this sharding, summed over the axes it was unreduced over; unchanged for None."""
     now = jax.typeof(x).sharding
     there = sharding is None or (now.spec == sharding.spec and now.mesh == sharding.mesh)
     return x if there else reshard(x, sharding)
 
 
 def resharded_like(d: jax.Array, x: jax.Array) -> jax.Array:
-    """`d` sharded on an explicit mesh as `x` is, and summed over what it is unreduced over."""
+    """`d` sharded on an explicit mesh as `x` is, summed over the axes it was unreduced over."""
     of_d, of_x = (jax.typeof(a).sharding for a in (d, x))
     mesh = of_d.mesh if of_x.mesh.empty else of_x.mesh
     return resharded(d, NamedSharding(mesh, of_x.spec))
 
 
 def in_one_sharding(*arrays: Any) -> tuple[Any, ...]:
-    """Arrays that broadcast, or None, in one sharding: of each axis the first one that is given.
+    """Arrays that broadcast, or None, in one sharding: for each axis the first that an array has.
 
-    So a derivative meets one sharding; each cotangent comes back in that of its argument.
+    So a derivative sees one sharding; each cotangent comes back in that of its argument.
     """
     given = [a for a in arrays if a is not None]
     shardings = [jax.typeof(a).sharding for a in given]
@@ -136,7 +136,7 @@ def merge_last(x: jax.Array, count: int) -> jax.Array:
 
 
 def split_last(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Undoes `merge_last` of an array `like` what comes back, layout included."""
+    """Undoes `merge_last`: the result has the shape and sharding of `like`."""
     sharding = jax.typeof(like).sharding
     if not any(sharding.spec):
         return x.reshape(like.shape)
@@ -146,7 +146,7 @@ def split_last(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def sharded_first(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes in the order in which merging them gathers least."""
+    """`axes` with the sharded ones first: in this order, merging them gathers least."""
     return tuple(sorted(axes, key=lambda axis: not jax.typeof(x).sharding.spec[axis]))
 
 
@@ -164,12 +164,12 @@ def manual_axes_here() -> tuple[str, ...]:
 
 
 def shard_count(axis_name: AxisName | None) -> int:
-    """How many devices along manual mesh axes share the classes; 1 if classes are whole."""
+    """How many devices along manual mesh axes share the classes; 1 if they are not sharded."""
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def shard_start(axis_name: AxisName | None, size: int) -> Any:
-    """The number of the first class of this device's block of `size`; 0 if classes are whole."""
+    """The number of the first class of this device's block of `size`; 0 if not sharded."""
     return 0 if axis_name is None else lax.axis_index(axis_name) * size
 
 
@@ -179,7 +179,7 @@ def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
 
 
 def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
-    """`vector[index]`, laid out as the index is."""
+    """`vector[index]`, sharded as the index is."""
     sharding, of_vector = (jax.typeof(x).sharding for x in (index, vector))
     if not any((*sharding.spec, *of_vector.spec)):
         return vector[index]
@@ -189,6 +189,6 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:
-    """The sums over the devices along manual mesh axes, of arrays of one shape, in one piece."""
+    """The sums, over devices along manual mesh axes, of arrays of one shape: one collective."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))

@@ -40,16 +40,16 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
 
     Returns:
       Probabilities with the shape and dtype of `x`, computed in float32 or wider. A row that
-      holds +inf or NaN, or nothing but −inf, is NaN; an empty selection is all zeros; of no classes
-      there is nothing.
+      holds +inf or NaN, or nothing but −inf, is NaN; a row with no class included is all zeros;
+      without classes the result is empty.
 
     Raises:
       TypeError: `x` is not real or `where` not boolean.
       ValueError: an axis out of range, or a mask that does not broadcast.
 
     Differentiable in `x` in reverse mode, to any order; forward mode over reverse works.
-    The derivative is `ŷ_i (g_i − Σ_k g_k ŷ_k)`, docs/derivation.md equation (31): the reference
-    value taken out of `g` keeps it accurate where the model is confident.
+    For a cotangent g the gradient is `ŷ_i (g_i − Σ_k g_k ŷ_k)`. A reference value, subtracted from
+    g first, keeps it accurate where the model is confident: docs/derivation.md equation (31).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -94,15 +94,16 @@ def log_softmax(
         −inf and gradient exactly 0.
 
     Returns:
-      Log-probabilities with the shape and dtype of `x`, computed in float32 or wider. The
-      largest one is `−log1p(r)`, exact however close to 0 it is.
+      Log-probabilities with the shape and dtype of `x`, computed in float32 or wider. The largest
+      one is `−log1p(r)`, accurate however close to 0 it is; r is the sum of `exp(x_k − max x)` over
+      the other classes.
 
     Raises:
       TypeError: `x` is not real or `where` not boolean.
       ValueError: an axis out of range, or a mask that does not broadcast.
 
-    Differentiable in `x` in reverse mode, to any order; forward mode over reverse works. The
-    derivative is `g_i − ŷ_i Σ g`, docs/derivation.md equation (30).
+    Differentiable in `x` in reverse mode, to any order; forward mode over reverse works. For a
+    cotangent g the gradient is `g_i − ŷ_i Σ_k g_k`: docs/derivation.md equation (30).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -120,7 +121,7 @@ def _log_softmax_fwd(x):
     return (shifted - jnp.log1p(r)[..., None]).astype(x.dtype), (x, m, r)
 
 
-# dz_i = g_i − ŷ_i Σ g = −(Y ŷ_i − y_i) with the cotangent g for the target y.
+# dz_i = g_i − ŷ_i Σ_k g_k = −(Y ŷ_i − y_i) with the cotangent g in place of the target y.
 def _log_softmax_bwd(residuals, g):
     x, m, r = residuals
     g = upcast(g)
@@ -144,18 +145,18 @@ def logsumexp(  # noqa: PLR0917  (the signature of jax.nn.logsumexp)
     Args:
       a: exponents of any shape; integers are promoted to floating point.
       axis: the axis, axes, or None (the default) for all axes to sum over.
-      b: weights that broadcast with `a`; 1 where not given. They may be negative or 0.
+      b: weights that broadcast with `a`; 1 if not given. They may be negative or 0.
       keepdims: keep the summed axes with size 1.
       return_sign: also return the sign of the sum, and the logarithm of its absolute value.
       where: boolean, broadcasts to the shape of `a`: the terms to include.
 
     Returns:
       The logarithm in the promoted dtype of `a` and `b`, computed in float32 or wider; with
-      `return_sign` a pair (logarithm, sign). A sum of nothing is −inf; a negative sum without
-      `return_sign` is NaN.
+      `return_sign` a pair (logarithm, sign). An empty sum gives −inf; a negative sum without
+      `return_sign` gives NaN.
 
     Raises:
-      TypeError: `a` or `b` is not real, `where` not boolean, or a switch not True or False.
+      TypeError: `a` or `b` is not real, `where` not boolean, or a flag not True or False.
       ValueError: an axis out of range, or shapes that do not broadcast.
 
     Differentiable in `a` and `b` in reverse mode, to any order; forward mode over reverse
@@ -228,9 +229,9 @@ def _row_logsumexp_bwd(residuals, g):
 _row_logsumexp = rule(_row_logsumexp_fwd, _row_logsumexp_bwd)
 
 
-# S = b_j + Σ_{k≠j} b_k e_k with j the largest x_j among b ≠ 0. With σ = sign b_j and
-# q = (|b_j| − 1) + σ Σ_{k≠j} b_k e_k, |S| = |1 + q|: log1p(q) keeps what log would lose near 1,
-# log|S| what q would lose far from it (docs/derivation.md, equation 40).
+# S = b_j + Σ_{k≠j} b_k e_k with x_j the largest x where b ≠ 0. With σ = sign b_j and
+# q = (|b_j| − 1) + σ Σ_{k≠j} b_k e_k, |S| = |1 + q|: log1p(q) keeps the digits that log|S| loses
+# near 1; where q < −1/2, log|S| keeps those that q loses (docs/derivation.md, equation 40).
 def _weighted_logsumexp_fwd(x, b):
     live = b != 0
     z, w = upcast(x), upcast(b)
@@ -270,7 +271,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
 
     Returns:
       `[*batch, C, C]` in the dtype of `x`, where `batch` is the shape of `x` without `axis`.
-      The diagonal `ŷ_i (1 − ŷ_i)` is computed without the subtraction.
+      In the diagonal `ŷ_i (1 − ŷ_i)`, nothing cancels.
 
     Raises:
       TypeError: `x` is not real, or `axis` not an integer.
@@ -292,7 +293,7 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Float[Array, "*batch class
 
 @partial(jax.jit, static_argnames="axes")
 def _softmax_jacobian(x, axes):
-    rows = upcast(to_rows(x, axes))  # once: so is its cotangent, of two uses, cast once
+    rows = upcast(to_rows(x, axes))  # here: the cotangents of two uses are added, then cast once
     if rows.shape[-1] == 0:
         return jnp.zeros((*rows.shape, 0), x.dtype)
     m, r = shift_and_remainder(rows)
@@ -313,7 +314,7 @@ def _prepare(function, x, axis, where):
 
 @partial(jax.jit, static_argnames=("rule", "forward", "excluded", "axes"))
 def _masked_apply(rule, forward, excluded, x, axes, where):  # noqa: PLR0917
-    """`rule` on the rows of `x`; classes outside `where` enter as −inf, leave as `excluded`."""
+    """`rule` on the rows of `x`; outside `where` its input is −inf and the result `excluded`."""
     dtype = x.dtype
     axes = sharded_first(x, axes)
     if where is not None:

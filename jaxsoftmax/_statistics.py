@@ -6,9 +6,10 @@ With z the transformed logits, (m, r) of a row, lse = m + log1p(r) and ŷ = e / 
     loss     Σ_k y_k (lse − z_k)              the cross-entropy with the target y
     lse      m + log1p(r)
     entropy  log1p(r) + μ                     with the mean gap μ = Σ_k ŷ_k (m − z_k)
-    spread   (1/n) Σ_k u_k (lse − z_k)        over the n classes that are not at −inf
+    spread   (1/n) Σ_k u_k (lse − z_k)        over the n classes that are not at −inf, for smoothing
 
-The first and the last are cross-entropies, so one form of their derivative, Y ŷ − y, serves both.
+u_k are the class weights, or 1. The first and the last are cross-entropies, so one form of their
+derivative, Y ŷ − y, serves both.
 """
 
 import functools
@@ -46,7 +47,7 @@ class StatisticsSpec(NamedTuple):
 
     @property
     def loss_only(self) -> bool:
-        """Whether the loss is all, and may be measured from the label."""
+        """Whether only the loss is asked for: it may be measured from the label."""
         return not any(self)
 
 
@@ -80,7 +81,7 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
 def _token_bwd(axis_name, residuals, cotangents):
     _, labels, *_, sums = residuals
     g = nan_where_invalid(none_if_zero(cotangents), labels)
-    # Measured from a label out of range, (m, r) say nothing of the row.
+    # If the label is out of range, (m, r) may say nothing about the row (`_cpu`).
     known = jnp.isfinite(sums.r) & (labels >= 0)
     return _token_linear(axis_name, residuals, g, rows_without_cotangent(g, known))
 
@@ -120,7 +121,7 @@ def _target_fwd(spec, axis_name, x, y, transform):
 
     def target_sums(m):
         gap = m[..., None] - z
-        # 0 · ∞ counts as 0; what a row without a log-sum-exp costs, log1p(r) says.
+        # 0 · ∞ counts as 0. Where m is not finite, log1p(r) makes the loss NaN.
         nothing = ((y_ == 0) & (gap == jnp.inf)) | ~jnp.isfinite(m)[..., None]
         cost = y_ * jnp.where(nothing, 0, gap)
         return jnp.sum(cost, axis=-1), jnp.sum(y_, axis=-1)
@@ -156,7 +157,7 @@ def _target_linear(residuals, g, unused=None):
         gap = m[..., None] - z_
         far = gap == jnp.inf
         dy = g_ * (jnp.where(far, 0, gap) + jnp.log1p(r)[..., None])
-        if unused is not None:  # an infinite cost, of which a linear map can make nothing
+        if unused is not None:  # an infinite derivative, which a linear map cannot give
             infinite = jnp.where(g_ < 0, -jnp.inf, jnp.where(g_ > 0, jnp.inf, g_))
             dy = jnp.where(far, jax.lax.stop_gradient(infinite), dy)
         dy = dy.astype(y.dtype)
@@ -174,7 +175,7 @@ def target_statistics(spec: StatisticsSpec, axis_name: AxisName | None = None) -
 def block_sums(  # noqa: PLR0917
     spec: StatisticsSpec, x: jax.Array, transform: Transform, labels: Any, start: Any, weights: Any
 ) -> BlockSums:
-    """Of raw logits `x [..., C]`, a block of the classes that begins at number `start`."""
+    """The sums of raw logits `x [..., C]`, a block of classes that begins at number `start`."""
     of, scalars = as_function(transform)
     m, r = shift_and_remainder(x, None, of, *scalars)
     sums = BlockSums(m, r)
@@ -208,12 +209,12 @@ def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
 
 
 def none_if_zero(cotangents: Statistics) -> Statistics:
-    """Cotangents with None for a symbolic zero."""
+    """The cotangents, with None in place of a symbolic zero."""
     return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
 
 
 def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
-    """NaN where a label is out of range, unless that token's loss is not used."""
+    """The cotangents: NaN for a loss whose label is out of range, unless that loss is not used."""
     if g.loss is None:
         return g
     invalid = (labels < 0) & (g.loss != 0)
@@ -221,7 +222,7 @@ def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
 
 
 def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
-    """Which rows, without a known log-sum-exp, nothing is used of: their gradient is 0, not NaN.
+    """Rows that are not `known` (finite) and of which nothing is used: gradient 0, not NaN.
 
     Other rows need no such care, and must have none: 0 times a finite gradient is 0, but its
     derivative by the cotangent is not.
@@ -231,7 +232,7 @@ def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
 
 
 def without_rows(unused: jax.Array, sums: BlockSums, z: jax.Array) -> tuple[BlockSums, jax.Array]:
-    """Finite numbers in place of all that is in these rows."""
+    """`sums` and `z` with finite numbers in place of all that these rows hold."""
     sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
     if sums.classes is not None:
         sums = sums._replace(classes=jnp.where(unused, 1, sums.classes))
@@ -241,13 +242,14 @@ def without_rows(unused: jax.Array, sums: BlockSums, z: jax.Array) -> tuple[Bloc
 def label_cotangents(  # noqa: PLR0917
     z: jax.Array, labels: Any, weights: Any, sums: BlockSums, g: Statistics, unused: Any
 ) -> tuple[jax.Array, Any]:
-    """Cotangents in `z`, in its dtype, and in `weights`; labels of −1 are in another block.
+    """Cotangents of `z [..., C]`, in its dtype, and of `weights`; −1: a label of another block.
 
-    Every entry as if it were not the label's, then the label's own in its place: one number per
-    row, so that the loop over all classes holds no more than a select (XLA:CPU, [4096, 32000]
-    float32, in place: 34 ms with the label's form inside it, 28 so; 25 with a scatter, which would
-    keep logits that are not an argument, and so twice their memory). Rounded once, at the end:
-    selected in bfloat16, a training step in place of [16384, 10] takes 2.5 times as long.
+    Every entry is computed as if it were not the label's. The label's own, one number per row, is
+    then selected in its place, so that the loop over all classes holds only a select (XLA:CPU,
+    [4096, 32000] float32, in place: 34 ms with the label's form inside the loop, 28 with the
+    select; 25 with a scatter, but that would keep logits that are not an argument, and so take
+    twice their memory). All is rounded once, at the end: with the select in bfloat16, a training
+    step in place of [16384, 10] takes 2.5 times as long.
     """
     dtype = z.dtype
     if unused is not None:
@@ -267,7 +269,7 @@ def label_cotangents(  # noqa: PLR0917
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
-# with the mean gap μ = Σ_k ŷ_k (m − z_k)
+# with the mean gap μ = Σ_k ŷ_k (m − z_k); `targets`: pairs of g and (Y ŷ − y)(1 + r) by (e, r).
 def _cotangents(z, targets, weights, sums, g):
     m, r = sums.m, sums.r
     scale = 1 / (1 + r)
@@ -318,7 +320,7 @@ def _spread_sums(weights, of, x, m, *scalars):
         return classes, classes, costs
     z = of(x, *scalars)
     inside, _, u = _inside(z, m, weights)
-    has_sum, z, m = rows_with_sum(z, m)  # that another row is NaN, its r says
+    has_sum, z, m = rows_with_sum(z, m)  # the other rows are NaN by their r
     costs = jnp.sum(u * _inside(z, m, None)[1], axis=-1)
     mass = jnp.where(has_sum, jnp.sum(u, axis=-1), 0)
     return jnp.sum(inside, axis=-1, dtype=m.dtype), mass, jnp.where(has_sum, costs, 0)

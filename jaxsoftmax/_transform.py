@@ -15,7 +15,7 @@ from ._numerics import Elementwise, upcast
 class Transform(NamedTuple):
     """What is done to raw logits: scalars, or None for nothing at all.
 
-    At least float32, as all options: so their gradients are summed, and rounded once.
+    At least float32, as all options, so that their gradients are summed in it and rounded once.
     """
 
     soft_cap: jax.Array | None = None
@@ -32,16 +32,16 @@ def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLi
 
 
 def transformed(x: jax.Array, transform: Transform) -> jax.Array:
-    """The logits z = soft_cap · tanh(x / soft_cap) / temperature; without either, `x` as it came.
+    """The logits z = soft_cap · tanh(x / soft_cap) / temperature; without either, `x` unchanged.
 
-    An infinity stays one: a class left out is not brought back by the cap.
+    An infinity stays one: the cap does not bring back a class that is excluded by −inf.
     """
     soft_cap, temperature = transform
     if soft_cap is None and temperature is None:
         return x
     x = upcast(x)
-    # Twice selected, so that no derivative of any order multiplies an infinity by 0. A `custom_jvp`
-    # would not do: JAX drops it from a `scan` that is differentiated more than once.
+    # Selected before and after, so that no derivative of any order multiplies an infinity by 0. A
+    # `custom_jvp` would not do: JAX drops it from a `scan` that is differentiated more than once.
     finite = jnp.isfinite(x)
     z = jnp.where(finite, x, 0)
     if soft_cap is not None:
@@ -52,7 +52,7 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
 
 
 def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:
-    """`transformed` as a function of raw logits and its scalars: one object for each kind."""
+    """`transformed` as a function of raw logits and scalars (one object per kind); the scalars."""
     names = tuple(name for name, scalar in transform._asdict().items() if scalar is not None)
     return _function_of(names), tuple(jax.tree.leaves(transform))
 
@@ -68,11 +68,11 @@ def _function_of(names):
 def _capped(x: jax.Array, cap: jax.Array) -> jax.Array:
     u = x / cap
     linear = jnp.abs(u) < 2**-12 if x.dtype == jnp.float32 else jnp.abs(u) < 2**-27
-    return jnp.where(linear, x, cap * jnp.tanh(u))  # u²/3 is nothing, and u may be none
+    return jnp.where(linear, x, cap * jnp.tanh(u))  # u²/3 is below rounding, and u may underflow
 
 
-# Of the result alone in x, so that beside it neither x nor the hyperbolic tangent has to be kept:
-# docs/derivation.md equations (52) and (53).
+# The derivative by x comes from the result alone, so that neither x nor the hyperbolic tangent has
+# to be kept beside it: docs/derivation.md equations (52) and (53).
 @_capped.defjvp
 def _capped_jvp(primals, tangents):
     (x, cap), (dx, dcap) = primals, tangents

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits-level functions again, for forward mode: `jax.jvp`, `jax.jacfwd`, `jax.linearize`.
+"""The functions on logits again, for forward mode: `jax.jvp`, `jax.jacfwd`, `jax.linearize`.
 
-The same names, arguments and results, with the derivative under `custom_jvp`; reverse mode works
-too and keeps what it keeps elsewhere. The functions of the package itself have a `custom_vjp`, of
-which JAX cannot take a `jvp`. Two differences, since a linear map cannot tell what is used: a label
-out of range (and not ignored) makes its row's gradient NaN even where its loss is not used, and the
-infinite derivative in a dense label at a logit of −inf is left out.
+The same names, arguments and results, with the derivative as a `custom_jvp`. Reverse mode works too
+and saves the same residuals. The functions of the package itself have a `custom_vjp`, which JAX
+cannot differentiate in forward mode. Two differences, since a linear map cannot tell which losses
+are used: a label out of range (and not ignored) makes its row's gradient NaN even where the loss is
+not used, and the infinite derivative by a dense label at a logit of −inf is left out.
 
 Example:
   >>> import jax, jax.numpy as jnp
@@ -32,7 +32,7 @@ def _in_forward_mode(function: Callable[P, T]) -> Callable[P, T]:
         with _rules.forward_mode():
             return function(*args, **kwargs)
 
-    in_forward_mode.__module__ = __name__  # where `pickle` finds it
+    in_forward_mode.__module__ = __name__  # where `pickle` looks for it
     return in_forward_mode
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured. One module a package, each a few plain functions; the tables below name them.
+"""Who is measured. One module per package, with a few plain functions; the tables below name them.
 
-A function of `LOGITS` takes `(logits, labels)` and returns one loss a row; one of `HEAD` takes
+A function of `LOGITS` takes `(logits, labels)` and returns one loss per row; one of `HEAD` takes
 `(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
-a package that is not installed shows when the module is loaded, and only then. What JAX cannot
-compile comes from a module with functions of its own in the place of `bench.cases.program` and
+a package that is not installed is noticed when the module is loaded, and only then. What JAX cannot
+compile comes from a module with functions of its own in place of `bench.cases.program` and
 `bench.cases.losses_and_gradients`.
 """
 
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """An entry whose package is there."""
+    """An entry whose package is installed."""
 
     name: str
     function: Callable[..., Any]
@@ -53,7 +53,7 @@ LOGITS = {
     for labels in Labels
 }
 
-# Beside those of `LOGITS`; eager alone where time is not what is asked for.
+# Beside those of `LOGITS`; only the eager one where time is not measured.
 TORCH_LOGITS = {
     labels: (
         Entry("torch", "with_torch", f"{labels}_labels", jax=False),
@@ -74,7 +74,7 @@ HEAD = (
     Entry("three products", "products", "head", whole=True),
 )
 
-# Ours again with another loss: what its options cost.
+# Ours again with options: what they cost.
 OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
 
 # Heads that take an embedding [V, H] in the place of the kernel, which is its transpose.
@@ -103,7 +103,7 @@ def names(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def explain(names: Iterable[str]) -> str:
-    """Say in a line what is behind those names that do not say it themselves."""
+    """Say in one line what the names stand for that do not say it themselves."""
     notes = [f"{name}: {NOTES[name]}" for name in dict.fromkeys(names) if name in NOTES]
     return "; ".join(notes) + "." if notes else ""
 

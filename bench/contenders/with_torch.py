@@ -11,12 +11,12 @@ from bench.cases import LEARNING_RATE, Mode
 
 
 def integer_labels(logits: Any, labels: Any) -> Any:
-    """Return one loss a row."""
+    """Return one loss per row."""
     return functional.cross_entropy(logits, labels.long(), reduction="none")
 
 
 def dense_labels(logits: Any, labels: Any) -> Any:
-    """Return one loss a row."""
+    """Return one loss per row."""
     return functional.cross_entropy(logits, labels, reduction="none")
 
 

@@ -13,6 +13,6 @@ integer_labels, dense_labels = with_torch.integer_labels, with_torch.dense_label
 
 
 def program(loss: Callable[..., Any], mode: Mode, parameters: int) -> Callable[..., Any]:
-    """As `with_torch.program`; compiled anew, for after some shapes PyTorch goes back to eager."""
+    """As `with_torch.program`; reset first, or PyTorch would go back to eager after some shapes."""
     torch.compiler.reset()
     return with_torch.program(torch.compile(loss, dynamic=False), mode, parameters)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of the linear head, checked, and how its losses are put back together."""
+"""The checked arguments of the linear head, and how its losses are reduced or reshaped."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ Reduction = Literal["mean", "sum"] | None
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The checked arguments, to be an argument of jit; how to put the losses back together."""
+    """The checked arguments of a head, as one argument of jit, with the reduction of its losses."""
 
     hidden: jax.Array  # [*tokens, H], or [N, H] in `rows`
     kernel: jax.Array  # [H, V]
     bias: jax.Array | None  # [V]
     weights: jax.Array | None  # as hidden, without H
     denominator: jax.Array | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # [*tokens]
     reduction: Reduction
     sharding: HeadSharding
     axis_name: AxisName | None
@@ -43,11 +43,11 @@ class Head:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of sums, and of the losses."""
+        """The dtype of sums and of the losses."""
         return accumulation_dtype(self.hidden.dtype, self.kernel.dtype)
 
     def rows(self, *others: Any) -> "Head":
-        """Tokens in one axis, operands in one dtype, on the mesh of `others` if on none."""
+        """Tokens in one axis, operands in one dtype; the mesh of `others` if the head has none."""
         sharding = self.sharding.on_mesh_of((self.bias, self.weights, others))
         dtype = jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
         hidden = sharding.resharded(self.hidden.astype(dtype), *sharding.tokens, None)
@@ -66,11 +66,11 @@ class Head:
     def without_uncounted(
         self, ignored: jax.Array | None = None, args: Sequence[jax.Array] = ()
     ) -> tuple["Head", tuple[jax.Array, ...]]:
-        """Nothing of a token that does not count reaches a product, where 0 · NaN would be NaN.
+        """Keeps tokens that do not count out of the products, where 0 · NaN would be NaN.
 
-        An ignored token has zeros for its hidden state. So has one of weight 0 that holds anything
-        not finite, in `args` as well: its weight is a constant 0 then. Where all is finite a weight
-        of 0 leaves nothing by itself, and derivatives by the weight are of what is there.
+        Hidden state and `args` become zeros for an ignored token. So they do for a token of weight
+        0 that holds anything not finite; its weight becomes a constant 0. If all is finite, a
+        weight of 0 is enough by itself, and the derivative by the weight is that of the real loss.
         """
         out, weights = ignored, self.weights
         if weights is not None:
@@ -91,10 +91,10 @@ class Head:
     def labelled_rows(
         self, labels: jax.Array, ignore_index: int | None, options: Options
     ) -> tuple["Head", jax.Array, Options]:
-        """`rows` with labels and options laid out like them, and what each token counts."""
+        """`rows`, with labels and options sharded to match, and what each token counts."""
         head = self.rows(labels, options)
         labels = head.sharding.merge_tokens(labels)
-        # The derivative of what is the same on all devices is summed over them once, here.
+        # Options are the same on all devices: their derivatives are summed over them once, here.
         axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, labels)))
         axes = axes - axis_names(head.axis_name)
         options = jax.tree.map(lambda x: varying(x, axes), options)
@@ -106,15 +106,15 @@ class Head:
 
     @property
     def classes(self) -> int:
-        """How many there are, on all devices."""
+        """The number of classes, on all devices."""
         return self.kernel.shape[1] * shard_count(self.axis_name)
 
     def unreduced(self, losses: jax.Array) -> jax.Array:
-        """The weighted losses, with the tokens' axes."""
+        """The weighted losses `[*tokens]`, of losses `[N]`."""
         return self.sharding.split_tokens(self._weighted(losses), self.shape)
 
     def reduced(self, losses: jax.Array) -> jax.Array:
-        """Their sum or mean."""
+        """The sum or the mean of the weighted losses, of losses `[N]`."""
         return self.divided(jnp.sum(self._weighted(losses)))
 
     def _weighted(self, losses):
@@ -122,19 +122,19 @@ class Head:
         return losses if weights is None else finite_if_counted(losses, weights) * weights
 
     def divided(self, total: jax.Array) -> jax.Array:
-        """A sum over the tokens, or the parts of one, over the mean's divisor."""
+        """A sum over the tokens, or its terms, divided by the mean's divisor (by 1 for a sum)."""
         if self.reduction == "sum":
             return total
         counts = jnp.ones(self.hidden.shape[:1], total.dtype)
         for factor in (self.weights, self.counts):
             counts = counts if factor is None else counts * factor.astype(counts.dtype)
         divisor = counts.sum() if self.denominator is None else self.denominator
-        # Where nothing counts the total is 0; any other division by 0 shows.
+        # If no token counts, the total is 0 and stays so; any other division by 0 shows.
         return total / jnp.where(jnp.any(counts != 0), divisor, jnp.ones_like(divisor))
 
 
 def _real(*arrays):
-    """Those that may hold NaN."""
+    """Those of the arrays that may hold NaN."""
     return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
 
 
@@ -151,7 +151,7 @@ def as_head(
     chunk_size: int | None,
     precision: Any,
 ) -> Head:
-    """Check what every head takes."""
+    """Check the arguments that all heads share."""
     hidden = _checks.as_floating(function, "hidden", hidden)
     kernel = _checks.as_floating(function, "kernel", kernel)
     if hidden.ndim == 0:
@@ -202,7 +202,7 @@ def as_head(
 
 
 def as_per_token(function: str, name: str, value: ArrayLike, head: Head) -> jax.Array:
-    """An array with something for each token."""
+    """`value` as an array `[*tokens, ...]`."""
     value = _checks.as_array(function, name, value)
     axes = f"the first axes of {name}"
     first = value.shape[: len(head.shape)]
@@ -211,7 +211,7 @@ def as_per_token(function: str, name: str, value: ArrayLike, head: Head) -> jax.
 
 
 def as_token_labels(function: str, labels: ArrayLike, head: Head) -> jax.Array:
-    """One label a token."""
+    """`labels` as an array of integers `[*tokens]`."""
     labels = _checks.as_labels(function, "labels", labels)
     _checks.check_whole_classes(function, head.axis_name, {"labels": labels})
     _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")

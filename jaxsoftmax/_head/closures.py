@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's function with what it closes over as arguments, so that its program can be found again.
 
-Two traces that come out alike are one program, whichever Python function they are of: a function
-made anew in every call is compiled once, and one that closes over another number than before is
-not mistaken for what it was.
+Equal traces share one program, whichever Python functions they come from: a function that is
+created again in every call is compiled once, and one that closes over another number than before
+is not mistaken for the earlier one.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,7 +16,7 @@ from jax.extend import core
 
 
 class Closed:
-    """A traced function of its constants and arguments; equal to one that was traced alike."""
+    """A traced function of its constants and arguments; equal to another with the same trace."""
 
     def __init__(self, traced: Any):
         self._jaxpr = core.ClosedJaxpr(traced.jaxpr, [None] * len(traced.consts))
@@ -26,7 +26,7 @@ class Closed:
         self.varying = frozenset().union(*(t.varying for t in types))  # over manual mesh axes
 
     def __call__(self, consts: Any, *args: Any) -> Any:
-        """The one result, of the constants and the arguments."""
+        """The function's one result, for these constants and arguments."""
         closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
         return core.jaxpr_as_fun(closed)(*args)[0]
 
@@ -38,18 +38,18 @@ class Closed:
 
 
 def closed(function: Callable[..., Any], *example: Any) -> tuple[Closed, tuple[Any, ...], Any]:
-    """The function traced for these arguments; what it closes over; the shapes of its result.
+    """The function traced for these arguments; the values it closes over; its result's shape.
 
-    All arrays that it closes over, traced or not, are arguments afterwards: integers, booleans and
-    keys as well, which `jax.closure_convert` leaves where they are.
+    All arrays that it closes over, traced or not, become arguments: integers, booleans and keys as
+    well, which `jax.closure_convert` leaves inside.
     """
-    # Never from a cache: what it closes over may be another than in the last call.
+    # A new `partial` is in no cache: the values it closes over may differ from the last call's.
     traced, shape = jax.make_jaxpr(partial(function), return_shape=True)(*example)
     return Closed(traced), tuple(traced.consts), shape
 
 
 def _key(jaxpr: Any, seen: dict[int, int]) -> Hashable:
-    """All that a jaxpr computes, to be compared by value; `seen` are those on the way to it."""
+    """All that a jaxpr computes, to be compared by value; `seen`: the jaxprs met before it."""
     if id(jaxpr) in seen:
         return seen[id(jaxpr)]
     seen[id(jaxpr)] = len(seen)

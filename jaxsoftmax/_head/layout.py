@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a mesh shards a head, read off its arguments; arrays laid out for the engines and back."""
+"""How an explicit mesh shards a head, read off its arguments; axes merged and split by shard."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,20 +14,20 @@ from .._sharding import mesh_axes, resharded
 class HeadSharding(NamedTuple):
     """How an explicit mesh shards a head: the mesh axes of each token axis, and of the classes.
 
-    Nothing, where the mesh is automatic or there is none. A mesh axis of the tokens shards nothing
-    of the kernel within: the kernel is gathered over it, as over those of its hidden axis. A mesh
-    axis of one device shards nothing, and is named by the results alone.
+    Empty, where the mesh is automatic or there is none. Inside the head, a mesh axis that shards
+    tokens shards nothing of the kernel: the kernel is gathered over it, as over the mesh axes of
+    its hidden axis. A mesh axis of one device shards nothing; only the results name it.
     """
 
     tokens: tuple[tuple[str, ...], ...] = ()
     classes: tuple[str, ...] = ()
-    token_shards: tuple[int, ...] = ()
+    token_shards: tuple[int, ...] = ()  # of each token axis
     class_shards: int = 1
     mesh: Any = None  # None where it has no explicit axes
     named: tuple[Any, ...] = ()  # `tokens` as the arguments have them
 
     def on_mesh_of(self, tree: Any) -> "HeadSharding":
-        """The same on the first explicit mesh of these arrays, where it has none."""
+        """The same, on the first explicit mesh of these arrays if it has no mesh."""
         if self.mesh is not None:
             return self
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
@@ -40,35 +40,35 @@ class HeadSharding(NamedTuple):
         return sum(self.tokens, ())
 
     def spec(self, *axes: Any, unreduced: tuple[str, ...] = ()) -> NamedSharding | None:
-        """The sharding by the mesh axes of each array axis; None without an explicit mesh."""
+        """The sharding with these mesh axes for each array axis; None without an explicit mesh."""
         if self.mesh is None:
             return None
         entries = (axis or None for axis in axes)
         return NamedSharding(self.mesh, PartitionSpec(*entries, unreduced=frozenset(unreduced)))
 
     def resharded(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
-        """`x` (None stays None) by these mesh axes."""
+        """`x` (None stays None) sharded by these mesh axes, an entry for each array axis."""
         return None if x is None else resharded(x, self.spec(*axes, unreduced=unreduced))
 
     def reshape(
         self, x: Any, shape: tuple[int, ...], *axes: Any, unreduced: tuple[str, ...] = ()
     ) -> Any:
-        """`x` (None stays None) in this shape, by these mesh axes."""
+        """`x` (None stays None) in this shape, sharded by these mesh axes."""
         if x is None:
             return None
         return jnp.reshape(x, shape, out_sharding=self.spec(*axes, unreduced=unreduced))
 
     def rest(self, x: jax.Array, start: int) -> list[Any]:
-        """The mesh axes of the other axes of `x`, from `start` on, as far as tokens leave them."""
+        """The mesh axes of the axes of `x` from `start` on, without those that shard tokens."""
         if self.mesh is None:
             return [None] * (x.ndim - start)
         entries = map(mesh_axes, jax.typeof(x).sharding.spec[start:])
         return [tuple(a for a in axes if a not in self.token_axes) or None for axes in entries]
 
     def of_summed_kernel(self, kernel: jax.Array) -> NamedSharding | None:
-        """Where the sum over all tokens of d_kernel is made.
+        """The sharding in which d_kernel is summed over all tokens.
 
-        As `kernel` is, and its hidden axis over the tokens' mesh axes as well, if its size allows.
+        That of `kernel`, with its hidden axis over the tokens' mesh axes as well if they divide it.
         """
         if self.mesh is None:
             return None
@@ -79,7 +79,7 @@ class HeadSharding(NamedTuple):
         return self.spec(all_hidden, classes)
 
     def merge_tokens(self, x: jax.Array) -> jax.Array:
-        """`x [*tokens, …]` as `[N, …]`; shards stay where they are, so tokens change places."""
+        """`x [*tokens, …]` as `[N, …]`; shards stay on their devices, so the order changes."""
         count = len(self.tokens)
         tokens, rest = x.shape[:count], x.shape[count:]
         n = math.prod(tokens)
@@ -113,7 +113,7 @@ class HeadSharding(NamedTuple):
         return self.reshape(x, shape, *axes, self.classes, None, unreduced=unreduced)
 
     def merge_classes(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
-        """Undoes `split_classes`: products are of matrices."""
+        """Undoes `split_classes`, for the products, which are of matrices."""
         if self.class_shards == 1 or x is None:
             return x
         shape = (*x.shape[:-2], x.shape[-2] * x.shape[-1])

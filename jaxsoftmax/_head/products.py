@@ -16,22 +16,22 @@ from .._sharding import is_local, psum_like, resharded, resharded_like
 
 
 def split_perturbed(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-    """The values of a custom rule's arguments, and which leaves are differentiated.
+    """The values of a custom rule's arguments, and flags: which leaves are differentiated.
 
-    As residuals they are shapes of empty arrays. In the tree of the residuals nothing may depend on
-    what is differentiated: JAX keeps that of the rule's last trace, whatever was asked for in it.
+    The flags are residuals, as shapes of empty arrays. The tree of the residuals must not depend on
+    what is differentiated: JAX keeps the tree of the rule's last trace, whatever that asked for.
     """
     leaves = jax.tree.leaves(tree, is_leaf=is_primal)
     return values(tree), tuple(jnp.zeros((0, int(p.perturbed)), bool) for p in leaves)
 
 
 def perturbed(flags: tuple[jax.Array, ...], like: Any) -> Any:
-    """Its flags as booleans, known while tracing, in a tree `like` the arguments."""
+    """The flags of `split_perturbed` as Python booleans, in a tree `like` the arguments."""
     return jax.tree.unflatten(jax.tree.structure(like), [flag.shape[-1] == 1 for flag in flags])
 
 
 def as_cotangents(ds: Any, operands: Any) -> Any:
-    """Each gradient (or None) as its operand is: summed over devices, in its sharding and dtype."""
+    """Each gradient (or None) summed over devices, in the sharding and dtype of its operand."""
 
     def like(x, d):
         return None if d is None else resharded_like(psum_like(d, x).astype(x.dtype), x)
@@ -40,7 +40,7 @@ def as_cotangents(ds: Any, operands: Any) -> Any:
 
 
 def dot(a, b, contract, precision, spec=None):
-    """The product over some axes of each, in the accumulation dtype; laid out as `spec` says."""
+    """The product over the axes `contract`, in the accumulation dtype, sharded as `spec` says."""
     return lax.dot_general(
         a,
         b,
@@ -52,7 +52,7 @@ def dot(a, b, contract, precision, spec=None):
 
 
 def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x [N, …]` with 0 for what is not finite where the weight is 0, and 0 · NaN would be NaN."""
+    """`x [N, …]`, 0 where it is not finite and the weight `[N]` is 0: 0 · NaN would be NaN."""
     unused = jnp.expand_dims(weights == 0, tuple(range(1, x.ndim)))
     return jnp.where(unused & ~jnp.isfinite(x), 0, x)
 
@@ -61,8 +61,8 @@ def scale_for_float16(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
     """Cotangents in the operands' dtype, and what they were divided by (`undo_scale`); None for 1.
 
     float16 has room for 6e-8 to 65504, and the slope of a loss may be anything. A power of two that
-    brings the largest to between 2⁹ and 2¹⁰ keeps all digits of what is 2⁻²⁴ of that, and leaves
-    room for tangents of 64 times it. Multiplied back in float32 nothing is lost.
+    brings the largest to between 2⁹ and 2¹⁰ keeps all digits of cotangents down to 2⁻²⁴ of it, and
+    leaves room for tangents 64 times as large. Multiplying back in float32 loses nothing.
     """
     if dtype != jnp.float16:
         return d.astype(dtype), None
@@ -75,7 +75,7 @@ def scale_for_float16(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
 
 
 def undo_scale(d: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """`d` times what its cotangents were divided by, whatever it is still to be summed over."""
+    """`d` times what its cotangents were divided by, even if `d` is unreduced over mesh axes."""
     if scale is None:
         return d
     sharding, scale = jax.typeof(d).sharding, scale.astype(d.dtype)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear heads as programs: one for all calls with the same shapes and options.
 
-What decides the program comes first in every signature, the arguments of jit after it. How many
-tokens or classes go together is decided outside, where the default depends on the device.
+In every signature, the static arguments, which decide the program, come first, and those that are
+traced after them. The size of a chunk of tokens is chosen outside jit: its default depends on the
+backend.
 """
 
 import math
@@ -26,7 +27,7 @@ from .closures import Closed, closed
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk
 # reads and writes the float32 d_kernel once (8·V·H bytes against 6·c·V·H operations): few tokens
-# suffice a CPU, an accelerator wants as many as the budget allows.
+# are enough for a CPU, an accelerator needs as many as the budget allows.
 _BUDGET = {"cpu": 56 << 20, "default": 448 << 20}
 _LEAST_TOKENS, _MOST_TOKENS = 256, 4096
 # Classes in a block. Where an automatic mesh may shard them, each device has at least so many of a
@@ -37,7 +38,7 @@ _BLOCK_CLASSES, _LEAST_CLASSES_PER_DEVICE = 2048, 128
 def any_loss(
     loss_fn: Callable[..., Any], head: Head, args: Sequence[jax.Array], chunk_size: int | None
 ) -> jax.Array:
-    """The losses of `loss_fn`, or what they are reduced to."""
+    """The losses of `loss_fn`, or their sum or mean."""
     if 0 in head.shape:
         return _any_loss(None, None)(head, (), ())
     size = _chunk_tokens(head, chunk_size)
@@ -53,7 +54,7 @@ def cross_entropy(  # noqa: PLR0917
     options: Options,
     chunk_size: int | None,
 ) -> jax.Array:
-    """The cross-entropies of labels `[*tokens]`, or what they are reduced to."""
+    """The cross-entropies of labels `[*tokens]`, or their sum or mean."""
     if not in_forward:
         return _recomputed(chunk_size, ignore_index, head, labels, options)
     size = None if 0 in head.shape else _chunk_tokens(head, chunk_size)
@@ -67,11 +68,11 @@ def log_probs(
     transform: Transform,
     chunk_size: int | None,
 ) -> LogProbs:
-    """Of labels `[*tokens]`."""
+    """The log-probabilities of labels `[*tokens]`, with log-normalizers and entropies."""
     return _log_probs(with_entropy, chunk_size, head, labels, transform)
 
 
-# Losses with a custom derivative of their own are each time another: their programs must go again.
+# A loss with a custom derivative is a new one in every call: its programs must be dropped again.
 @lru_cache(maxsize=16)
 def _any_loss(loss, size):
     @jax.jit
@@ -163,7 +164,7 @@ def _closed(
 
     loss, consts = trace(args)
     if loss.varying:
-        # In `shard_map` all that the losses are made of varies over what they vary over.
+        # Inside `shard_map`, all arguments must vary over every axis that the losses vary over.
         args = [varying(a, loss.varying) if _is_real(a) else a for a in args]
         loss, consts = trace(args)
     return loss, consts, tuple(args)
@@ -183,14 +184,14 @@ def _over_tokens(loss, size, head, args, consts):
     if head.reduction is None:
         return head.unreduced(token_chunks.losses(plan, operands))
     if any(_is_real(c) and not loss.varying <= manual_axes(c) for c in consts):
-        # In `shard_map`, of what is the same on all devices: its cotangents come summed over them,
-        # too late for another factor on each.
+        # Inside `shard_map`, the loss closes over a value that is the same on all devices: in the
+        # forward pass its gradient would be summed over them, before each device's own cotangent.
         return head.reduced(token_chunks.losses(plan, operands))
     weights = head.weights
     if weights is None:
         ones = jnp.ones(head.hidden.shape[:1], head.dtype)
         weights = head.sharding.resharded(ones, head.sharding.token_axes)
-    # Divided first, d_kernel is finished by the loop and handed out where it lies.
+    # The weights are divided first: so the loop's d_kernel is the result, with no pass after it.
     return token_chunks.weighted_sum(plan, operands, head.divided(weights))
 
 
@@ -201,8 +202,8 @@ def _is_real(x):
 def _chunk_tokens(head, most):
     """Tokens in a chunk, of each shard: as few chunks as `most` allows, of equal size.
 
-    Where an automatic mesh may spread the tokens, a multiple of its devices: otherwise XLA gathers
-    all of `hidden`, and every device does the whole head.
+    Where an automatic mesh may spread the tokens, a multiple of the number of devices: otherwise
+    XLA gathers all of `hidden`, and every device computes the whole head.
     """
     sharding = head.sharding
     classes = head.kernel.shape[1] // sharding.class_shards
@@ -213,19 +214,19 @@ def _chunk_tokens(head, most):
         most = min(max(budget // (4 * classes), _LEAST_TOKENS), _MOST_TOKENS)
         most = max(most, devices)
     if most < devices:
-        devices = 1  # it cannot be
+        devices = 1  # no multiple is as small
     chunks = _ceil(n, most // devices * devices)
     size = _ceil(n, chunks)
-    # All tokens at once are spread as they come.
+    # A single chunk of all tokens is spread as they are.
     return size if isinstance(n, int) and chunks == 1 else _ceil(size, devices) * devices
 
 
 def _class_blocks(head, most):
-    """How the classes are sharded, and how many of each shard are in a block.
+    """How the classes are sharded, and how many classes of each shard are in a block.
 
-    A block that cuts through a sharded axis is gathered, with all that is made of it. On an
-    automatic mesh, where shards cannot be seen, each device is taken to hold one: as many blocks go
-    together as there are devices. Where they hold whole classes that costs a copy of the kernel.
+    A block that cuts through a sharded axis is gathered, with all that is computed from it. On an
+    automatic mesh, where shards cannot be seen, each device is assumed to hold one shard, and one
+    block of each goes together. If every device holds all classes, that costs a copy of the kernel.
     """
     sharding, devices = head.sharding, devices_of_automatic_mesh()
     if sharding.mesh is not None or head.kernel.shape[1] % devices:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear head by chunks of tokens: any per-token loss, its gradient with the logits at hand."""
+"""The linear head by chunks of tokens: any loss per token, its gradient while its logits exist."""
 
 import math
 from functools import partial
@@ -41,32 +41,32 @@ class Plan(NamedTuple):
     size: int  # tokens in a chunk, of each shard of the tokens
     precision: Any
     sharding: HeadSharding
-    weighted: bool = False  # weights may be 0, and then the loss need not be finite
+    weighted: bool = False  # weights may be 0, and the loss of weight 0 need not be finite
 
 
 class Operands(NamedTuple):
-    """What the losses are a function of; gradients come in the same shape."""
+    """What the losses are a function of; gradients come in the same structure."""
 
-    hidden: Any
-    kernel: Any
-    bias: Any
-    args: Any
-    consts: Any
+    hidden: Any  # [N, H]
+    kernel: Any  # [H, V]
+    bias: Any  # [V] or None
+    args: Any  # each [N, ...]
+    consts: Any  # what the loss closes over
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sum(plan, operands, weights):
-    """Σ weights · loss over the tokens: one number."""
+    """Σ weights · loss over the tokens, with `weights [N]`: a scalar."""
     return jnp.sum(_counted(plan, _over_chunks(plan, operands), weights) * weights)
 
 
-# The gradient is made in the forward pass: three products a chunk. The backward pass scales it.
+# The forward pass computes the gradient: three products per chunk. The backward pass scales it.
 def _weighted_sum_fwd(plan, operands, weights):
     operands, flags = split_perturbed(operands)
     weights = weights.value
     values, ds = _gradients_over_chunks(plan, operands, weights, flags)
     values = _counted(plan, values, weights)
-    # One tree, whatever is differentiated.
+    # The same tree, whatever is differentiated (`split_perturbed`).
     ds = jax.tree.map(lambda _, d: jnp.zeros(0) if d is None else d, operands, ds)
     return jnp.sum(values * weights), (ds, flags, values, operands, weights)
 
@@ -101,7 +101,7 @@ def _losses_fwd(plan, operands):
     return _over_chunks(plan, operands, differentiated=True), (operands, flags)
 
 
-# Any cotangent: the chunks are done again.
+# For any cotangent: the chunks are recomputed.
 def _losses_bwd(plan, residuals, g):
     operands, flags = residuals
     ds = _gradients_over_chunks(plan, operands, instantiated(g), flags)[1]
@@ -112,10 +112,10 @@ losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 
 def _over_chunks(plan, operands, *, differentiated=False):
-    """The losses [N]: one product a chunk.
+    """The losses [N]: one product per chunk.
 
-    Differentiated, they come from the loss's own vjp: a `custom_vjp` has no jvp, its rule has, and
-    forward mode over reverse mode needs it.
+    If `differentiated`, they come from the loss's vjp: a loss with a `custom_vjp` has no jvp, but
+    its forward rule has one, and forward mode over reverse mode needs it.
     """
     kernel, bias = _gathered(plan, operands)
 
@@ -131,26 +131,26 @@ def _over_chunks(plan, operands, *, differentiated=False):
 
 
 def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
-    """What the loss gets of a chunk: its logits, and its part of the arguments."""
+    """What the loss is called with for the first chunk: logits `[c, V]`, its part of the args."""
     kernel, bias = _gathered(plan, operands)
     hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
     return [product(hidden, kernel, bias, plan.precision), *args]
 
 
 def _gathered(plan, operands):
-    """Kernel and bias with nothing but their classes sharded: once, before the loop."""
+    """Kernel and bias with only their classes sharded: gathered once, before the loop."""
     sharding = plan.sharding
     kernel = sharding.resharded(hidden_axis_whole(operands.kernel), None, sharding.classes)
     return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 
 def _gradients_over_chunks(plan, operands, g, flags):
-    """The losses and, for the cotangents `g [N]`, their gradients, None if not asked for.
+    """The losses `[N]` and their gradients for the cotangents `g [N]`, None if not asked for.
 
-    A chunk's d_logits is exact in float32 and then takes the operands' dtype for the products;
-    d_kernel and d_bias accumulate in float32. Where tokens are sharded, they are summed over
-    devices in float32 after the loop, each device its part of d_kernel, which is gathered once it
-    has the kernel's dtype.
+    A chunk's d_logits is computed in float32 and then cast to the operands' dtype for the products;
+    d_kernel and d_bias accumulate in float32. Where tokens are sharded, both are summed over
+    devices in float32 after the loop: each device sums its part of d_kernel, and the parts are
+    gathered after the cast to the kernel's dtype.
     """
     wants = perturbed(flags, operands)
     (kernel, bias), dtype, sharding = _gathered(plan, operands), g.dtype, plan.sharding
@@ -164,7 +164,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
         return resharded(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
 
     def zeros_like_if(flag, array):
-        # Its cotangents come summed over the axes that it does not vary over.
+        # The cotangents of `array` come summed over the axes that it does not vary over.
         if not flag:
             return None
         zeros = jnp.zeros(array.shape, np.promote_types(array.dtype, dtype))
@@ -214,7 +214,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
 
 
 def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
-    """The losses of a chunk, and the cotangents of what is wanted, None of the rest."""
+    """The losses `[c]` of a chunk, and the cotangents of what is `wanted`, None for the rest."""
     primals, first = (logits, *args, *consts), 1 + len(args)
     chosen = [i for i, flag in enumerate(wanted) if flag]
 
@@ -233,11 +233,11 @@ def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
 
 
 def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
-    """[N, …] as [chunks, c, …]: of each shard, token i·chunks + j is the i-th of chunk j.
+    """Arrays [N, …] as [chunks, c, …]: token i·chunks + j of each shard is the i-th of chunk j.
 
-    Strided, so that a token axis that is sharded unseen stays where it is too. Padding repeats the
-    last token, so that nothing can be made of it that a real token would not give; the cotangents,
-    last in the tree where there are any, are padded with 0.
+    Strided, so that a token axis sharded on an automatic mesh stays where it is too. Padding
+    repeats the last token, so that it gives nothing (a NaN, say) that a real token would not give.
+    With `zero_last` the last array of the tree, the cotangents, is padded with 0.
     """
     leaves, treedef = jax.tree.flatten(tree)
     sharding, size = plan.sharding, plan.size
@@ -262,6 +262,7 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
 
 
 def _unchunked(plan, y, n):
+    """Undoes `chunked` for one array [chunks, c, …], of `n` tokens."""
     sharding = plan.sharding
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
     chunks, rest, of_rest = y.shape[0], y.shape[2:], sharding.rest(y, 2)

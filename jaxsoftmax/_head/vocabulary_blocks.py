@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear head by blocks of the vocabulary: log-probabilities, for any cotangents."""
+"""The linear head by blocks of classes: the statistics of each token, for any cotangents."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the statistics are a function of; gradients come in the same shape."""
+    """What the statistics are a function of; gradients come in the same structure."""
 
     hidden: Any  # [N, H]
     kernel: Any  # [H, V]
@@ -65,8 +65,8 @@ class Operands(NamedTuple):
     labels: Any  # [N], from `to_index`
 
 
-# Where a mesh shards the classes, or an automatic one may, they are two axes within,
-# [shards, V / shards]: each shard goes over its own blocks, and all are merged once, at the end.
+# Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
+# [shards, V / shards]: each shard goes over its own blocks, and shards are merged once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear_statistics(plan, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
@@ -74,6 +74,7 @@ def linear_statistics(plan, operands):
 
 
 def _forward(plan, operands):
+    """The `BlockSums` of whole rows, each `[N]`."""
     spec, sharding = plan.spec, plan.sharding
     operands = _by_shard(plan, operands)
     labels = _per_row(plan, operands.labels)
@@ -102,7 +103,7 @@ def _forward(plan, operands):
 
 
 def _merged(sums, axis):
-    """The blocks along an axis of the sums as one."""
+    """Merges the blocks along an axis of the sums."""
     max_over = partial(jnp.max, axis=axis, keepdims=True)
     return merge_blocks(sums, max_over, partial(jax.tree.map, partial(jnp.sum, axis=axis)))
 
@@ -125,12 +126,12 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
     sums, g, unused, labels = _per_row(plan, (sums, g, unused, labels))
     dtype = sums.m.dtype
     everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
-    # Its cotangents are added up here, not by every block's derivative.
+    # So its cotangents are summed over devices once, at the end, not by every block's derivative.
     transform = jax.tree.map(everywhere, transform)
     of_hidden = sharding.spec(tokens, None, unreduced=classes)
     of_kernel = sharding.spec(None, *_of_shards(plan), None, unreduced=tokens)
     of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
-    as_slices = as_bits if sharding.mesh is None else lambda x: x  # no bits of a sum to come
+    as_slices = as_bits if sharding.mesh is None else lambda x: x  # an unreduced array has no bits
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
@@ -194,17 +195,17 @@ def _by_shard(plan, operands):
 
 
 def _of_shards(plan):
-    """The mesh axes of the axis of shards, where there is one."""
+    """The mesh axes of the array axis that counts shards, where there is one."""
     return () if plan.sharding.class_shards == 1 else (plan.sharding.classes,)
 
 
 def _per_row(plan, tree):
-    """Numbers per row `[N]`, for every shard."""
+    """Numbers per row `[N]` as `[N, 1]` where there is an axis of shards."""
     return tree if plan.sharding.class_shards == 1 else jax.tree.map(lambda s: s[:, None], tree)
 
 
 def _first_class(plan, operands, start):
-    """The number of the class that a block begins with; that of each shard, `[1, shards]`."""
+    """The number of the class that a block begins with; of each shard's block, `[1, shards]`."""
     shards, size = plan.sharding.class_shards, operands.kernel.shape[-1]
     first = shard_start(plan.axis_name, shards * size) + start
     if shards == 1:
@@ -214,7 +215,7 @@ def _first_class(plan, operands, start):
 
 
 def _over_blocks(plan, step, carry, classes):
-    """`step(carry, start, size)` over the vocabulary: whole blocks in a loop, then the rest."""
+    """`step(carry, start, size)` over a shard's classes: full blocks in a loop, then the rest."""
     whole, rest = divmod(classes, plan.block)
     if whole:
         carry = lax.scan(
@@ -226,6 +227,7 @@ def _over_blocks(plan, step, carry, classes):
 
 
 def _block_logits(plan, operands, start, size):
+    """The raw logits of a block, `[N, size]`; `[N, shards, size]` where there is such an axis."""
     sharding = plan.sharding
     block = sharding.merge_classes(slice_in_loop(operands.kernel, start, size, axis=-1), None)
     logits = product(operands.hidden, block, None, plan.precision)

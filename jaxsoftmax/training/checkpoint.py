@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder: configuration, metrics and checkpoints, each written atomically.
 
-An epoch is written metrics first, checkpoint second: the checkpoint is what counts, and a
-line of metrics it does not know of is cut off on resuming. So a run killed between any two
+An epoch's metrics are written first, its checkpoint second. The checkpoint is what counts: on
+resuming, a line of metrics that is newer than it is cut off. So a run killed between any two
 instructions resumes from its last checkpoint with nothing missing and nothing twice.
 """
 
@@ -34,7 +34,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """The whole file or none of it: written beside, then renamed."""
+    """Writes the whole file or nothing: first under another name, then renamed."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     os.replace(beside, path)

@@ -16,11 +16,11 @@ class ProgramError(Exception):
 
 
 def in_words(error: OSError) -> str:
-    """A folder that cannot be written, a full disk, …: what to show of it."""
+    """What to show of an error of the system: a folder that cannot be written, a full disk, …."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 
 
 def as_line(message: str) -> str:
-    """One line, whatever a file name or another library's message contains; nothing of nothing."""
+    """One line, whatever a file name or another library's message contains; empty stays empty."""
     return "jaxsoftmax: " + " ".join(message.split()) if message else ""

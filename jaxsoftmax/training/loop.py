@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from start to end: epochs, what is written after each, and picking up again."""
+"""A run from start to end: epochs, what is written after each, and resuming."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from jaxsoftmax.training.step import OPTIMIZERS, State, evaluate, specs, train_e
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a run is made of; the same options on the same machine give the same numbers."""
+    """The options of a run; the same options on the same machine give the same numbers."""
 
     data: str
     epochs: int
@@ -75,7 +75,7 @@ def train(
 
     Raises:
         ProgramError: with the line to show.
-        KeyboardInterrupt: on Ctrl-C, at the end of the epoch; a second one is its caller's.
+        KeyboardInterrupt: on Ctrl-C, at the end of the epoch; a second one takes effect at once.
     """
     _check_alike({**dataclasses.asdict(options), "resume": resume, "mesh": mesh})
     recorded = processes.from_leader(lambda: _recorded(folder, resume))
@@ -103,7 +103,7 @@ def train(
 
 
 def _check_alike(command: dict[str, Any]) -> None:
-    """Processes that were started with different options would not train the same model."""
+    """All processes have the same options; otherwise they would not train the same model."""
     first, *others = processes.exchanged(command)
     for number, other in enumerate(others, 1):
         for name, value in first.items():
@@ -132,7 +132,7 @@ def _recorded(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _check_data(dataset: data.Dataset, folder: Path, recorded: dict[str, Any] | None) -> None:
-    """The same examples in every process, and those that the run was started on."""
+    """Every process has the same examples, and they are those the run was started on."""
     first, *others = processes.exchanged(dataset.sha256)
     for number, other in enumerate(others, 1):
         if other != first:
@@ -334,9 +334,9 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[Callable[[], None]]:
-    """Gives a function to call where Ctrl-C may take effect: it raises if that was pressed.
+    """Gives a function to call where Ctrl-C may take effect: it raises if Ctrl-C was pressed.
 
-    So does the end. A second Ctrl-C takes effect at once.
+    So does leaving the context. A second Ctrl-C takes effect at once.
     """
     received = False
 

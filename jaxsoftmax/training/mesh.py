@@ -42,7 +42,7 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
 
 
 def split(tree: Any, mesh: Mesh, specs: Any) -> Any:
-    """Global arrays of which a process holds what falls on its own devices.
+    """Global arrays, of which each process holds the parts that are on its own devices.
 
     Args:
         tree: the same whole arrays in every process.

@@ -23,7 +23,7 @@ def init(key: PRNGKeyArray, sizes: Sequence[int]) -> Params:
         sizes: features, the hidden widths, classes.
 
     Returns:
-        One `(weights [in, out], bias [out])` a layer, float32.
+        One `(weights [in, out], bias [out])` per layer, float32.
     """
     he = jax.nn.initializers.he_normal()
     keys = jax.random.split(key, len(sizes) - 1)

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jaxsoftmax.training.errors import ProgramError, as_line, in_words
 from jaxsoftmax.training.interrupts import on_interrupt
 
-# A process that is not heard of for so long is taken for dead, and the others end.
+# A process that does not answer for this long is taken for dead, and the others end.
 _PATIENCE_SECONDS = 30
 _LOST = "a process of the run stopped, or cannot be reached; start all of them again with --resume"
 _SHOW_LAST_LINE = "import sys; sys.stderr.write(['', *sys.stdin][-1].lstrip('\\n'))"
@@ -106,7 +106,7 @@ def _last_words() -> Iterator[Callable[[str], None]]:
             pipe.flush()
 
         def leave_silently(leave: Callable[[], object]) -> None:
-            os.write(pipe.fileno(), b"\n")  # Ctrl-C has words of its own
+            os.write(pipe.fileno(), b"\n")  # Ctrl-C shows a line of its own
             leave()
 
         with on_interrupt(leave_silently):
@@ -114,8 +114,8 @@ def _last_words() -> Iterator[Callable[[str], None]]:
                 yield prepare
             except ProgramError as error:
                 prepare(str(error))
-                raise ProgramError("", error.exit_code) from error  # it is said
-            except BaseException:  # whose words are not for here
+                raise ProgramError("", error.exit_code) from error  # the child shows the line
+            except BaseException:  # which others report
                 prepare("")
                 raise
         prepare("")

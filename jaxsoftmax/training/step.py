@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 
 def specs(optimizer: optax.GradientTransformation, state: State) -> State:
-    """How a state is split over a mesh: what belongs to a parameter as the parameter."""
+    """How a state is split over a mesh: what belongs to a parameter as the parameter is."""
     params = model.specs(state.params)
     opt_state = optax.tree_map_params(
         optimizer,
@@ -94,7 +94,7 @@ def train_epoch(
     classes: int,
     mesh: Mesh,
 ) -> State:
-    """One optimizer step a minibatch, over every row once; compiled as a single program.
+    """One optimizer step per minibatch, over every row once; compiled as a single program.
 
     The minibatches are the same on any mesh: a device takes its share of each, from wherever
     those rows lie.
