@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._numerics import (
+    NEAR,
     Elementwise,
     accumulation_dtype,
     finite_shift,
@@ -32,10 +33,8 @@ from ._numerics import (
 # 79, 67, 57, 58, 130 ms at [4096, 32000] float32 on 2 cores with 1 MiB L2 each and 32 MiB L3.
 _FEW, _SOME, _MANY, _BLOCK = 16, 512, 2048, 128
 _CHUNK_BYTES = 4 << 20
-# A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.6.
-# Other rows are recomputed from their maximum, 1 MiB of rows at a time: with 4 MiB a single such
-# row costs more, with less than 1 MiB many of them do.
-_NEAR = 2.0**24
+# Rows far from their label are recomputed from their maximum, 1 MiB of rows at a time: with 4 MiB a
+# single such row costs more, with less than 1 MiB many of them do.
 _AGAIN_BYTES = 1 << 20
 # XLA:CPU writes a matrix product to memory before it adds it to anything: so many bytes at a time.
 _PRODUCT_BYTES = 8 << 20
@@ -83,12 +82,10 @@ def _from_label(x, labels, others, from_maximum):
     """(m, r) of `x [n, C]` from the label's logit, or the highest of the first few if that is more.
 
     From the maximum where r is still too large. `others(x, m, index)` sums over all classes but
-    `index`, whose logit is m. A row whose label is out of range has a NaN loss: it is not
-    recomputed, and its m and r are any finite numbers.
+    `index`, whose logit is m.
     """
     n, classes = x.shape
-    none, index = labels < 0, jnp.maximum(labels, 0)
-    m = pick(x, index)
+    index, m = labels, pick(x, labels)
     if classes >= _MANY:  # in a shorter row, looking at the first few is not cheap enough
         few = min(_BLOCK, classes // 64)
         first = upcast(x[:, :few])
@@ -96,7 +93,7 @@ def _from_label(x, labels, others, from_maximum):
         index = jnp.where(highest > m, _first(first == highest[:, None]), index)
         m = jnp.where(highest > m, highest, m)
     r = others(x, m, index)
-    far = ~(r < _NEAR) & ~none  # NaN too: a label at −∞, or a row with +∞ or NaN
+    far = ~(r < NEAR)  # NaN too: a label at −∞, or a row with +∞ or NaN
     rows = max(1, _AGAIN_BYTES // (classes * m.dtype.itemsize))
 
     def all_again():
@@ -118,8 +115,7 @@ def _from_label(x, labels, others, from_maximum):
 
     # n is symbolic in an export.
     in_one = classes <= _FEW or not isinstance(n, int) or n <= rows
-    m, r = lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
-    return jnp.where(none, jnp.finfo(m.dtype).max, m), jnp.where(none, 0, r)
+    return lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
 
 
 def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:

@@ -21,6 +21,10 @@ import jax.numpy as jnp
 # A function of raw logits and scalars: the logits of the softmax, in the accumulation dtype.
 Elementwise = Callable[..., jax.Array]
 
+# A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.64
+# (docs/derivation.md, section 13).
+NEAR = 2.0**24
+
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype sums are taken in: float32 for half precision and float32, else float64."""
@@ -58,6 +62,11 @@ def remainder(x: jax.Array, m: jax.Array) -> jax.Array:
     at_max = upcast(x) == m[..., None]
     ties = jnp.sum(at_max, axis=-1, dtype=m.dtype) - 1
     return jnp.sum(jnp.where(at_max, 0, shifted_exp(x, finite_shift(m))), axis=-1) + ties
+
+
+def remainder_beside(x: jax.Array, m: jax.Array, index: jax.Array) -> jax.Array:
+    """The remainder r of each row from the logit m of the class at `index`, in one pass."""
+    return jnp.sum(jnp.where(one_hot(index, x.shape[-1]), 0, shifted_exp(x, m)), axis=-1)
 
 
 def finite_shift(m: jax.Array) -> jax.Array:
@@ -105,7 +114,7 @@ def one_hot(index: jax.Array, size: int) -> jax.Array:
 
 
 def selected(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The logit of each row at its index, by comparison: the class axis may be sharded."""
+    """The logit of each row at its index, by comparison: a linear map, in every sharding."""
     return jnp.sum(jnp.where(one_hot(index, x.shape[-1]), upcast(x), 0), axis=-1)
 
 

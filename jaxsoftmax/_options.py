@@ -59,8 +59,9 @@ def _unless_zero(function, name, value, most):
 
 def required_statistics(options: Options) -> StatisticsSpec:
     """The statistics that `target_losses` needs for these options, beside the loss."""
-    spread = options.label_smoothing is not None
-    return StatisticsSpec(lse=options.z_loss is not None, spread=spread)
+    lse, spread = options.z_loss is not None, options.label_smoothing is not None
+    # Not where the spread may be all of one class, for which m would have to be that of its own.
+    return StatisticsSpec(lse, False, spread, not (spread and options.class_weights is not None))
 
 
 def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | None:

@@ -9,20 +9,23 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from . import _cpu
 from ._numerics import (
+    NEAR,
     Elementwise,
     max_and_remainder,
+    remainder_beside,
     remainder_tangent,
     rows_with_sum,
     selected,
     upcast,
 )
-from ._sharding import is_local
+from ._sharding import gathered, is_local
 
 
 def shift_and_remainder(
@@ -32,10 +35,10 @@ def shift_and_remainder(
 
     Without labels m is the maximum. With `labels [...]` (from `to_index`) m may be another class's
     logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the loss and
-    its gradient, and no pass over the row has to find m.
+    its gradient, and no pass over the row has to find m. A label of −1 counts as the first class.
     """
     local = is_local(*jax.tree.leaves((x, labels)))
-    labels = labels if local and of is upcast else None
+    labels = None if labels is None else jnp.maximum(labels, 0)
     rows = (x, *scalars) if labels is None else (x, *scalars, labels)
     m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labels is not None, local=local)
     return checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
@@ -50,13 +53,38 @@ _shift_and_remainder.multiple_results = True
 @partial(jax.jit, static_argnames=("of", "labelled", "local"))
 def _compute(x, *rest, of, labelled, local):
     scalars, labels = (rest[:-1], rest[-1]) if labelled else (rest, None)
-    plain = lambda x, labels, *scalars: max_and_remainder(of(x, *scalars))  # noqa: E731
-    on_cpu = partial(_cpu.shift_and_remainder, of)
+    plain, on_cpu = partial(_plain, of), partial(_cpu.shift_and_remainder, of)
     m, r = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row whose maximum is
     # infinite has a log-sum-exp, m, but no probabilities: its r is NaN.
     m = jnp.where(jnp.isnan(r), r, m)
     return m, r + (m - m)  # NaN where m is not finite; no NaN as a constant, for `jax_debug_nans`
+
+
+def _plain(of, x, labels, *scalars):
+    """(m, r) from the label in one pass, in two more where a row is far; or from the maximum.
+
+    Far rows are not gathered: rows may be sharded. All are recomputed, and what is near stays. A
+    loop of one step at most is the condition: for a branch of `lax.cond` a TPU lays `x` out anew.
+    """
+    if labels is None:
+        return max_and_remainder(of(x, *scalars))
+    m = of(gathered(x, labels), *scalars)
+    r = remainder_beside(of(x, *scalars), m, labels)
+    far = ~(r < NEAR)  # NaN too: a label at −∞, or a row with +∞ or NaN
+
+    def again(step, near):
+        rows, _ = lax.optimization_barrier((x, step))  # or XLA would do it before the loop, always
+        from_maximum = max_and_remainder(of(rows, *scalars))
+        return tuple(jnp.where(far, *pair) for pair in zip(from_maximum, near, strict=True))
+
+    return lax.fori_loop(0, jnp.any(far).astype(jnp.int32), again, (m, r))
+
+
+def _run(*rows, **static):
+    """Compiled under `jax.disable_jit` too, as any primitive: on the way, numbers may overflow."""
+    with jax.disable_jit(False):
+        return _compute(*rows, **static)
 
 
 @_shift_and_remainder.def_abstract_eval
@@ -95,7 +123,7 @@ def _batched(rows, axes, *, of, labelled, local):
     return bind(x, *scalars, labels, of=of, labelled=True), (0, 0)
 
 
-_shift_and_remainder.def_impl(_compute)
+_shift_and_remainder.def_impl(_run)
 ad.primitive_jvps[_shift_and_remainder] = _differentiated
 batching.primitive_batchers[_shift_and_remainder] = _batched
 mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_results=True))
@@ -103,8 +131,18 @@ mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_r
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
     """The logit z_t at each row's label (from `to_index`); 0 for −1."""
-    z = _cpu.or_plain(_cpu.pick, selected, x, jnp.maximum(labels, 0), local=is_local(x, labels))
+    z = _cpu.or_plain(_cpu.pick, _gathered, x, jnp.maximum(labels, 0), local=is_local(x, labels))
     return jnp.where(labels < 0, 0, z)
+
+
+@jax.custom_jvp
+def _gathered(x, index):
+    return upcast(gathered(x, index))
+
+
+@_gathered.defjvp
+def _(primals, tangents):
+    return _gathered(*primals), selected(tangents[0], primals[1])
 
 
 def row_sums(

@@ -188,6 +188,19 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
     return vector.at[index].get(out_sharding=NamedSharding(mesh, sharding.spec))
 
 
+def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The entry of each row of `x [..., C]` at its index; summed over devices where C is sharded."""
+
+    def rows(x, index):
+        return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return rows(x, index)
+    of_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
+    return jax.sharding.auto_axes(rows, out_sharding=of_rows)(x, resharded(index, of_rows))
+
+
 def sum_over(axis_name: AxisName, tree: Any) -> Any:
     """The sums, over devices along manual mesh axes, of arrays of one shape: one collective."""
     leaves, treedef = jax.tree.flatten(tree)

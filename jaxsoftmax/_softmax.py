@@ -67,16 +67,18 @@ def _softmax_fwd(x):
 
 
 # ∂ŷ_j/∂z_i = ŷ_i (δ_ij − ŷ_j), so dz_i = ŷ_i ((g_i − c) − Σ_k (g_k − c) ŷ_k) for any number c.
-# A confident row (r < 1) takes c = g at its one maximum: the largest term of the sum is then
-# exactly 0. There e = 1 at the maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
+# A confident row (r < 1) takes c = g at its one maximum, where the bracket's large terms then
+# cancel exactly: Σ_k (g_k − c) e_k = A − c r, with A = Σ g_k e_k over all other classes. There e = 1
+# at the maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
 def _softmax_bwd(residuals, g):
     x, m, r = residuals
-    g = upcast(g)
-    e = shifted_exp(x, m)
-    at_max = jnp.sum(g * jnp.floor(e), axis=-1)
-    g = g - jnp.where(r < 1, at_max, 0)[..., None]
-    mean = jnp.sum(g * e, axis=-1) / (1 + r)
-    return ((e / (1 + r)[..., None] * (g - mean[..., None])).astype(x.dtype),)
+    g, e = upcast(g), shifted_exp(x, m)
+    top = jnp.floor(e)
+    at_max, others = jnp.sum(g * top, axis=-1), jnp.sum(g * (e - top), axis=-1)  # in one pass
+    c = jnp.where(r < 1, at_max, 0)
+    mean = (others + jnp.where(r < 1, -c * r, at_max)) / (1 + r)
+    dz = e / (1 + r)[..., None] * ((g - c[..., None]) - mean[..., None])
+    return (dz.astype(x.dtype),)
 
 
 _softmax = rule(_softmax_fwd, _softmax_bwd)

@@ -44,11 +44,7 @@ class StatisticsSpec(NamedTuple):
     lse: bool = False
     entropy: bool = False
     spread: bool = False
-
-    @property
-    def loss_only(self) -> bool:
-        """Whether only the loss is asked for: it may be measured from the label."""
-        return not any(self)
+    from_label: bool = False  # whether rows may be measured from their labels
 
 
 class Statistics(NamedTuple):
@@ -65,13 +61,10 @@ class Statistics(NamedTuple):
 #
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
-    if spec.loss_only and axis_name is None:
-        of, scalars = as_function(transform)
-        z_label = transformed(pick(x, labels), transform)
-        sums = BlockSums(*shift_and_remainder(x, labels, of, *scalars), z_label)
-    else:
-        start = shard_start(axis_name, x.shape[-1])
-        sums = block_sums(spec, x, transform, labels, start, weights)
+    if axis_name is not None:
+        spec = spec._replace(from_label=False)  # the label is on one of the devices
+    start = shard_start(axis_name, x.shape[-1])
+    sums = block_sums(spec, x, transform, labels, start, weights)
     if axis_name is not None:
         sums = merge_shards(axis_name, sums)
     out = with_label(outputs(spec, sums), labels)
@@ -81,9 +74,8 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
 def _token_bwd(axis_name, residuals, cotangents):
     _, labels, *_, sums = residuals
     g = nan_where_invalid(none_if_zero(cotangents), labels)
-    # If the label is out of range, (m, r) may say nothing about the row (`_cpu`).
-    known = jnp.isfinite(sums.r) & (labels >= 0)
-    return _token_linear(axis_name, residuals, g, rows_without_cotangent(g, known))
+    unused = rows_without_cotangent(g, jnp.isfinite(sums.r))
+    return _token_linear(axis_name, residuals, g, unused)
 
 
 def _token_linear(axis_name, residuals, g, unused=None):
@@ -177,7 +169,7 @@ def block_sums(  # noqa: PLR0917
 ) -> BlockSums:
     """The sums of raw logits `x [..., C]`, a block of classes that begins at number `start`."""
     of, scalars = as_function(transform)
-    m, r = shift_and_remainder(x, None, of, *scalars)
+    m, r = shift_and_remainder(x, labels if spec.from_label else None, of, *scalars)
     sums = BlockSums(m, r)
     if labels is not None:
         own = pick(x, labels_in_block(labels, start, x.shape[-1]))

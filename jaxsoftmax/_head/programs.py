@@ -110,7 +110,8 @@ def _in_forward(size, ignore_index, head, labels, options):
 def _recomputed(chunk_size, ignore_index, head, labels, options):
     head, labels, options = head.labelled_rows(labels, ignore_index, options)
     index = label_index(labels, head.classes, ignore_index)
-    spec, of_spread = required_statistics(options), _of_spread(options)
+    spec = required_statistics(options)._replace(from_label=False)  # each block from its maximum
+    of_spread = _of_spread(options)
     statistics = _statistics(spec, chunk_size, head, index, options.transform, of_spread)
     weights = None if options.class_weights is None else head.counts
     losses = token_losses(False, statistics, labels, weights, ignore_index, options)
