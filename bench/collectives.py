@@ -5,12 +5,12 @@ import math
 import re
 from typing import NamedTuple
 
+from bench import hlo
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "u16": 16}
 BITS |= {"s16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\] ?\{(.*?)\})")
@@ -46,47 +46,13 @@ def collectives(text: str) -> list[Collective]:
     On TPU a reduce-scatter is a computation "all-reduce-scatter" around an all-reduce: that counts
     as a reduce-scatter.
     """
-    lines: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if opened := _COMPUTATION.match(line):
-            name = opened[2]
-            entry = name if opened[1] else entry
-            lines[name] = []
-        elif name:
-            lines[name].append(line)
-    iterations: dict[str, int] = {}  # 0 outside of loops
-
-    def visit(computation: str, times: int) -> None:
-        if iterations.get(computation, -1) >= times:
-            return
-        iterations[computation] = times
-        for line in lines[computation]:
-            called = {
-                role: [n for n in re.findall(r"[\w.\-]+", names) if n in lines]
-                for role, names in _CALLED.findall(line)
-            }
-            for role, computations in called.items():
-                for one in computations:
-                    is_body = role == "body"
-                    inside = max(times, 1) * _trips(lines[called["condition"][0]]) if is_body else 0
-                    visit(one, inside or times)
-
-    visit(entry, 0)
+    program = hlo.parse(text)
     found = []
-    for computation, times in iterations.items():
-        for line in lines[computation]:
-            if operation := _OPERATION.search(line):
-                found.append(_read(operation, line, computation, times))
+    for computation, times in program.walk():
+        for instruction in program.computations[computation]:
+            if operation := _OPERATION.search(instruction.line):
+                found.append(_read(operation, instruction.line, computation, times))
     return found
-
-
-def _trips(condition: list[str]) -> int:
-    """The iterations of a counted loop: the number its counter is compared with; 1 if unknown."""
-    numbers = [
-        int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)
-    ]
-    return max(numbers, default=1)
 
 
 def _read(operation: re.Match[str], line: str, computation: str, times: int) -> Collective:
