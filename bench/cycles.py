@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time of a program on a TPU by its compiler's account: no TPU is needed.
 
-XLA for TPUs writes into every instruction of a compiled program the cycles that it plans with. Their
-sum, the body of a loop as often as it runs, estimates the program's time, with two corrections:
+XLA for TPUs writes into every instruction of a compiled program the cycles that it plans with.
+Their sum, the body of a loop as often as it runs, estimates the program's time, with two
+corrections:
 
 * What moves or reduces data outside a fusion is estimated four to five times too high: it counts as
   the bytes it reads and writes over the chip's bandwidth, times 1.4, at most.

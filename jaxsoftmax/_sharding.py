@@ -189,7 +189,7 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The entry of each row of `x [..., C]` at its index; summed over devices where C is sharded."""
+    """The entry of each row of `x [..., C]` at its index; C may be sharded."""
 
     def rows(x, index):
         return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]

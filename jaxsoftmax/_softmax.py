@@ -67,9 +67,9 @@ def _softmax_fwd(x):
 
 
 # ∂ŷ_j/∂z_i = ŷ_i (δ_ij − ŷ_j), so dz_i = ŷ_i ((g_i − c) − Σ_k (g_k − c) ŷ_k) for any number c.
-# A confident row (r < 1) takes c = g at its one maximum, where the bracket's large terms then
-# cancel exactly: Σ_k (g_k − c) e_k = A − c r, with A = Σ g_k e_k over all other classes. There e = 1
-# at the maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
+# A confident row (r < 1) takes c = g at its one maximum, whose own term in the sum is then exactly
+# 0: Σ_k (g_k − c) e_k = A − c r, with A = Σ g_k e_k over all other classes. There e = 1 at the
+# maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
 def _softmax_bwd(residuals, g):
     x, m, r = residuals
     g, e = upcast(g), shifted_exp(x, m)
