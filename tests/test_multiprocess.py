@@ -22,7 +22,7 @@ from programs import (
     parameters,
     wait_until,
 )
-from training_here import train_here
+from training_runs import newest, train_here
 
 from jaxsoftmax.training import data, model, step
 from jaxsoftmax.training import mesh as meshes
@@ -144,12 +144,6 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path, stops):
     assert train_here("--resume", "--output", folder, "--epochs", epochs) == 0
     assert train_here("--output", whole, "--epochs", epochs, *options) == 0
     assert_same_numbers(folder, whole, epochs, 2 * epochs)
-
-
-def newest(folder: Path) -> int:
-    """The number of epochs of the last checkpoint."""
-    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def test_what_one_process_finds_wrong_all_say(tmp_path):
