@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -47,16 +47,6 @@ from bench.tables import Table
 ROOT = Path(__file__).resolve().parent.parent
 INTEGER, FLOAT32, BFLOAT16 = Labels.INTEGER, Dtype.FLOAT32, Dtype.BFLOAT16
 
-# As little is measured as `little` lets. A name that is None in sys.modules cannot be
-# imported: as if the package were not installed.
-START = """
-import runpy, sys
-from bench import cases, timing
-cases.MOST_COPIES, timing.COPY_BYTES, timing.WIDTHS = 16, {"cpu": 2**22}, {"cpu": 256}
-sys.modules.update(dict.fromkeys(%s))
-runpy.run_module("bench", run_name="__main__", alter_sys=True)
-"""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def little():
@@ -71,11 +61,13 @@ def little():
 @pytest.fixture(scope="module")
 def sections() -> dict[str, Any]:
     """Measure, on tiny shapes, what a results file of one device holds."""
-    logits = [Logits(n, v, dtype) for n, v in ((4, 8), (2, 5)) for dtype in cases.DTYPES]
+    logits = [Logits(4, 8, FLOAT32), Logits(2, 5, FLOAT32), Logits(4, 8, BFLOAT16)]
     heads = [Head(8, 4, 16, FLOAT32), Head(4, 3, 5, BFLOAT16)]
     modes = [Mode.FORWARD, Mode.VALUE_AND_GRAD]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
+        patch.setattr(contenders, "TIED", contenders.TIED[:1])
+        patch.setattr(contenders, "OPTIONS", ())
         timed = speed.measure(heads, modes, repeats=2)
         compiled = memory.measure(heads, [memory.HERE])
     everything = list(Dtype), INTEGER, [1.0, 30.0], [0.0, 1e4]
@@ -92,25 +84,33 @@ def sections() -> dict[str, Any]:
     }
 
 
-def bench(
-    *arguments: str, folder: Path, without: Sequence[str] = (), columns: int | None = 200
-) -> subprocess.CompletedProcess[str]:
-    """Start the program in a folder of its own."""
-    width = {} if columns is None else {"COLUMNS": f"{columns}"}
-    # On one device, whatever conftest asks for.
-    unset = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "XLA_FLAGS")}
-    return subprocess.run(
-        [sys.executable, "-c", START % list(without), *arguments],
-        cwd=folder,
-        env=unset | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"} | width,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Callable[..., Any]:
+    """Run a command in a folder of its own, as if the packages `without` were not installed."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(command: str, *, without: Any = (), columns: Any = 200, code: int = 0) -> Any:
+        for name in [name for name in vars(contenders) if name.startswith("with_")]:
+            monkeypatch.delattr(contenders, name)  # to be imported again
+            monkeypatch.delitem(sys.modules, f"bench.contenders.{name}")
+        for package in without:
+            monkeypatch.setitem(sys.modules, package, None)
+        width = {"COLUMNS": columns and f"{columns}"}
+        done = CliRunner().invoke(app, shlex.split(command), env=width, catch_exceptions=False)
+        assert done.exit_code == code, done.output
+        return done
+
+    return invoke
+
+
+def as_a_process(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The program as a user starts it, in a folder of its own."""
+    place = programs.environment() | {"PYTHONPATH": f"{ROOT}"}
+    return programs.run(sys.executable, "-m", "bench", *command.split(), cwd=folder, env=place)
 
 
 def sections_in(folder: Path) -> dict[str, Any]:
-    return json.loads(results.destination(folder).read_text())
+    return results.load(results.destination(folder))
 
 
 def f64(array: Any) -> np.ndarray:
@@ -124,15 +124,12 @@ def names_of(case: dict[str, Any]) -> list[str]:
 # The commands.
 
 
-def test_speed_writes_every_case_and_prints_every_contender(tmp_path):
+def test_speed_writes_every_case_and_prints_every_contender(bench, tmp_path):
     chosen = (
         "--tokens 8 --vocab 16 --vocab 33 --dtype bfloat16 "
         "--mode forward --mode training-step --repeats 3"
     )
-    elsewhere = "--device", "cpu", "--output", "deep/results"
-    done = bench("speed", *chosen.split(), *elsewhere, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-
+    done = bench(f"speed {chosen} --device cpu --output deep/results")
     found = sections_in(tmp_path / "deep" / "results")
     (section,) = found.values()
     assert list(found) == [f"speed {chosen}"]
@@ -171,19 +168,18 @@ def test_speed_writes_every_case_and_prints_every_contender(tmp_path):
         assert (mean["best"], mean["worst"]) == (min(by_shape.values()), max(by_shape.values()))
         assert by_shape[mean["worst_shape"]] == mean["worst"]
 
-    for words in ("forward, bfloat16", "training-step, bfloat16", "optax, no upcast", "8x16"):
+    for words in (
+        *("forward, bfloat16", "training-step, bfloat16", "optax, no upcast", "8x16", "of roof"),
+        *("Of the roof: ", "GB/s: what must be done", "temp MB: ", "geometric mean"),
+    ):
         assert words in done.stdout
-    for words in ("of roof", "Of the roof: ", "GB/s: what must be done", "temp MB: "):
-        assert words in done.stdout
-    assert "geometric mean" in done.stdout
 
 
-def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path):
+def test_accuracy_prints_every_lead_and_keeps_other_sections(bench, tmp_path):
     path = results.destination(tmp_path / results.DEFAULT)
     path.write_text('{"speed/integer": {"kept": true}}')
     chosen = "--tokens 2 --vocab 20 --dtype float32 --lead 1 --lead 30 --offset 100"
-    done = bench("accuracy", *shlex.split(chosen), folder=tmp_path, columns=None)
-    assert done.returncode == 0, done.stderr
+    done = bench(f"accuracy {chosen}", columns=None)
     assert 80 < max(map(len, done.stdout.splitlines())) <= tables.WIDTH
 
     found = sections_in(tmp_path / results.DEFAULT)
@@ -223,10 +219,8 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(tmp_path):
     ],
     ids=["speed", "accuracy"],
 )
-def test_a_missing_peer_is_left_out_with_a_line(arguments, more, tmp_path):
-    without = ["optax", "torch"]
-    done = bench(*arguments.split(), folder=tmp_path, without=without, columns=60)
-    assert done.returncode == 0, done.stderr
+def test_a_missing_peer_is_left_out_with_a_line(bench, arguments, more, tmp_path):
+    done = bench(arguments, without=["optax", "torch"], columns=60)
     assert max(map(len, done.stdout.splitlines())) <= 60
     assert "…" not in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
@@ -380,15 +374,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.items(), ids=WRONG)
-def test_wrong_options_are_named(arguments, message):
-    done = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-    assert done.exit_code == 2
+def test_wrong_options_are_named(bench, arguments, message):
+    done = bench(arguments, code=2)
     assert re.search(message, " ".join(done.output.replace("│", " ").split())), done.output
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
-    options = "--device gpu --tokens 8 --vocab 9 --repeats 1"
-    done = bench("speed", *options.split(), folder=tmp_path)
+    done = as_a_process("speed --device gpu --tokens 8 --vocab 9 --repeats 1", tmp_path)
     if done.returncode == 0:
         pytest.skip("it is there")
     assert done.returncode == 2
@@ -529,10 +521,13 @@ def test_the_labels_of_confident_logits_lead_in_a_third_of_the_rows():
     assert np.delete(share, np.s_[::3]).max() < 0.5
 
 
-def test_dense_labels_count_as_bytes():
+def test_what_counts_as_bytes_and_operations():
     case, size = Logits(8, 16, BFLOAT16, Labels.DENSE), 8 * 16 * 2
     assert case.bytes(Mode.FORWARD) == 2 * size
     assert case.bytes(Mode.VALUE_AND_GRAD) == 5 * size
+    head, forward = Head(8, 4, 16, FLOAT32), Mode.FORWARD
+    assert head.flops(Mode.VALUE_AND_GRAD) == 3 * head.flops(forward) == 3 * 2 * 8 * 4 * 16
+    assert head.bytes(Mode.VALUE_AND_GRAD) == 2 * head.bytes(forward) == 2 * 4 * 4 * (8 + 16)
 
 
 def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
@@ -553,12 +548,10 @@ def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
 
 
 def test_a_round_budget_in_seconds_has_a_floor_and_a_ceiling():
-    calls = []
-    timing.interleave({"a": calls.append}, timing.caller([(0,)]), seconds=0.0)
-    assert len(calls) == timing.WARM_UP_ROUNDS + 2 * timing.FEWEST_ROUNDS
-    calls.clear()
-    timing.interleave({"a": calls.append}, timing.caller([(0,)]), seconds=60.0)
-    assert len(calls) == timing.WARM_UP_ROUNDS + 2 * timing.MOST_ROUNDS
+    for seconds, rounds in ((0.0, timing.FEWEST_ROUNDS), (60.0, timing.MOST_ROUNDS)):
+        calls = []
+        timing.interleave({"a": calls.append}, timing.caller([(0,)]), seconds=seconds)
+        assert len(calls) == timing.WARM_UP_ROUNDS + 2 * rounds
 
 
 def test_a_training_step_descends_and_writes_where_it_read():
@@ -705,11 +698,12 @@ def test_a_table_is_one_for_a_terminal_and_for_a_document(capsys):
     assert words == [["above"], ["of", "by", "s"], ["a", "x", "1"], ["y", "2"], ["below"]]
 
 
-def test_tables_print_again_from_a_file(capsys):
+def test_tables_print_again_from_a_file(capsys, monkeypatch):
     for case, words in (
         (Logits(4, 8, FLOAT32, Labels.DENSE), "dense labels"),
         (Logits(4, 8, FLOAT32, confident=True), "integer labels, confident"),
     ):
+        monkeypatch.setitem(contenders.LOGITS, case.labels, contenders.LOGITS[case.labels][:1])
         section = speed.measure([case], [Mode.FORWARD], repeats=2) | {"command": "python -m bench"}
         again = json.loads(json.dumps(section))
         tables.show(*speed_tables.in_terminal(again))
@@ -727,7 +721,9 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
 }
 
 
-@pytest.mark.parametrize("columns", [200, 80, 50, 20])
+@pytest.mark.parametrize(
+    "columns", [80, 20, *(pytest.param(c, marks=pytest.mark.wide) for c in (200, 50))]
+)
 def test_tables_are_whole_at_any_width(columns, capsys, monkeypatch):
     """Those of the committed results: nothing is cut off, and at usual widths no number broken."""
     monkeypatch.setenv("COLUMNS", f"{columns}")
@@ -770,7 +766,7 @@ def test_the_speed_table_holds_every_ratio(sections):
         if name in named - {contenders.OURS}
     }
     assert {shape for shape, *_ in found} == {"4x8", "2x5", "**geometric mean**"}
-    assert [row[1] for row in table.rows] == ["float32"] * 3 + ["bfloat16"] * 3
+    assert [row[1] for row in table.rows] == ["float32"] * 3 + ["bfloat16"] * 2
     explained, origin = table.notes
     assert explained.startswith("optax: ")
     where = environment.in_words(section["environment"])
@@ -786,22 +782,19 @@ def test_the_tables_of_the_heads_hold_every_contender(sections):
         assert all(len(row) == 1 + len(shown) for row in table.rows)
         assert names_of(shown[0])[:3] == ["jaxsoftmax", "jaxsoftmax, recompute", "optax"]
     forward, gradients = timed["cases"][:2]
+    assert "three products" not in names_of(forward)
     by_name = {row["name"]: row for row in gradients["contenders"]}
     ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
     megabytes = tables.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
     assert summary.markdown().count(f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |") == 1
-    assert gradients["flops"] == 3 * forward["flops"] == 3 * 2 * 8 * 4 * 16
-    assert gradients["bytes"] == 2 * forward["bytes"] == 2 * 4 * 4 * (8 + 16)
-    assert "three products" not in names_of(forward)
 
 
 def test_the_detailed_tables_hold_every_median_and_the_roof(sections):
-    for key in ("speed/integer", "speed/linear"):
-        section = sections[key]
+    for section in (sections["speed/integer"], sections["speed/linear"]):
         (table,) = speed_tables.details(section)
         cells = [cell for row in table.rows for cell in row[2:] if cell != "–"]
         expected = [
-            (speed_tables.milliseconds(row["median_s"]), f"{100 * row['of_roof']:.0f} %")
+            (speed_tables.milliseconds(row["median_s"]), speed_tables.of_the_roof(row))
             for case in section["cases"]
             for row in case["contenders"]
         ]
@@ -841,8 +834,13 @@ def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
 
 def test_the_committed_accuracy_is_that_of_the_code(tmp_path):
     """A little of it measured again, on the machine and with the JAX of the committed results."""
-    measured = [file[report.ACCURACY] for file in report.committed() if report.ACCURACY in file]
+    leads = [0.0, 5.0, 20.0]
+    chosen = "".join(f" --lead {lead:g}" for lead in leads)
+    done = as_a_process(f"accuracy --offset 0{chosen}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (new,) = sections_in(tmp_path / results.DEFAULT).values()
     here = environment.device_name(), jax.__version__
+    measured = [file[report.ACCURACY] for file in report.committed() if report.ACCURACY in file]
     committed = [
         section
         for section in measured
@@ -851,11 +849,6 @@ def test_the_committed_accuracy_is_that_of_the_code(tmp_path):
     if not committed:
         pytest.skip("measured elsewhere, or with another JAX")
     (old,) = committed
-    leads = [0.0, 5.0, 20.0]
-    chosen = [f"--lead={lead:g}" for lead in leads] + ["--offset=0"]
-    done = bench("accuracy", *chosen, folder=tmp_path, without=["optax", "torch"])
-    assert done.returncode == 0, done.stderr
-    (new,) = sections_in(tmp_path / results.DEFAULT).values()
 
     def errors(section: dict[str, Any], dtype: Dtype) -> dict[tuple[str, str], list[float | None]]:
         wanted = contenders.OURS, dtype, 0.0
@@ -924,22 +917,14 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
         render(readme, [{"speed/integer": one["speed/integer"]}])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "<!-- bench report: x -->",
-        "<!-- /bench report: x --><!-- bench report: x -->",
-        "<!-- bench report: x --><!-- bench report: x --><!-- /bench report: x -->",
-    ],
-    ids=["none", "not closed", "wrong order", "twice"],
-)
-def test_markers_that_are_not_there_once_are_refused(text):
-    with pytest.raises(ValueError, match="expected once each"):
-        report.replace(text, "x", "content")
+def test_markers_that_are_not_there_once_are_refused():
+    begin, end = "<!-- bench report: x -->", "<!-- /bench report: x -->"
+    for text in ("", begin, end + begin, begin + begin + end):
+        with pytest.raises(ValueError, match="expected once each"):
+            report.replace(text, "x", "content")
 
 
-def test_figures_show_every_contender_at_every_vocabulary(sections, tmp_path):
+def test_figures_draw_every_contender(sections):
     for draw, key, unit in (
         (speed_tables.figure, report.SPEED_BY_MODEL, "ms"),
         (memory.figure, report.MEMORY_BY_MODEL, "temporary MB"),
@@ -949,24 +934,18 @@ def test_figures_show_every_contender_at_every_vocabulary(sections, tmp_path):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert {"jaxsoftmax", "jaxsoftmax, recompute", "optax"} <= set(lines)
         assert list(np.asarray(lines["jaxsoftmax"].get_xdata())) == [5, 16]
-
-
-def test_the_figures_of_accuracy_draw_every_contender(sections):
     section = sections["accuracy/integer"]
-    names: dict[Dtype, list[str]] = {dtype: [] for dtype in Dtype}
-    for one in section["series"]:
-        if one["offset"] == 0:
-            names[Dtype(one["dtype"])].append(one["name"])
-    for figure in (accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)):
-        assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == [
-            f"{dtype} logits" for dtype in Dtype
-        ]
-        for axes, dtype in zip(figure.axes, [*Dtype] * 2, strict=True):
-            lines = {line.get_label(): line for line in axes.lines}
-            for name in names[dtype]:
-                assert lines.pop(name).get_color() == figures.STYLES[name]["color"]
-            assert len(lines) == 1  # 100 %
     by_lead, by_offset = accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)
+    for axes, dtype in zip(by_lead.axes + by_offset.axes, [*Dtype] * 4, strict=True):
+        series = {(one["dtype"], one["name"]): one["name"] for one in section["series"]}
+        names = [name for (of, _), name in series.items() if of == dtype]
+        assert len(axes.lines) == 1 + len(names)  # 100 %
+        assert [line.get_label() for line in axes.lines[1:]] == names
+        assert [line.get_color() for line in axes.lines[1:]] == [
+            figures.STYLES[name]["color"] for name in names
+        ]
+    titles = [axes.get_title(loc="left") for axes in by_lead.axes[:3] + by_offset.axes[:3]]
+    assert titles == [f"{dtype} logits" for dtype in [*Dtype] * 2]
     (optax,) = (line for line in by_lead.axes[0].lines if line.get_label() == "optax")
     np.testing.assert_array_equal(optax.get_xdata(), [1, 30])
     assert np.max(optax.get_ydata()) == 1

@@ -28,7 +28,15 @@ SMALL = (8, 4 * TOKEN, 8 * WIDTH, 64 * CLASS)  # batch, sequence, H, V
 LARGE = (8, 512 * TOKEN, 128 * WIDTH, 4096 * CLASS)
 PASSES = {"in_forward": 1, "recompute": 2}
 both_ways = pytest.mark.parametrize("gradients", PASSES)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+# Each kind of axis at least once; the others are left to the wide run.
+KEPT = {"vocabulary over two axes", "fsdp along the vocabulary", "fsdp and vocabulary", "hybrid"}
+FEW = ("data", "vocabulary", "fsdp", "fsdp and vocabulary")
+
+
+def over(names_of_layouts, kept=KEPT):
+    """Over these layouts by name, of which those in `kept` are not left to the wide run."""
+    marks = {name: () if name in kept else pytest.mark.wide for name in names_of_layouts}
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def compiled_for(mesh, layout, function, sizes, dtype):
@@ -117,13 +125,13 @@ def check_head(mesh, layout, gradients, *, chunk, sizes, by_hand=False):
 
 
 @both_ways
-@every_layout
-def test_an_explicit_mesh_of_cpus(layout, gradients):
-    check_head(mesh_of(AxisType.Explicit), layout, gradients, chunk=TOKEN, sizes=SMALL)
+@pytest.mark.parametrize("name", over(LAYOUTS))
+def test_an_explicit_mesh_of_cpus(name, gradients):
+    check_head(mesh_of(AxisType.Explicit), LAYOUTS[name], gradients, chunk=TOKEN, sizes=SMALL)
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["data", "vocabulary", "fsdp", "fsdp and vocabulary"])
+@pytest.mark.parametrize("name", over(FEW))
 def test_shard_map_on_cpus(name, gradients):
     mesh, layout = mesh_of(AxisType.Auto), LAYOUTS[name]
     check_head(mesh, layout, gradients, chunk=TOKEN, sizes=SMALL, by_hand=True)
@@ -137,14 +145,9 @@ def tpu_mesh(topology, kind=AxisType.Explicit):
 
 
 @both_ways
-@pytest.mark.parametrize(
-    ("name", "topology"),
-    [
-        *((name, "v5e:2x4") for name in ("data", "vocabulary", "fsdp", "fsdp and vocabulary")),
-        ("hybrid", "v5e:4x4"),
-    ],
-)
-def test_an_explicit_mesh_of_tpus(name, topology, gradients):
+@pytest.mark.parametrize("name", over([*FEW, "hybrid"], {"fsdp and vocabulary"}))
+def test_an_explicit_mesh_of_tpus(name, gradients):
+    topology = "v5e:4x4" if name == "hybrid" else "v5e:2x4"
     check_head(tpu_mesh(topology), LAYOUTS[name], gradients, chunk=32 * TOKEN, sizes=LARGE)
 
 
@@ -242,7 +245,7 @@ UNTOLD = {
 }
 
 
-@pytest.mark.parametrize("chunk_size", [250, 400])
+@pytest.mark.parametrize("chunk_size", [250, pytest.param(400, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("layout", UNTOLD.values(), ids=list(UNTOLD))
 def test_each_device_does_its_share_on_an_automatic_mesh_of_cpus(layout, chunk_size):
     """Of any number of tokens, 8 times 211, which no chunk divides."""

@@ -43,14 +43,14 @@ def test_half_precision_training(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("optax")
     name, folder = "half_precision_training", tmp_path / "new"
-    example(name, "--steps", 20, "--output", folder)
+    example(name, "--steps", 5, "--output", folder)
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / f"{name}.json").read_text())
     languages = [runs for runs in results.values() if isinstance(runs, dict)]
     assert len(languages) == 2
     for runs in languages:
         steps = runs.pop("steps")
-        assert steps == list(range(21))
+        assert steps == list(range(6))
         assert len(runs) == 4
         for name, one in runs.items():
             assert np.isfinite(one["excess_loss"] + one["gradient_error"]).all()

@@ -20,9 +20,9 @@ from programs import (
     environment,
     metrics,
     parameters,
-    trained,
     wait_until,
 )
+from training_runs import newest, train_here
 
 from jaxsoftmax.training import data, model, step
 from jaxsoftmax.training import mesh as meshes
@@ -91,11 +91,12 @@ def assert_same_numbers(folder: Path, whole: Path, epochs: int, steps: int) -> N
 
 
 @pytest.mark.wide
-def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path: Path) -> None:
-    # Neither the 1438 rows, nor the batches of 50, nor the 10 classes divide evenly by four.
+def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path):
+    # Neither the 1438 rows, nor the batches of 50, nor the 10 classes divide evenly by four
+    # or eight.
     steps = 29  # an epoch
     one, two, mesh = (tmp_path / name for name in ("one", "two", "mesh"))
-    trained("--output", one, "--epochs", 3, *SMALL)
+    assert train_here("--output", one, "--epochs", 3, *SMALL) == 0
     leader, other = trained_together("--output", two, "--epochs", 2, *SMALL, devices=2)
     assert "epoch 2/2" in leader
     assert f"written   {two}" in leader
@@ -103,17 +104,25 @@ def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path: Path) -> 
     assert_same_numbers(two, one, 2, 2 * steps)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     # Other devices go on where these stopped.
-    trained("--resume", "--output", two, "--epochs", 3, "--mesh", "vocab=4", devices=4)
+    assert train_here("--resume", "--output", two, "--epochs", 3, "--mesh", "vocab=8") == 0
     assert_same_numbers(two, one, 3, 3 * steps)
-    trained("--output", mesh, "--epochs", 3, *SMALL, "--mesh", "data=4,vocab=2", devices=8)
+    assert train_here("--output", mesh, "--epochs", 3, *SMALL, "--mesh", "data=4,vocab=2") == 0
     assert_same_numbers(mesh, one, 3, 3 * steps)
 
 
-def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [(0, signal.SIGKILL)],
+        pytest.param([(1, signal.SIGKILL), (1, signal.SIGINT)], marks=pytest.mark.wide),
+    ],
+    ids=["the first", "another, twice"],
+)
+def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path, stops):
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     options = ("--hidden", "none", "--batch-size", "1000", "--optimizer", "sgd")
     last = 0
-    for victim, stop in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGINT)):
+    for victim, stop in stops:
         resume = ["--resume"] if last else []
         arguments = (*resume, "--output", folder, "--epochs", 50000, *options)
         with started([arguments] * 2, free_port()) as both:
@@ -130,20 +139,14 @@ def test_a_run_ends_with_any_of_its_processes_and_resumes(tmp_path: Path) -> Non
         assert "--resume" in line
         last = newest(folder)
         assert len(metrics(folder)) in {last, last + 1}
-    # Both processes resumed twice; one ends what they began.
+    # Of two stops, both processes resumed after the first; one ends what they began.
     epochs = last + 1
-    trained("--resume", "--output", folder, "--epochs", epochs)
-    trained("--output", whole, "--epochs", epochs, *options)
+    assert train_here("--resume", "--output", folder, "--epochs", epochs) == 0
+    assert train_here("--output", whole, "--epochs", epochs, *options) == 0
     assert_same_numbers(folder, whole, epochs, 2 * epochs)
 
 
-def newest(folder: Path) -> int:
-    """The number of epochs of the last checkpoint."""
-    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def test_what_one_process_finds_wrong_all_say(tmp_path: Path) -> None:
+def test_what_one_process_finds_wrong_all_say(tmp_path):
     folder, port = tmp_path / "run", free_port()
     common = ("--output", folder, *SMALL)
 
@@ -161,7 +164,7 @@ def test_what_one_process_finds_wrong_all_say(tmp_path: Path) -> None:
     assert said(common, common) == {f"jaxsoftmax: process 0: {folder}: File exists\n"}
 
 
-def test_processes_that_do_not_meet(tmp_path: Path) -> None:
+def test_processes_that_do_not_meet(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with started([("--output", tmp_path / "run")] * 2, port) as (leader, other):
@@ -174,7 +177,7 @@ def test_processes_that_do_not_meet(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path) -> None:
+def test_ctrl_c_while_waiting_for_the_others(tmp_path):
     port = free_port()
     with started([("--output", tmp_path / "run")] * 2, port) as (leader, other):
         other.kill()
@@ -193,7 +196,7 @@ def listening(port: int) -> bool:
     return False
 
 
-def test_a_device_holds_its_share() -> None:
+def test_a_device_holds_its_share():
     """Of the examples and of the last layer, in memory as well as in the compiled program."""
     digits = data.load(data.DIGITS)
     mesh = meshes.make_mesh({"data": 4, "vocab": 2})
@@ -225,7 +228,7 @@ def test_a_device_holds_its_share() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"vocab": 4}, {"data": 2, "vocab": 3}])
-def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
+def test_what_is_split_comes_back_whole(sizes):
     random = np.random.default_rng(0)
     whole = [random.normal(size=(7, 10)).astype(np.float32), np.float32(3.0), np.arange(5)]
     specs = [PartitionSpec("data", "vocab"), PartitionSpec(), PartitionSpec("data")]
@@ -273,10 +276,5 @@ def test_what_is_split_comes_back_whole(sizes: dict[str, int]) -> None:
         ],
     ],
 )
-def test_bad_options(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    words: tuple[str, ...],
-) -> None:
+def test_bad_options(tmp_path, capsys, arguments, words):
     assert_refused(capsys, tmp_path / "run", *arguments, words=words)

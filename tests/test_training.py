@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `jaxsoftmax train`: mostly as a user runs it, in a process of its own."""
+"""The program `jaxsoftmax train`: as a user runs it where its process matters, else in ours."""
 
 import re
 import signal
@@ -29,6 +29,7 @@ from programs import (
     trained,
     wait_until,
 )
+from training_runs import newest, train_here
 
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, cli, data, step
@@ -54,7 +55,7 @@ def start_and_stop_after(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_until((folder / "checkpoints" / str(epochs)).exists, process)
+        wait_until(lambda: newest(folder) >= epochs, process)
         for _ in range(times):
             process.send_signal(signal_number)
             time.sleep(0.001)
@@ -64,9 +65,7 @@ def start_and_stop_after(
     return errors
 
 
-def test_digits_are_learned_and_everything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digits_are_learned_and_everything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     folder = tmp_path / "new" / "run"
     output = trained("--output", folder, "--epochs", 8)
@@ -88,16 +87,15 @@ def test_digits_are_learned_and_everything_is_written(
 
 
 @pytest.mark.wide
-def test_seed_decides_the_numbers(tmp_path: Path) -> None:
+def test_seed_decides_the_numbers(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        trained("--output", tmp_path / name, "--epochs", 2, "--seed", seed, *SMALL)
+        options = ("--epochs", 2, "--seed", seed, *SMALL)
+        assert train_here("--output", tmp_path / name, *options) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b", 2)
     assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
 
 
-def test_whatever_stops_a_run_it_resumes_with_the_numbers_of_an_uninterrupted_one(
-    tmp_path: Path,
-) -> None:
+def test_whatever_stops_a_run_it_resumes_with_the_numbers_of_an_uninterrupted_one(tmp_path):
     folder, whole = tmp_path / "it's", tmp_path / "whole"
     done = 0
     # Killed; interrupted, which ends it after the epoch; and more than once, at once.
@@ -118,18 +116,21 @@ def test_whatever_stops_a_run_it_resumes_with_the_numbers_of_an_uninterrupted_on
             # An epoch is written wholly or not at all; at once, its line may be there already.
             assert len(metrics(folder)) in range(done, done + times)
     epochs = done + 1
-    trained("--output", folder, "--resume", "--epochs", epochs)
-    trained("--output", whole, "--epochs", epochs, *SMALL)
+    resumed = ["train", "--output", f"{folder}", "--resume", "--epochs", f"{epochs}"]
+    before = f"from jaxsoftmax.training import cli; assert cli.run({resumed}) == 0"
+    at_once = command("train", "--output", whole, "--epochs", epochs, *SMALL, first=before)
+    both = run(*at_once, env=environment())
+    assert both.returncode == 0, both.stderr
     assert_same_run(folder, whole, epochs)
 
 
-MOMENTS = [*np.arange(0, 1.5, 0.05), *np.arange(1.5, 4, 0.1)]
+MOMENTS = [*np.arange(0, 1.2, 0.08), *np.arange(1.2, 3, 0.3)]
 
 
 @pytest.mark.parametrize(
     "moments", [[0.1, 0.4, 1.0], pytest.param(MOMENTS, marks=pytest.mark.wide)], ids=len
 )
-def test_ctrl_c_at_any_moment(tmp_path: Path, moments: list[float]) -> None:
+def test_ctrl_c_at_any_moment(tmp_path, moments):
     """While everything is imported, read, compiled, …: in the same folder, which stays whole."""
     folder = tmp_path / "run"
     begun = 0
@@ -157,7 +158,7 @@ def test_ctrl_c_at_any_moment(tmp_path: Path, moments: list[float]) -> None:
     assert begun >= len(moments) / 2
 
 
-def test_ctrl_c_is_ignored_in_the_background(tmp_path: Path) -> None:
+def test_ctrl_c_is_ignored_in_the_background(tmp_path):
     """As a shell starts it there; also while the program would have a handler of its own."""
     output, ready = tmp_path / "run", tmp_path / "ready"
     ignoring = ("sh", "-c", 'trap "" INT; : > "$0"; exec "$@"', ready)
@@ -169,21 +170,20 @@ def test_ctrl_c_is_ignored_in_the_background(tmp_path: Path) -> None:
 
         def trains_on() -> bool:
             process.send_signal(signal.SIGINT)
-            return (output / "checkpoints" / "3").exists()
+            return newest(output) >= 3
 
         wait_until(ready.exists, process)
         wait_until(trains_on, process)
         process.kill()
 
 
-def test_run_is_neither_overwritten_nor_mixed_with_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_is_neither_overwritten_nor_mixed_with_another(tmp_path, capsys):
     folder, examples = tmp_path / "run", save(tmp_path / "own.npz")
     line = refused(capsys, "--resume", "--output", folder)
     assert f"{folder}: holds no run to resume" in line
     assert not folder.exists()
-    trained("--output", folder, "--epochs", 2, *SMALL)
+    assert train_here("--output", folder, "--epochs", 2, *SMALL) == 0
+    capsys.readouterr()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, words in (
         ((), ("already holds a run", "--resume", "--output")),
@@ -197,9 +197,7 @@ def test_run_is_neither_overwritten_nor_mixed_with_another(
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_whatever_ends_a_run_first_it_can_be_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_ends_a_run_first_it_can_be_resumed(tmp_path, capsys, monkeypatch):
     def ended(*_: object) -> None:
         raise OSError("ended here")
 
@@ -222,28 +220,28 @@ def save(path: Path, x: object = None, y: object = None) -> Path:
     return path
 
 
-def test_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_data(tmp_path, capsys):
     # Three axes, far from zero, and a batch larger than the data.
     examples = save(tmp_path / "own.npz")
     folder = tmp_path / "own"
-    trained("--data", examples, "--output", folder, "--epochs", 15, "--batch-size", 1000, "-l", 0.1)
+    options = ("--epochs", 15, "--batch-size", 1000, "-l", 0.1)
+    assert train_here("--data", examples, "--output", folder, *options) == 0
     assert metrics(folder)[-1]["test_accuracy"] == 1.0
     # The contents count, not the place.
     moved = examples.rename(tmp_path / "moved.npz")
-    trained("--data", moved, "--output", folder, "--epochs", 16, "--resume")
+    assert train_here("--data", moved, "--output", folder, "--epochs", 16, "--resume") == 0
     assert len(metrics(folder)) == 16
+    capsys.readouterr()
     changed = save(moved, y=(np.arange(103) + 1) % 4)
     assert "--data" in refused(capsys, "--data", changed, "--output", folder, "--resume")
 
 
-def test_divergence_is_said(tmp_path: Path) -> None:
-    done = program(
-        *("train", "--output", tmp_path / "run", "--optimizer", "sgd", "--learning-rate", "1e30")
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "diverged in epoch 1" in done.stderr
-    assert "--learning-rate" in done.stderr
+def test_divergence_is_said(tmp_path, capsys):
+    options = ("--optimizer", "sgd", "--learning-rate", "1e30")
+    assert train_here("--output", tmp_path / "run", *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "diverged in epoch 1" in line
+    assert "--learning-rate" in line
 
 
 ROWS = np.arange(103)
@@ -282,20 +280,12 @@ def with_value(array: np.ndarray, index: object, value: object) -> np.ndarray:
         (X, with_value(Y, 21, 4), ("'y'", "row 21", "label 4")),
     ],
 )
-def test_bad_arrays(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    x: np.ndarray,
-    y: np.ndarray,
-    words: tuple[str, ...],
-) -> None:
+def test_bad_arrays(tmp_path, capsys, x, y, words):
     path = save(tmp_path / "bad.npz", x, y)
     assert_refused(capsys, tmp_path / "run", "--data", path, words=("bad.npz", *words))
 
 
-def test_labels_of_any_kind_are_renumbered_as_the_error_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_of_any_kind_are_renumbered_as_the_error_says(tmp_path, capsys):
     for labels in (
         *(Y - 7, 3 * Y, 1 + Y, Y / 2, 2.0 * Y, (Y + 5).astype(np.int8)),
         *(Y.astype("U3"), Y.astype("U3").astype(object)),
@@ -309,7 +299,7 @@ def test_labels_of_any_kind_are_renumbered_as_the_error_says(
         assert data.load(str(save(tmp_path / "good.npz", X, renumbered))).classes == 4
 
 
-def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files(tmp_path, capsys):
     good = save(tmp_path / "good.npz").read_bytes()
     index = good.index(b"PK\1\2")
     contents = {
@@ -349,26 +339,24 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--epoch", "3"),
     ],
 )
-def test_bad_options(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
-) -> None:
+def test_bad_options(tmp_path, capsys, arguments):
     assert_refused(capsys, tmp_path / "run", *arguments, words=arguments[:1])
 
 
-def test_bad_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_output_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         assert str(folder) in refused(capsys, "--output", folder)
 
 
-def test_bad_input_as_a_process(tmp_path: Path) -> None:
+def test_bad_input_as_a_process(tmp_path):
     done = program("train", "--data", "nowhere.npz", "--output", tmp_path / "run")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "jaxsoftmax: nowhere.npz: cannot be read: No such file or directory\n"
     assert not (tmp_path / "run").exists()
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys):
     assert cli.run(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for option in (
@@ -384,7 +372,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"--version +Show the version", text)
 
 
-def test_without_the_extra() -> None:
+def test_without_the_extra():
     hide = "sys.modules.update(dict.fromkeys(('optax', 'typer')))"
     for argument, code, said, words in (
         ("train", 2, "", "pip install 'jaxsoftmax[train]'"),
@@ -396,25 +384,25 @@ def test_without_the_extra() -> None:
         assert done.stderr.count("\n") == (code == 2)
 
 
-def test_the_wheel_has_the_module_that_the_script_imports() -> None:
+def test_the_wheel_has_the_module_that_the_script_imports():
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     assert included == ["jaxsoftmax", f"{MODULE}.py"]
 
 
-def test_python_runs_the_package_too() -> None:
+def test_python_runs_the_package_too():
     done = run(sys.executable, "-m", "jaxsoftmax", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"jaxsoftmax {jaxsoftmax.__version__}\n"
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (8, 4), (3, 3), (7, 1)])
-def test_minibatches_take_every_row_once(rows: int, batch_size: int) -> None:
+def test_minibatches_take_every_row_once(rows, batch_size):
     order, weights = step.minibatches(jax.random.key(0), rows, batch_size)
     assert order.shape == weights.shape == (-(-rows // batch_size), batch_size)
     assert sorted(np.asarray(order)[np.asarray(weights) == 1].tolist()) == list(range(rows))
 
 
-def test_padding_does_not_change_the_gradient() -> None:
+def test_padding_does_not_change_the_gradient():
     params = [(jnp.arange(6.0).reshape(2, 3) / 7, jnp.zeros(3))]
     x, y = jnp.asarray([[1.0, 2.0], [0.5, -1.0]]), jnp.asarray([0, 2])
     padded_x, padded_y = jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]])
@@ -423,7 +411,7 @@ def test_padding_does_not_change_the_gradient() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, padded)
 
 
-def test_split_holds_out_a_fifth_of_every_class() -> None:
+def test_split_holds_out_a_fifth_of_every_class():
     digits = data.load("digits")
     total = np.bincount(digits.train_y) + np.bincount(digits.test_y)
     assert (np.abs(np.bincount(digits.test_y) - 0.2 * total) <= 0.5).all()
