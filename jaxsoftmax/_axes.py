@@ -34,12 +34,16 @@ def _moved(x, axes):
     return jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
 
 
+# What stands for a label that is no class: out of range (the loss is NaN), or ignored (it is 0).
+OUT_OF_RANGE, IGNORED = -1, -2
+
+
 def to_index(labels: jax.Array, classes: int) -> jax.Array:
-    """Labels of any integer dtype as int32; −1 for a label out of range [0, classes)."""
+    """Labels of any integer dtype as int32; OUT_OF_RANGE for a label outside [0, classes)."""
     last = min(jnp.iinfo(jnp.int32).max, jnp.iinfo(labels.dtype).max)
     fits = (labels >= 0) & (labels <= last)
     index = jnp.where(fits, labels, 0).astype(jnp.int32)
-    return jnp.where(fits & (index < classes), index, -1)
+    return jnp.where(fits & (index < classes), index, OUT_OF_RANGE)
 
 
 def labels_in_block(labels: jax.Array, start: Any, size: int) -> jax.Array:

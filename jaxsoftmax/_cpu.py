@@ -17,6 +17,7 @@ from jax import lax
 
 from ._numerics import (
     NEAR,
+    UNLABELLED,
     Elementwise,
     accumulation_dtype,
     finite_shift,
@@ -82,10 +83,11 @@ def _from_label(x, labels, others, from_maximum):
     """(m, r) of `x [n, C]` from the label's logit, or the highest of the first few if that is more.
 
     From the maximum where r is still too large. `others(x, m, index)` sums over all classes but
-    `index`, whose logit is m.
+    `index`, whose logit is m. A row with a negative label is not recomputed.
     """
     n, classes = x.shape
-    index, m = labels, pick(x, labels)
+    none, index = labels < 0, jnp.maximum(labels, 0)
+    m = pick(x, index)
     if classes >= _MANY:  # in a shorter row, looking at the first few is not cheap enough
         few = min(_BLOCK, classes // 64)
         first = upcast(x[:, :few])
@@ -93,7 +95,7 @@ def _from_label(x, labels, others, from_maximum):
         index = jnp.where(highest > m, _first(first == highest[:, None]), index)
         m = jnp.where(highest > m, highest, m)
     r = others(x, m, index)
-    far = ~(r < NEAR)  # NaN too: a label at −∞, or a row with +∞ or NaN
+    far = ~(r < NEAR) & ~none  # NaN too: a label at −∞, or a row with +∞ or NaN
     rows = max(1, _AGAIN_BYTES // (classes * m.dtype.itemsize))
 
     def all_again():
@@ -115,7 +117,8 @@ def _from_label(x, labels, others, from_maximum):
 
     # n is symbolic in an export.
     in_one = classes <= _FEW or not isinstance(n, int) or n <= rows
-    return lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
+    m, r = lax.cond(_any(far), all_again if in_one else some_again, lambda: (m, r))
+    return jnp.where(none, UNLABELLED, m), jnp.where(none, 0, r)
 
 
 def _others_in_chunks(x: jax.Array, m: jax.Array, labels: jax.Array) -> jax.Array:

@@ -24,6 +24,9 @@ Elementwise = Callable[..., jax.Array]
 # A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.64
 # (docs/derivation.md, section 13).
 NEAR = 2.0**24
+# The shift, with r = 0, of a row that has no label and is asked for nothing but its loss: every
+# exponential is 0, and sums of its gaps over the classes are finite.
+UNLABELLED = 2.0**104
 
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:

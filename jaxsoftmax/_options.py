@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._axes import labels_in_block, to_index
+from ._axes import IGNORED, labels_in_block, to_index
 from ._numerics import upcast
 from ._rules import instantiated, rule
 from ._sharding import AxisName, gather, shard_count, shard_start, sum_over
@@ -73,10 +73,10 @@ def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | N
 
 
 def label_index(labels: jax.Array, classes: int, ignore_index: int | None) -> jax.Array:
-    """Labels as int32: −1 where out of range, 0 where ignored, which makes nothing NaN."""
+    """Labels as int32: OUT_OF_RANGE, which makes the loss NaN, or IGNORED, which does not."""
     index = to_index(labels, classes)
     ignored = ignored_tokens(labels, ignore_index)
-    return index if ignored is None else jnp.where(ignored, 0, index)
+    return index if ignored is None else jnp.where(ignored, IGNORED, index)
 
 
 def label_weights(

@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from . import _cpu
 from ._numerics import (
     NEAR,
+    UNLABELLED,
     Elementwise,
     max_and_remainder,
     remainder_beside,
@@ -33,12 +34,12 @@ def shift_and_remainder(
 ) -> tuple[jax.Array, jax.Array]:
     """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
 
-    Without labels m is the maximum. With `labels [...]` (from `to_index`) m may be another class's
+    Without labels m is the maximum. With `labels [...]` (from `label_index`) m may be another class's
     logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the loss and
-    its gradient, and no pass over the row has to find m. A label of −1 counts as the first class.
+    its gradient, and no pass over the row has to find m. A row whose label is negative gets
+    (`UNLABELLED`, 0): a loss that is NaN or 0 needs no more.
     """
     local = is_local(*jax.tree.leaves((x, labels)))
-    labels = None if labels is None else jnp.maximum(labels, 0)
     rows = (x, *scalars) if labels is None else (x, *scalars, labels)
     m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labels is not None, local=local)
     return checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
@@ -69,8 +70,10 @@ def _plain(of, x, labels, *scalars):
     """
     if labels is None:
         return max_and_remainder(of(x, *scalars))
-    m = of(gathered(x, labels), *scalars)
+    m = of(gathered(x, jnp.maximum(labels, 0)), *scalars)
+    m = jnp.where(labels < 0, UNLABELLED, m)
     r = remainder_beside(of(x, *scalars), m, labels)
+    r = jnp.where(labels < 0, 0, r)
     far = ~(r < NEAR)  # NaN too: a label at −∞, or a row with +∞ or NaN
 
     def again(step, near):
@@ -130,7 +133,7 @@ mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_r
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit z_t at each row's label (from `to_index`); 0 for −1."""
+    """The logit z_t at each row's label (from `label_index`); 0 for a negative one."""
     z = _cpu.or_plain(_cpu.pick, _gathered, x, jnp.maximum(labels, 0), local=is_local(x, labels))
     return jnp.where(labels < 0, 0, z)
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ._axes import labels_in_block
+from ._axes import OUT_OF_RANGE, labels_in_block
 from ._merge import BlockSums, merge_shards
 from ._numerics import (
     accumulation_dtype,
@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
     spread: Any
 
 
-# Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `to_index`, a
+# Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `label_index`, a
 # `Transform` and `weights [C]`, the u_k of the spread (1 where None).
 #
 #     loss = (m − z_t) + log1p(r)
@@ -74,7 +74,8 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
 def _token_bwd(axis_name, residuals, cotangents):
     _, labels, *_, sums = residuals
     g = nan_where_invalid(none_if_zero(cotangents), labels)
-    unused = rows_without_cotangent(g, jnp.isfinite(sums.r))
+    known = jnp.isfinite(sums.r) & (labels >= 0)  # without a label (m, r) say nothing of the row
+    unused = rows_without_cotangent(g, known)
     return _token_linear(axis_name, residuals, g, unused)
 
 
@@ -89,7 +90,7 @@ def _token_linear(axis_name, residuals, g, unused=None):
 
 
 def _token_tangents(axis_name, residuals, g):
-    factor = jnp.ones_like(g.loss) + nan_where(residuals[1] < 0, g.loss.dtype)
+    factor = jnp.ones_like(g.loss) + nan_where(residuals[1] == OUT_OF_RANGE, g.loss.dtype)
     return _token_linear(axis_name, residuals, g._replace(loss=factor * g.loss))
 
 
@@ -185,7 +186,7 @@ def block_sums(  # noqa: PLR0917
 def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
     """The loss is NaN where the label is out of range."""
     loss = statistics.loss
-    return statistics._replace(loss=loss + nan_where(labels < 0, loss.dtype))
+    return statistics._replace(loss=loss + nan_where(labels == OUT_OF_RANGE, loss.dtype))
 
 
 def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
@@ -209,7 +210,7 @@ def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
     """The cotangents: NaN for a loss whose label is out of range, unless that loss is not used."""
     if g.loss is None:
         return g
-    invalid = (labels < 0) & (g.loss != 0)
+    invalid = (labels == OUT_OF_RANGE) & (g.loss != 0)
     return g._replace(loss=g.loss + nan_where(invalid, g.loss.dtype))
 
 

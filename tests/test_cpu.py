@@ -195,6 +195,17 @@ def test_rows_that_are_not_finite(monkeypatch, classes, label):
     np.testing.assert_array_equal(found, [*expected, (0, classes - 1)])
 
 
+@pytest.mark.parametrize("classes", [3, 100, 4096])
+def test_a_row_without_a_label_is_not_recomputed(device, classes):
+    """Whatever its first class is, which takes the label's place; out of range, or ignored."""
+    z = np.zeros((6, classes), np.float32)
+    z[:5, 0] = [-100, -np.inf, np.inf, np.nan, -100]
+    labels = jnp.array([-1, -1, -2, -2, -2, 1], jnp.int32)
+    m, r = jax.jit(rows_of.shift_and_remainder)(z, labels)
+    np.testing.assert_array_equal(m, [forms.UNLABELLED] * 5 + [0])
+    np.testing.assert_array_equal(r, [0] * 5 + [classes - 1])
+
+
 @pytest.mark.parametrize("classes", [10, 100, 4096])
 def test_a_mapped_axis_is_one_more_axis_of_rows(classes):
     """Nothing that a condition skips is computed under vmap: the same program, the same memory."""

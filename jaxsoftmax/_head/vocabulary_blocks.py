@@ -62,7 +62,7 @@ class Operands(NamedTuple):
     bias: Any  # [V] or None
     transform: Any
     weights: Any  # [V] or None, of the spread
-    labels: Any  # [N], from `to_index`
+    labels: Any  # [N], from `label_index`
 
 
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
