@@ -79,6 +79,11 @@ class Loss(NamedTuple):
         return _at(*BROKEN) & self.weighs
 
     @property
+    def nothing(self) -> np.ndarray:
+        """Tokens whose loss and gradient are exactly 0."""
+        return self.broken | ((LABELS == IGNORED) & self.ignores)
+
+    @property
     def labels(self) -> np.ndarray:
         return np.where(self.broken, CLASSES, LABELS)
 
@@ -354,8 +359,8 @@ def test_tokens_that_do_not_count(loss):
     for got, want in zip(expected, truth(loss, ORDERS), strict=True):
         assert_derivatives(got, want)
     of_arrays = expected[0][1][0]
-    for name in {"hidden", "targets", "weights"} & of_arrays.keys():
-        assert not np.asarray(of_arrays[name])[loss.broken].any(), name
+    for name in {"hidden", "logits", "targets", "weights"} & of_arrays.keys():
+        assert not np.asarray(of_arrays[name])[loss.nothing].any(), name
     if not loss.ignores or loss.mean:
         return
     spoilt = loss.labels
