@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from assertions import assert_trees_close
+from assertions import assert_close
 from programs import run
 
 import jaxsoftmax as js
@@ -213,7 +213,7 @@ def check_closed_over(name, reduction, ways):
         run = jax.value_and_grad(WRAPPED[how](head), numbers)
         got = (jax.jit(run) if how == "jit of the gradient" else run)(HIDDEN, c)
         assert jax.tree.map(kind, got) == jax.tree.map(kind, want), how
-        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @both_orders
@@ -230,7 +230,7 @@ def test_second_derivatives_beside_what_it_closes_over(reduction):
     arguments = (HIDDEN, jnp.float32(1.3), closed_over)
     for f in (jax.hessian, lambda f, n: jax.jacrev(jax.grad(f, n), n)):
         got, want = (jax.jit(f(g, (0, 1)))(*arguments) for g in (head, plain))
-        assert_trees_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_it_closes_over_may_be_another_in_the_next_call():
@@ -306,4 +306,4 @@ def test_what_a_token_argument_may_be():
     arguments = (HIDDEN, numbers.astype(np.complex64) + 1, np.zeros((5, 0), np.float32))
     got, want = (jax.value_and_grad(f, (0, 1, 2))(*arguments) for f in (head, plain))
     assert jax.tree.map(kind, got) == jax.tree.map(kind, want)
-    assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+    assert_close(got, want, rtol=1e-5, atol=1e-6)

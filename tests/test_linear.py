@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from assertions import assert_trees_close
+from assertions import assert_close
 from cases import on_device
 from heads import both_ways, check_head, check_log_probs, head, head_truth, problem, total
 from jax import export
@@ -162,7 +162,7 @@ def test_vmap_of_any_operand(gradients):
     for axes in ((0, None), (None, 0), (0, 0)):
         given = [a if axis == 0 else a[0] for a, axis in zip(pair, axes, strict=True)]
         got, want = (jax.vmap(step(f), axes)(*given) for f in (chunked, plain))
-        assert_trees_close(got, want, rtol=2e-4, of_largest=1e-5)
+        assert_close(got, want, rtol=2e-4, of_largest=1e-5)
 
 
 @pytest.mark.parametrize("name", ["in_forward", "recompute", "unreduced", "log_probs"])
@@ -186,7 +186,7 @@ def test_what_is_differentiated_is_asked_anew(name):
     for chosen in ((0,), (3,), (1, 2), (2,), (0, 3), (1,), (0, 1, 2, 3)):
         for g in (f, jax.checkpoint(f)):
             got = jax.grad(g, chosen)(*arguments)
-            assert_trees_close(got, [true[i] for i in chosen], of_largest=1e-6)
+            assert_close(got, [true[i] for i in chosen], of_largest=1e-6)
 
 
 @both_ways
@@ -243,7 +243,7 @@ def test_a_loss_without_a_derivative_where_the_weight_is_0(reduction):
     value, (d_hidden, d_kernel) = jax.value_and_grad(total, (0, 1))(hidden, kernel)
     assert not np.any(d_hidden[~used])
     want = weights[used] @ norms[:, 0], d @ kernel.T, hidden[used].T @ d
-    assert_trees_close((value, d_hidden[used], d_kernel), want, rtol=1e-5, atol=1e-6)
+    assert_close((value, d_hidden[used], d_kernel), want, rtol=1e-5, atol=1e-6)
 
 
 @both_ways
@@ -334,7 +334,7 @@ def test_value_and_gradient_exported_for_any_number_of_tokens(device, name):
         hidden, _, _, labels = problem(shape[0] * shape[1], 4, 10)
         arguments = (hidden.reshape(*shape, 4), kernel, labels.reshape(shape))
         got, want = exported.call(*arguments), jax.jit(step)(*arguments)
-        assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @both_ways

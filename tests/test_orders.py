@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from assertions import assert_close
 from cases import generator
+from heads import U
 
 import jaxsoftmax as js
 from jaxsoftmax import forward_mode
@@ -253,10 +254,10 @@ def definition(loss: Loss, a: dict[str, Any], o: dict[str, Any]) -> jax.Array:
     cost = jnp.where(inside, lse[:, None] - z, 0)
     t = np.maximum(LABELS, 0)
     own = jnp.take_along_axis(cost, t[:, None], axis=-1)[:, 0]
+    u = o.get("class_weights", jnp.ones(CLASSES, z.dtype))
     if "log_probs" in loss.name:
         losses = jnp.sum(p * cost, axis=-1) + lse + 0.5 * own
     else:
-        u = o.get("class_weights", jnp.ones(CLASSES, z.dtype))
         spread = jnp.sum(u[None] * cost, axis=-1) / inside.sum(-1).astype(z.dtype)
         if "dense" in loss.name:
             own = jnp.sum(jnp.where(counts[:, None] & inside, a["targets"], 0) * cost, axis=-1)
@@ -337,7 +338,8 @@ def assert_derivatives(got, want, what=""):
     """
     largest = max(np.abs(e).max(initial=0) for e in jax.tree.leaves(want))
     of_logits = lambda path: getattr(path[-1], "key", None) in TRANSFORM  # noqa: E731
-    assert_close(got, want, 64, lambda path: largest if of_logits(path) else 0, what)
+    floor = lambda path: max(1, largest) if of_logits(path) else 1  # noqa: E731
+    assert_close(got, want, of_largest=64 * U, floor=floor, name=what)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=str)
