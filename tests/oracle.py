@@ -54,13 +54,18 @@ def wide(numbers):
 
 
 def _literal(z):
-    with mpmath.workdps(DIGITS):
+    return [np.stack(parts) for parts in zip(*map(_literal_row, z), strict=True)]
+
+
+def _literal_row(z):
+    # 1 − ŷ at the top is as small as the next term, and keeps 80 digits for all float64 has.
+    small = min(np.ptp(z[np.isfinite(z)]), -np.log(np.finfo(np.float64).tiny))
+    with mpmath.workdps(DIGITS + int(small / np.log(10))):
         exponentials = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), z)
-        totals = exponentials.sum(axis=-1)
-        p = exponentials / totals[:, None]
-        lse = _apply(mpmath.log, totals)
+        total = exponentials.sum()
+        p = exponentials / total
         nll = _apply(lambda v: -mpmath.log(v), p)
-        return tuple(wide(a) for a in (p, 1 - p, nll, lse))
+        return wide(p), wide(1 - p), wide(nll), wide(np.array(mpmath.log(total)))
 
 
 def _long_double(z):
