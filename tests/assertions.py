@@ -49,19 +49,20 @@ def assert_within(got, true, bound, name: str = "") -> None:
 
 
 def assert_close(
-    got, want, *, rtol=0.0, atol=0.0, of_largest=0.0, floor: Any = 0.0, name=""
+    got, want, *, rtol=0.0, atol=0.0, of_largest=0.0, floor: Any = 0.0, finite=True, name=""
 ) -> None:
     """Each leaf is close by its numbers, absolutely, and by its largest number, at least `floor`.
 
-    That may be a function of the leaf's path.
+    That may be a function of the leaf's path. Without `finite`, infinities and NaN must be equal.
     """
     for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         where = name + jax.tree_util.keystr(path)
         g, w = (np.asarray(a, np.float64) for a in (g, w))  # noqa: PLW2901
         assert g.shape == w.shape, where
-        assert np.isfinite(w).all(), where
+        number = np.isfinite(w)
+        assert not finite or number.all(), where
         least: Any = floor(path) if callable(floor) else floor
-        allowed = atol + of_largest * np.abs(w).max(initial=least)
+        allowed = atol + of_largest * np.abs(w[number]).max(initial=least)
         np.testing.assert_allclose(g, w, rtol=rtol, atol=allowed, err_msg=where)
 
 

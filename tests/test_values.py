@@ -33,14 +33,14 @@ every_one = pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumex
 
 
 def test_the_two_engines_of_the_oracle_agree():
-    z = rows(Case(300, "float64")).logits
+    # Long double has no exp of the huge ones.
+    z = rows(Case(300, "float64")).logits[np.array(ROW_KINDS) != "huge"]
     literal, wide = (oracle.truth(z, np.float64, engine=e) for e in ("literal", "wide"))
     for name in ("p", "complement", "nll", "lse"):
         a, b = getattr(literal, name).value, getattr(wide, name).value
         np.testing.assert_array_equal(np.isinf(a), np.isinf(b))
         a, b = (np.where(np.isinf(v), 0, v) for v in (a, b))
-        # The literal one has what float64 has.
-        assert (np.abs(a - b) <= 2.0**-58 * np.abs(a) + np.finfo(np.float64).tiny).all(), name
+        assert (np.abs(a - b) <= 2.0**-58 * np.abs(a)).all(), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
