@@ -186,16 +186,20 @@ def test_what_a_loss_closes_over(name, reduction):
     check_closed_over(name, reduction, FEW)
 
 
+@pytest.mark.parametrize(
+    "compiled", [jax.jit, pytest.param(lambda f: f, id="eager", marks=pytest.mark.wide)]
+)
 @pytest.mark.parametrize("reduction", ["mean", pytest.param(None, marks=pytest.mark.wide)])
-def test_a_key_closed_over_in_any_transform(reduction):
-    check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW})
+def test_a_key_closed_over_in_any_transform(reduction, compiled):
+    """All in one program, which compiles faster, or each alone."""
+    check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW}, compiled)
 
 
 def kind(array):
     return array.shape, array.dtype
 
 
-def check_closed_over(name, reduction, ways):
+def check_closed_over(name, reduction, ways, compiled=lambda f: f):
     closed_over, made_of = CLOSED_OVER[name]
 
     def head(x, c):
@@ -209,9 +213,12 @@ def check_closed_over(name, reduction, ways):
     numbers = (0, 1) if name in ("floats", "complex") else 0
     c = jnp.asarray(closed_over)
     want = jax.value_and_grad(plain, numbers)(HIDDEN, c)
-    for how in ways:
-        run = jax.value_and_grad(WRAPPED[how](head), numbers)
-        got = (jax.jit(run) if how == "jit of the gradient" else run)(HIDDEN, c)
+
+    @compiled
+    def results(x, c):
+        return {how: jax.value_and_grad(WRAPPED[how](head), numbers)(x, c) for how in ways}
+
+    for how, got in results(HIDDEN, c).items():
         assert jax.tree.map(kind, got) == jax.tree.map(kind, want), how
         assert_close(got, want, rtol=1e-5, atol=1e-6)
 
