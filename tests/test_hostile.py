@@ -438,7 +438,7 @@ INTEGERS = ("int8", "uint8", "int16", "int32", "uint32", "int64", "uint64")
 
 @pytest.mark.parametrize("classes", [3, 300])
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_a_label_out_of_range_is_nan_in_its_rowalone(device, classes, dtype):
+def test_a_label_out_of_range_is_nan_in_its_row_alone(device, classes, dtype):
     """Whatever its dtype can hold: nothing wraps, also where C is more than the dtype's range."""
     z, run = normal(classes), of_sum(integer)
     info = np.iinfo(dtype)
