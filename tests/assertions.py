@@ -57,7 +57,8 @@ def assert_close(
     """
     for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         where = name + jax.tree_util.keystr(path)
-        g, w = (np.asarray(a, np.float64) for a in (g, w))  # noqa: PLW2901
+        kind = np.complex128 if np.iscomplexobj(w) else np.float64
+        g, w = (np.asarray(a, kind) for a in (g, w))  # noqa: PLW2901
         assert g.shape == w.shape, where
         number = np.isfinite(w)
         assert not finite or number.all(), where
