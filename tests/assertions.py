@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a result may be from the truth, and the message that says where it is further."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,27 +48,24 @@ def assert_within(got, true, bound, name: str = "") -> None:
         )
 
 
-def assert_close(got, want, units, size=lambda path: 0, name: str = "") -> None:
-    """Each leaf to so many u of float32, of its largest entry, of 1 or of `size`.
+def assert_close(
+    got, want, *, rtol=0.0, atol=0.0, of_largest=0.0, floor: Any = 0.0, finite=True, name=""
+) -> None:
+    """Each leaf is close by its numbers, absolutely, and by its largest number, at least `floor`.
 
-    What is a sum of some hundred terms of that size may be so far off.
+    That may be a function of the leaf's path. Without `finite`, infinities and NaN must be equal.
     """
-    wide = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float64), tree)  # noqa: E731
-    leaves = map(jax.tree.leaves_with_path, (wide(got), wide(want)))
-    for (path, a), (_, e) in zip(*leaves, strict=True):
-        assert np.isfinite(e).all(), f"{name}{path}"
-        bound = units * 2.0**-24 * max(1, size(path), np.abs(e).max(initial=0))
-        np.testing.assert_allclose(a, e, rtol=0, atol=bound, err_msg=f"{name}{path}")
+    for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        where = name + jax.tree_util.keystr(path)
+        kind = np.complex128 if np.iscomplexobj(w) else np.float64
+        g, w = (np.asarray(a, kind) for a in (g, w))  # noqa: PLW2901
+        assert g.shape == w.shape, where
+        number = np.isfinite(w)
+        assert not finite or number.all(), where
+        least: Any = floor(path) if callable(floor) else floor
+        allowed = atol + of_largest * np.abs(w[number]).max(initial=least)
+        np.testing.assert_allclose(g, w, rtol=rtol, atol=allowed, err_msg=where)
 
 
 def assert_dtype(got, dtype) -> None:
     assert got.dtype == jnp.dtype(dtype), f"{got.dtype}, expected {jnp.dtype(dtype)}"
-
-
-def assert_trees_close(got, want, *, rtol=0.0, atol=0.0, of_largest=0.0) -> None:
-    """Every leaf is close, by its numbers, absolutely, and by the largest number of the leaf."""
-    for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        true = np.asarray(w)
-        allowed = atol + of_largest * np.abs(true[np.isfinite(true)]).max(initial=0)
-        name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(g, true, rtol=rtol, atol=allowed, err_msg=name)

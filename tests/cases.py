@@ -3,13 +3,14 @@
 
 A case is a number of classes and a dtype; its logits are one array whose rows are all the kinds of
 row that have broken a loss somewhere, each kind twice: with its largest class and with a random
-class for the label. A function that is added to FUNCTIONS gets every property.
+class for the label. A function that is added to `functions_of` gets every property.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,10 @@ class Case(NamedTuple):
         return f"{self.dtype}-{self.classes}"
 
 
-CASES = [Case(classes, "float32") for classes in SIZES] + [
-    Case(classes, dtype) for dtype in DTYPES for classes in (1, 17, 130, 2049) if dtype != "float32"
+CASES = [
+    *(Case(classes, "float32") for classes in SIZES),
+    *(Case(c, dtype) for dtype in DTYPES for c in (1, 17, 130, 2049) if dtype != "float32"),
+    Case(70_000, "float16"),  # more than float16 can count
 ]
 
 
@@ -46,8 +49,6 @@ class Rows(NamedTuple):
     labels: np.ndarray  # [R] int32, never at −inf
     one_hot: np.ndarray  # [R, V] float32
     targets: np.ndarray  # [R, V] float32, non-negative, sums other than 1, 0 at −inf
-    cotangent: np.ndarray  # [R] non-uniform, of both signs, one exactly 0
-    wide_cotangent: np.ndarray  # [R, V] the same for results of the logits' shape
 
 
 def generator(*key: object) -> np.random.Generator:
@@ -91,10 +92,17 @@ KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "peaked by 17": _peaked(17),
     "peaked by 40": _peaked(40),
     "peaked at 0": lambda rng, v: (z := _peaked(25)(rng, v)) - z.max(),
+    "peaked by 60": _peaked(60),
     "wide": lambda rng, v: 30 * rng.standard_normal(v),
+    # Long double, the truth about many classes, has no exp of 12 000.
+    "huge": lambda rng, v: (1e4 if v <= oracle.LITERAL_UP_TO else 1e3) * rng.standard_normal(v),
+    "tiny": lambda rng, v: 1e-3 * rng.standard_normal(v),
+    "tinier": lambda rng, v: 1e-30 * rng.standard_normal(v),
     "negative": lambda rng, v: rng.standard_normal(v) - 1e4,
     "offset": lambda rng, v: rng.standard_normal(v) + 1e4,
     "ties at the top": _ties_at_the_top,
+    "ties": lambda rng, v: np.round(rng.standard_normal(v)),
+    "zeros of both signs": lambda rng, v: rng.choice([0.0, -0.0], v),
     "all equal": lambda rng, v: np.full(v, -0.5),
     "some −inf": _minus_infinities,
     "all −inf but the last": _one_finite,
@@ -107,22 +115,22 @@ ROW_KINDS = [kind for kind in KINDS for _ in range(2)]
 @cache
 def rows(case: Case) -> Rows:
     rng = generator("rows", *case)
-    v = case.classes
-    logits = np.stack([KINDS[kind](rng, v) for kind in ROW_KINDS]).astype(jnp.dtype(case.dtype))
+    logits = np.stack([KINDS[kind](rng, case.classes) for kind in ROW_KINDS])
+    logits = logits.astype(jnp.dtype(case.dtype))
     z = logits.astype(np.float64)
-    n = len(ROW_KINDS)
     labels = z.argmax(-1)
-    for i in range(1, n, 2):
+    for i in range(1, len(z), 2):
         labels[i] = rng.choice(np.flatnonzero(np.isfinite(z[i])))
+    return with_targets(logits, labels, rng)
+
+
+def with_targets(logits: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> Rows:
+    n, v = logits.shape
     one_hot = np.zeros((n, v), np.float32)
     one_hot[np.arange(n), labels] = 1
     targets = rng.random((n, v)) * (rng.random((n, v)) < 0.7) * rng.uniform(0.2, 3, (n, 1))
-    targets = np.where(np.isneginf(z), 0, targets).astype(np.float32)
-    cotangent = rng.standard_normal(n).astype(np.float32)
-    cotangent[4] = 0
-    wide_cotangent = rng.standard_normal((n, v)).astype(np.float32)
-    wide_cotangent[5] = 0
-    return Rows(logits, labels.astype(np.int32), one_hot, targets, cotangent, wide_cotangent)
+    targets = np.where(np.isneginf(logits.astype(np.float64)), 0, targets).astype(np.float32)
+    return Rows(logits, labels.astype(np.int32), one_hot, targets)
 
 
 PROMISED_SIZES = (2, 3, 10, 16, 17, 128, 300, 1000)
@@ -151,14 +159,16 @@ def promised(classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return z, labels.astype(np.int32), gap
 
 
-class Function(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
     """A public function on logits [R, V], next to its truth."""
 
     name: str
-    call: Callable  # (logits, targets) -> result
+    f: Callable  # (logits, targets, **options) -> result, of the fields of a tuple a last axis
     value: Callable  # (Truth, targets) -> oracle.Value
     gradient: Callable  # (Truth, targets, cotangent) -> oracle.Value
     targets: str | None = None  # the field of Rows that the function takes, if any
+    options: str = "where"  # keywords that leave everything out
     label_gradient: Callable | None = None  # (Truth, targets, cotangent) -> oracle.Value
 
     def __str__(self) -> str:
@@ -172,12 +182,16 @@ class Function(NamedTuple):
     @property
     def invariant(self) -> bool:
         """Under a shift of the row: its gradient sums to zero."""
-        return self.name != "logsumexp"
+        return self.name not in ("logsumexp", "label_log_probs")
+
+    def of(self, case: Case) -> bool:
+        """The Jacobian of many classes is large."""
+        return self.name != "softmax_jacobian" or case.classes <= 130
 
 
 def alone(f):
     """Of what has no targets."""
-    return lambda of, _, *g: f(of, *g)
+    return lambda of, _, *g, **options: f(of, *g, **options)
 
 
 def _at_one(f):
@@ -185,49 +199,62 @@ def _at_one(f):
     return lambda t, y, *g: f(t, y.argmax(-1), *g)
 
 
-INTEGER = jaxsoftmax.softmax_cross_entropy_with_integer_labels
-DENSE = jaxsoftmax.softmax_cross_entropy
+def stacked(f):
+    """The fields of a result in a last axis."""
+    return lambda *arguments, **options: jnp.stack(f(*arguments, **options), axis=-1)
+
+
 LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
-FUNCTIONS = [
-    Function("integer labels", INTEGER, LOSS, GRADIENT, "labels"),
-    Function("one-hot labels", DENSE, _at_one(LOSS), _at_one(GRADIENT), "one_hot"),
-    Function(
-        "dense labels",
-        DENSE,
-        oracle.cross_entropy,
-        oracle.cross_entropy_gradient,
-        "targets",
-        oracle.cross_entropy_label_gradient,
-    ),
-    *(
-        Function(name, alone(call), alone(value), alone(gradient))
-        for name, call, value, gradient in (
-            ("softmax", jaxsoftmax.softmax, lambda t: t.p, oracle.softmax_gradient),
-            (
-                "log_softmax",
-                jaxsoftmax.log_softmax,
-                oracle.log_probabilities,
-                oracle.log_softmax_gradient,
-            ),
-            (
-                "logsumexp",
-                partial(jaxsoftmax.logsumexp, axis=-1),
-                lambda t: t.lse,
-                oracle.lse_gradient,
-            ),
+
+
+def functions_of(module: Any, prefix: str = "") -> list[Function]:
+    """Every function on logits that `jaxsoftmax` and `forward_mode` have."""
+    dense, integer = module.softmax_cross_entropy, "softmax_cross_entropy_with_integer_labels"
+    log_probs = stacked(partial(module.label_log_probs, with_entropy=True))
+    family: list[Any] = [
+        ("softmax", lambda t: t.p, oracle.softmax_gradient),
+        ("log_softmax", oracle.log_probabilities, oracle.log_softmax_gradient),
+        ("logsumexp", lambda t: t.lse, oracle.lse_gradient),
+        ("softmax_jacobian", oracle.jacobian, oracle.jacobian_gradient),
+    ]
+    of_logits = [
+        Function(
+            name, alone(partial(getattr(module, name), axis=-1)), alone(value), alone(gradient)
         )
-    ),
-]
+        for name, value, gradient in family
+    ]
+    of_logits[-1] = dataclasses.replace(of_logits[-1], options="")
+    of_targets = [
+        Function(integer, getattr(module, integer), LOSS, GRADIENT, "labels", "where ignore_index"),
+        Function("one-hot labels", dense, _at_one(LOSS), _at_one(GRADIENT), "one_hot"),
+        Function(
+            "softmax_cross_entropy",
+            dense,
+            oracle.cross_entropy,
+            oracle.cross_entropy_gradient,
+            "targets",
+            label_gradient=oracle.cross_entropy_label_gradient,
+        ),
+        Function(
+            "label_log_probs", log_probs, oracle.log_probs, oracle.log_probs_gradient, "labels", ""
+        ),
+    ]
+    return [dataclasses.replace(f, name=prefix + f.name) for f in of_logits + of_targets]
+
+
+FUNCTIONS = functions_of(jaxsoftmax)
 
 
 def targets_of(function: Function, data: Rows) -> np.ndarray | None:
     return getattr(data, function.targets) if function.targets else None
 
 
-def cotangent_of(function: Function, data: Rows, dtype) -> np.ndarray:
-    """The cotangent, representable in the result's dtype."""
-    g = data.wide_cotangent if "softmax" in function.name else data.cotangent
-    return g.astype(jnp.dtype(dtype))
+def cotangent_of(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Non-uniform, of both signs, one row exactly 0; representable in half precision."""
+    g = np.sin(np.arange(1, np.prod(shape, dtype=int) + 1)).reshape(shape)
+    if g.ndim:
+        g[4] = 0
+    return g.astype(jnp.bfloat16).astype(jnp.dtype(dtype))
 
 
 def class_rows(a: np.ndarray, axis=-1) -> np.ndarray:

@@ -54,13 +54,18 @@ def wide(numbers):
 
 
 def _literal(z):
-    with mpmath.workdps(DIGITS):
+    return [np.stack(parts) for parts in zip(*map(_literal_row, z), strict=True)]
+
+
+def _literal_row(z):
+    # 1 − ŷ at the top is as small as the next term, and keeps 80 digits for all float64 has.
+    small = min(np.ptp(z[np.isfinite(z)]), -np.log(np.finfo(np.float64).tiny))
+    with mpmath.workdps(DIGITS + int(small / np.log(10))):
         exponentials = _apply(lambda v: mpmath.exp(mpmath.mpf(float(v))), z)
-        totals = exponentials.sum(axis=-1)
-        p = exponentials / totals[:, None]
-        lse = _apply(mpmath.log, totals)
+        total = exponentials.sum()
+        p = exponentials / total
         nll = _apply(lambda v: -mpmath.log(v), p)
-        return tuple(wide(a) for a in (p, 1 - p, nll, lse))
+        return wide(p), wide(1 - p), wide(nll), wide(np.array(mpmath.log(total)))
 
 
 def _long_double(z):
@@ -105,7 +110,7 @@ def truth(z: np.ndarray, accumulate, *, engine: str | None = None) -> Truth:
     # Where exp underflows it may give 0: one smallest normal number for each class.
     floor = tiny * classes
     finite_nll = np.where(np.isfinite(nll), nll, 0)
-    p_bound = (base + gap + mean[:, None]) * u * p + tiny
+    p_bound = (base + gap + mean[:, None]) * u * p + np.where(np.isneginf(z), 0, tiny)
     own = np.where(at_top, mean_of_rest[:, None], mean[:, None])
     complement_bound = (base + own) * u * complement + floor
     nll_bound = u * (base * finite_nll + np.where(at_top, own * finite_nll, own)) + floor
@@ -189,8 +194,8 @@ def softmax_gradient(t: Truth, g: np.ndarray) -> Value:
     distance = np.abs(g - np.where(t.confident[:, None], at_top, 0))
     size = distance + (distance * p).sum(-1, keepdims=True)
     spread = (distance * t.p.bound).sum(-1, keepdims=True)
-    bound = t.p.bound * size + p * (spread + (t.chain + 4) * t.u * size) + t.tiny
-    return Value(p * bracket, bound)
+    bound = t.p.bound * size + p * (spread + (t.chain + 4) * t.u * size)
+    return Value(p * bracket, _or_underflow(bound, t))
 
 
 def log_softmax_gradient(t: Truth, g: np.ndarray) -> Value:
@@ -201,7 +206,12 @@ def log_softmax_gradient(t: Truth, g: np.ndarray) -> Value:
 
 def _scaled(v: Value, g: np.ndarray, t: Truth) -> Value:
     g = g.astype(Wide)[:, None]
-    return Value(g * v.value, np.abs(g) * (v.bound + t.u * np.abs(v.value)) + t.tiny)
+    return Value(g * v.value, _or_underflow(np.abs(g) * (v.bound + t.u * np.abs(v.value)), t))
+
+
+def _or_underflow(bound: np.ndarray, t: Truth, times: int = 1) -> np.ndarray:
+    """XLA may give 0 for what is smaller than normal numbers; what is exactly 0 stays exactly 0."""
+    return bound + np.where(bound > 0, times * t.tiny, 0)
 
 
 # Log-probabilities with lse and entropy, and the Jacobian of softmax.
@@ -238,11 +248,11 @@ def log_probs_gradient(t, labels, g) -> Value:
     gap, mean, mean_bound = _gaps(t)
     bracket, of_entropy = gap - mean[:, None], g[:, 2:].astype(Wide)
     inner = mean_bound[:, None] + t.u * (gap + 4 * np.abs(bracket))
-    bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner) + t.tiny
+    bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner)
     terms = [
         nll_gradient(t, labels, -g[:, 0]),
         lse_gradient(t, g[:, 1]),
-        Value(of_entropy * t.p.value * bracket, bound),
+        Value(of_entropy * t.p.value * bracket, _or_underflow(bound, t)),
     ]
     value, bound = (np.sum(a, axis=0) for a in zip(*terms, strict=True))
     return Value(value, bound + 3 * t.u * sum(np.abs(v.value) for v in terms))
@@ -257,8 +267,8 @@ def jacobian(t) -> Value:
     """ŷ_i (δ_ij − ŷ_j): the errors of both factors, and the product's."""
     factor, error = (_factors(*pair) for pair in zip(t.p, t.complement, strict=True))
     p, p_bound = (a[:, :, None] for a in t.p)
-    bound = p_bound * (factor + error) + p * error + 2 * t.u * p * factor + t.tiny
-    return Value(p * factor * (2 * np.eye(p.shape[1]) - 1), bound)
+    bound = p_bound * (factor + error) + p * error + 2 * t.u * p * factor
+    return Value(p * factor * (2 * np.eye(p.shape[1]) - 1), _or_underflow(bound, t))
 
 
 def jacobian_gradient(t, g) -> Value:
@@ -278,7 +288,7 @@ def jacobian_gradient(t, g) -> Value:
     s = terms(p, t.complement.value)
     widest = terms(*(v.value + v.bound for v in (t.p, t.complement)))
     c = np.einsum("nii->ni", g) - ((g + g.swapaxes(1, 2)) * p[:, None, :]).sum(-1)
-    bound = (widest - s) + (3 * t.chain + 12) * t.u * s + t.tiny * p.shape[-1]
+    bound = _or_underflow((widest - s) + (3 * t.chain + 12) * t.u * s, t, p.shape[-1])
     return Value(p * (c - (c * p).sum(-1, keepdims=True)), bound)
 
 

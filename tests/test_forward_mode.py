@@ -3,7 +3,9 @@
 
 import inspect
 import pickle
+from functools import partial
 
+import assertions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,11 +51,7 @@ CALLS = {
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 # Two orders of the same sums of nine terms, each below 20 in size.
-RTOL, ATOL = 1e-5, 2e-6
-
-
-def assert_trees_close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=RTOL, atol=ATOL), got, want)
+assert_close = partial(assertions.assert_close, rtol=1e-5, atol=2e-6)
 
 
 def test_every_name_on_logits_is_there():
@@ -75,8 +73,8 @@ def test_values_and_jacobians_are_those_of_reverse_mode(call):
         return (ours(x), jax.jacfwd(ours)(x), jax.jacrev(ours)(x)), theirs(x), jax.jacrev(theirs)(x)
 
     found, value, jacobian = together(x)
-    assert_trees_close(found, (value, jacobian, jacobian))
-    assert_trees_close(jax.jacfwd(lambda x: call(forward_mode, x))(x), jacobian)
+    assert_close(found, (value, jacobian, jacobian))
+    assert_close(jax.jacfwd(lambda x: call(forward_mode, x))(x), jacobian)
 
 
 @pytest.mark.wide
@@ -84,7 +82,7 @@ def test_values_and_jacobians_are_those_of_reverse_mode(call):
 def test_linearize_and_second_derivatives(call):
     x, v = logits(), jnp.cos(jnp.arange(ROWS * CLASSES, dtype=jnp.float32)).reshape(ROWS, CLASSES)
     _out, tangents = jax.linearize(lambda x: call(forward_mode, x), x)
-    assert_trees_close(tangents(v), jax.jvp(lambda x: call(forward_mode, x), (x,), (v,))[1])
+    assert_close(tangents(v), jax.jvp(lambda x: call(forward_mode, x), (x,), (v,))[1])
 
     def total(module, x):
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(call(module, x)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from assertions import assert_trees_close
+from assertions import assert_close
 from programs import run
 
 import jaxsoftmax as js
@@ -186,16 +186,20 @@ def test_what_a_loss_closes_over(name, reduction):
     check_closed_over(name, reduction, FEW)
 
 
+@pytest.mark.parametrize(
+    "compiled", [jax.jit, pytest.param(lambda f: f, id="eager", marks=pytest.mark.wide)]
+)
 @pytest.mark.parametrize("reduction", ["mean", pytest.param(None, marks=pytest.mark.wide)])
-def test_a_key_closed_over_in_any_transform(reduction):
-    check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW})
+def test_a_key_closed_over_in_any_transform(reduction, compiled):
+    """All in one program, which compiles faster, or each alone."""
+    check_closed_over("a key", reduction, WRAPPED.keys() - {*FEW}, compiled)
 
 
 def kind(array):
     return array.shape, array.dtype
 
 
-def check_closed_over(name, reduction, ways):
+def check_closed_over(name, reduction, ways, compiled=lambda f: f):
     closed_over, made_of = CLOSED_OVER[name]
 
     def head(x, c):
@@ -209,11 +213,14 @@ def check_closed_over(name, reduction, ways):
     numbers = (0, 1) if name in ("floats", "complex") else 0
     c = jnp.asarray(closed_over)
     want = jax.value_and_grad(plain, numbers)(HIDDEN, c)
-    for how in ways:
-        run = jax.value_and_grad(WRAPPED[how](head), numbers)
-        got = (jax.jit(run) if how == "jit of the gradient" else run)(HIDDEN, c)
+
+    @compiled
+    def results(x, c):
+        return {how: jax.value_and_grad(WRAPPED[how](head), numbers)(x, c) for how in ways}
+
+    for how, got in results(HIDDEN, c).items():
         assert jax.tree.map(kind, got) == jax.tree.map(kind, want), how
-        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @both_orders
@@ -230,7 +237,7 @@ def test_second_derivatives_beside_what_it_closes_over(reduction):
     arguments = (HIDDEN, jnp.float32(1.3), closed_over)
     for f in (jax.hessian, lambda f, n: jax.jacrev(jax.grad(f, n), n)):
         got, want = (jax.jit(f(g, (0, 1)))(*arguments) for g in (head, plain))
-        assert_trees_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_it_closes_over_may_be_another_in_the_next_call():
@@ -306,4 +313,4 @@ def test_what_a_token_argument_may_be():
     arguments = (HIDDEN, numbers.astype(np.complex64) + 1, np.zeros((5, 0), np.float32))
     got, want = (jax.value_and_grad(f, (0, 1, 2))(*arguments) for f in (head, plain))
     assert jax.tree.map(kind, got) == jax.tree.map(kind, want)
-    assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+    assert_close(got, want, rtol=1e-5, atol=1e-6)

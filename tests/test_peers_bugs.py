@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs that other implementations shipped, one test each, in the order of our list of them.
+"""Bugs that other implementations shipped, in the order of our list of them.
 
-Numbers are held against the definitions in long double (`oracle.truth`), within its bounds.
+Most are inputs of a test that does more; `ELSEWHERE` says which. The others have a test each here,
+whose numbers are held against the definitions in long double (`oracle.truth`), within its bounds.
 """
 
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_memory
 from assertions import assert_within
@@ -22,7 +22,6 @@ from heads import (
     U,
     both_ways,
     check_head,
-    check_log_probs,
     head_truth,
     log_probs_and_gradients,
     problem,
@@ -31,75 +30,57 @@ from heads import (
     total,
 )
 from jax import export
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from oracle import Wide
 
 import jaxsoftmax as js
 from bench import formula
 from bench.cases import Dtype, Head
-from bench.collectives import collectives
 
 integer = js.softmax_cross_entropy_with_integer_labels
-logsumexp: Any = js.logsumexp
 head = js.linear_softmax_cross_entropy
 
+HEADS = "test_linear::test_losses_and_gradients_whatever_the_chunks"
+VALUES = "test_values::test_value_and_gradient"
+ELSEWHERE = {
+    "01 padded columns count as exp(0), where no block divides V (tokamax twice, verl)": HEADS,
+    "02 the running maximum starts at 0: logits below −100 (verl)": VALUES,
+    "03 label −100 wraps or is clipped: another class is trained (optax, jax-cce, ejkernel)": (
+        "test_options::test_values_and_gradients_of_every_option"
+    ),
+    "05 the probability is rounded before 1 is subtracted (Liger, TransformerEngine)": (
+        "test_half_precision::test_confident_columns_of_d_kernel_keep_relative_accuracy"
+    ),
+    "06 of an unreduced loss's cotangents only the first is used (Liger, for 19 months)": HEADS,
+    "07 cotangents of further outputs are dropped (T5X, MaxText, axlearn)": (
+        "test_linear::test_log_probs_whatever_the_blocks"
+    ),
+    "12 the soft cap is not differentiated at the label (Levanter keeps a test)": (
+        "test_options::test_values_and_gradients_of_every_option"
+    ),
+    "14 the bias is taken once for every block of a wide hidden state (Apple CCE #52)": HEADS,
+    "15 0 · −inf in dense labels and in the entropy (optax, TRL)": (
+        "test_hostile::test_jit_gives_the_definition_and_its_gradient"
+    ),
+    "16 exp(z − lse) loses 5e-4 at an offset of 10 000 (measured)": VALUES,
+    "17 where() leaves the label out: a negative loss (optax)": (
+        "test_values::test_losses_and_gradients_over_any_axis"
+    ),
+    "18 a custom_vjp in a shard_map that checks varying axes (many)": (
+        "test_sharding::test_values_and_gradients_are_those_of_one_device"
+    ),
+    "19 a sharded kernel is gathered again and again (Levanter)": (
+        "test_collectives::test_an_explicit_mesh_of_cpus"
+    ),
+}
 
-@partial(jax.jit, static_argnames=("ignore_index",))
-def pulled(z, labels, g, **options):
-    """The losses on logits, and the gradient of Σ g · loss."""
-    loss, pull = jax.vjp(lambda z: integer(z, labels, **options), z)
-    return loss, pull(g)[0]
 
-
-def check_logits(z, labels):
-    """The integer loss and its gradient, for a cotangent that is not uniform."""
-    g = np.linspace(-1, 2, len(z)).astype(np.float32)
-    t = oracle.truth(z, np.float32)
-    loss, d = pulled(z, labels, g)
-    assert_within(loss, *oracle.nll(t, labels), "loss")
-    assert_within(d, *oracle.nll_gradient(t, labels, g), "gradient")
-
-
-def test_01_padded_vocabulary_columns_do_not_count(device):
-    """Twice tokamax, verl: V not a multiple of the block, logits of scale 1: +0.6 in the loss."""
-    for classes in (130, 2050):
-        z = generator("padded", classes).standard_normal((3, classes)).astype(np.float32)
-        check_logits(z, np.array([0, classes - 1, 7], np.int32))
-    check_head("in_forward", problem(7, 5, 130), chunk_size=3)
-    check_head("recompute", problem(7, 5, 130), chunk_size=128)
-
-
-def test_02_the_running_maximum_does_not_start_at_zero(device):
-    """By verl: every logit below −100."""
-    z = generator("low").standard_normal((3, 2050)) - np.array([[150], [1e3], [1e4]])
-    check_logits(z.astype(np.float32), z.argmax(-1).astype(np.int32))
-    hidden, kernel, bias, labels = problem(7, 5, 130)
-    check_head("in_forward", (hidden, kernel, bias - 150, labels), chunk_size=3)
-    check_head("recompute", (hidden, kernel, bias - 150, labels), chunk_size=128)
-
-
-@both_ways
-@pytest.mark.parametrize(("label", "weighted"), [(-100, False), (-1, True), (130, True)])
-def test_03_an_ignored_label_never_wraps_and_is_never_clipped(gradients, label, weighted):
-    """By optax (−1), jax-cce, ejkernel (with weights): label −100: another class is trained."""
-    arrays = problem(9, 5, 130)
-    labels = arrays[-1]
-    given = np.where(np.arange(9) % 4 == 2, np.int32(label), labels)
-    options: Any = {"ignore_index": label}
-    g = np.ones(9, np.float32)
-    if weighted:
-        options["class_weights"] = np.linspace(0.5, 2, 130).astype(np.float32)
-        g = options["class_weights"][labels]
-    g[given == label] = 0
-    d_hidden, *_ = check_head(gradients, arrays, g, given=given, **options)
-    assert not np.any(np.asarray(d_hidden)[given == label])
-    z = arrays[0] @ arrays[1]
-    loss, d = pulled(z, given, np.ones(9, np.float32), **options)
-    t = oracle.truth(z, np.float32)
-    true, bound = oracle.nll(t, labels)
-    assert_within(loss, g * true, g * (bound + U * true))
-    assert_within(d, *oracle.nll_gradient(t, labels, g))
+def test_every_bug_has_its_test():
+    here = Path(__file__)
+    for where in ELSEWHERE.values():
+        file, _, name = where.partition("::")
+        assert f"\ndef {name}(" in here.with_name(f"{file}.py").read_text(encoding="utf-8"), where
+    numbers = re.findall(r"^def test_(\d\d)_", here.read_text(encoding="utf-8"), re.M)
+    assert sorted([*numbers, *(bug[:2] for bug in ELSEWHERE)]) == [f"{n:02}" for n in range(1, 23)]
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 130])
@@ -109,7 +90,7 @@ def test_04_a_bad_label_has_a_nan_gradient_as_well_as_a_nan_loss(bad):
     labels[3] = bad
     g = np.ones(9, np.float32)
     out, (d_log_probs, *_) = log_probs_and_gradients(hidden, kernel, bias, labels, g)
-    found = [(out.log_probs, d_log_probs[0]), pulled(hidden @ kernel, labels, g)]
+    found = [(out.log_probs, d_log_probs[0])]
     for way in WAYS:
         value, (d_hidden, *_) = total(hidden, kernel, bias, labels, gradients=way, weights=g)
         found.append((np.where(np.arange(9) == 3, value, 0), d_hidden))
@@ -117,46 +98,6 @@ def test_04_a_bad_label_has_a_nan_gradient_as_well_as_a_nan_loss(bad):
         np.testing.assert_array_equal(np.isnan(loss), np.arange(9) == 3)
         np.testing.assert_array_equal(np.isnan(d).all(-1), np.arange(9) == 3)
         np.testing.assert_array_equal(np.isnan(d).any(-1), np.arange(9) == 3)
-
-
-@pytest.mark.parametrize("p", [0.99, 0.999, 1 - 1e-6])
-def test_05_the_probability_is_not_rounded_before_one_is_subtracted(p):
-    """By Liger, TransformerEngine: bfloat16 and a confident row: 100 % off at 0.999."""
-    z = (np.log(3 * p / (1 - p)) * np.eye(4)).astype(jnp.bfloat16)
-    labels = np.arange(4, dtype=np.int32)
-    check_logits(z, labels)  # to one rounding of the truth about the rounded logits
-    for way in WAYS:
-        check_head(way, (z, np.eye(4).astype(z.dtype), np.zeros(4, np.float32), labels))
-
-
-def test_06_unreduced_losses_take_a_cotangent_each():
-    """By Liger, for 19 months: cotangents that are not uniform: only the first one was used."""
-    hidden, kernel, bias, labels = problem(9, 5, 130)
-    g = np.linspace(-1, 2, 9).astype(np.float32)
-    check_logits(hidden @ kernel, labels)
-    by_block = partial(head, chunk_size=64)
-    by_token = partial(js.linear_loss, integer, chunk_size=4)
-    expected = head_truth(hidden, kernel, bias, labels, g)
-    for f in (by_block, by_token):
-        of = jax.jit(lambda h, k, b, f=f: f(h, k, labels, bias=b, reduction=None))
-        losses, pull = jax.vjp(of, hidden, kernel, bias)
-        for got, want in zip((losses, *pull(g)), expected, strict=True):
-            assert_within(got, *want)
-
-
-def test_07_the_cotangent_of_every_output_counts():
-    """By T5X, MaxText, axlearn: differentiate the log-normalizer, the entropy, the z-loss."""
-    arrays = hidden, kernel, _, _ = problem(9, 5, 130)
-    check_log_probs(arrays)
-    # (ŷ − y) + 2 λ lse ŷ
-    (_, (d, error)), (lse, (p, p_error)), _ = statistics_truth(*arrays).values()
-    factor, off = (0.2 * a[:, None] for a in lse)
-    d, error = d + factor * p, error + np.abs(factor) * (p_error + 4 * U * p) + off * p
-    g = np.linspace(-1, 2, 9).astype(np.float32)
-    for way in WAYS:
-        _, ds = total(*arrays, gradients=way, z_loss=np.float32(0.1), weights=g)
-        for got, want in zip(ds, pulled_back((d, error), g, hidden, kernel), strict=True):
-            assert_within(got, *want)
 
 
 @both_ways
@@ -221,23 +162,6 @@ def test_11_the_mean_is_over_the_valid_tokens(gradients):
     assert not np.any(d)
 
 
-def test_12_the_soft_cap_is_differentiated_at_the_label_too():
-    """By Levanter, which keeps a test: logits of the cap's size, the label's among them."""
-    raw = np.linspace(-5, 5, 44).reshape(4, 11).astype(np.float32)
-    labels = np.array([0, 5, 10, 10], np.int32)
-    tanh = np.tanh(raw.astype(Wide) / 3)
-    d, bound = oracle.nll_gradient(oracle.truth(3 * tanh, np.float32), labels, np.ones(4))
-    # tanh to 8 u makes z wrong by 24 u, twice of which counts, and 1 − tanh² by 16 u absolutely.
-    error = (bound + (48 + 4) * U * np.abs(d)) * (1 - tanh**2) + 16 * U * np.abs(d)
-    found = [pulled(raw, labels, np.ones(4, np.float32), soft_cap=np.float32(3))[1]]
-    eye, zeros = np.eye(11, dtype=np.float32), np.zeros(11, np.float32)  # exact products
-    for way in WAYS:
-        _, ds = total(raw, eye, zeros, labels, gradients=way, soft_cap=np.float32(3))
-        found.append(ds[0])
-    for got in found:
-        assert_within(got, d * (1 - tanh**2), error)
-
-
 def products(jaxpr, times=1) -> Iterator[tuple[int, int]]:
     """(trips of the loops around it, operations in all of them) of each matrix product."""
     for eqn in jaxpr.eqns:
@@ -269,138 +193,6 @@ def test_13_awkward_sizes_take_no_smaller_blocks(gradients):
         assert abs(prime_trips - trips) <= 1
         # Padding is less than one token a chunk.
         assert prime_flops / flops == pytest.approx(n * classes / (4096 * 32768), rel=0.01)
-
-
-@both_ways
-def test_14_the_bias_counts_once(gradients):
-    """By Apple CCE #52: hidden wider than one block, with a bias: taken once for every block."""
-    check_head(gradients, problem(9, 600, 130), chunk_size=4 if gradients == "in_forward" else 32)
-
-
-def test_15_zero_times_minus_infinity_is_zero():
-    """By optax, TRL: −inf logits: NaN in the loss of dense labels and in the entropy."""
-    hidden, kernel, bias, labels = problem(9, 5, 130)
-    out = np.arange(130) % 3 == 1
-    bias[out], labels, g = -np.inf, labels // 3 * 3, np.ones(9, np.float32)
-    # The truth is that of the classes that are left.
-    z = hidden @ kernel + bias
-    y = np.where(out, 0, generator("dense").random((9, 130))).astype(np.float32)
-    t = oracle.truth(z[:, ~out], np.float32)
-    losses, pull = jax.vjp(js.softmax_cross_entropy, z, y)
-    assert_within(losses, *oracle.cross_entropy(t, y[:, ~out]))
-    d, d_labels = pull(g)
-    assert_within(d[:, ~out], *oracle.cross_entropy_gradient(t, y[:, ~out], g))
-    assert not np.any(d[:, out])
-    assert (np.asarray(d_labels)[:, out] == np.inf).all()  # lse − z
-    kept = (hidden, kernel[:, ~out])
-    value, derivative = statistics_truth(*kept, bias[~out], labels // 3 * 2)["entropy"]
-    got, (*_, ds) = log_probs_and_gradients(hidden, kernel, bias, labels, g)
-    assert_within(got.entropies, *value)
-    assert_within(js.label_log_probs(z, labels, with_entropy=True).entropies, *value)
-    found = (ds[0], ds[1][:, ~out], ds[2][~out])
-    for d, want in zip(found, pulled_back(derivative, g, *kept), strict=True):
-        assert_within(d, *want)
-    assert not any(np.any(d[..., out]) for d in ds[1:])
-
-
-def test_16_probabilities_do_not_go_through_the_log_sum_exp():
-    """Measured: exp(z − lse) loses 5e-4 at an offset of 10 000."""
-    z = (1e4 + generator("offset").standard_normal((9, 130))).astype(np.float32)
-    t = oracle.truth(z, np.float32)
-    assert t.p.bound.max() < 1e-6
-    assert_within(js.softmax(z), *t.p)
-    assert_within(js.log_softmax(z), *oracle.log_probabilities(t))
-    assert_within(jax.grad(lambda z: logsumexp(z, -1).sum())(z), *t.p)
-    check_logits(z, z.argsort(-1)[:, -2].astype(np.int32))
-
-
-def test_17_masking_the_label_gives_no_negative_loss():
-    """By optax: where() leaves the label out, whose share of the loss was still subtracted."""
-    z = generator("mask").standard_normal((9, 130)).astype(np.float32)
-    where, labels = np.arange(130)[None] % 3 > 0, np.arange(9, dtype=np.int32)
-    z[labels, labels] = 20
-    t = oracle.truth(np.where(where, z, -np.inf), np.float32)
-    loss = np.asarray(integer(z, labels, where=where))
-    assert_within(loss, *oracle.nll(t, labels))
-    assert (loss[labels % 3 == 0] == np.inf).all()
-    y = np.eye(130, dtype=np.float32)[:9] + np.float32(0.01)
-    loss = np.asarray(js.softmax_cross_entropy(z, y, where=where))
-    assert_within(loss, *oracle.cross_entropy(t, np.where(where, y, 0)))
-    assert (loss > 0).all()
-
-
-OPTIONS: Any = {
-    "ignore_index": 7,
-    "class_weights": np.linspace(0.5, 2, 40).astype(np.float32),
-    "label_smoothing": 0.1,
-    "z_loss": 0.1,
-    "soft_cap": 3.0,
-    "temperature": 0.7,
-}
-
-
-def summed(f, *arguments):
-    return sum(jax.tree.map(jnp.sum, jax.tree.leaves(f(*arguments))))
-
-
-# Sums over a shard's tokens, of hidden [n, H], kernel [H, V] and labels [n].
-unreduced = partial(head, reduction=None)
-log_probs = partial(js.label_log_probs, with_entropy=True)
-SHARDED = {
-    "dense": lambda h, k, y: summed(js.softmax_cross_entropy, h @ k, jax.nn.one_hot(y, 40)),
-    "integer": lambda h, k, y: summed(integer, h @ k, y),
-    "integer, options": lambda h, k, y: summed(partial(integer, **OPTIONS), h @ k, y),
-    "softmax": lambda h, k, y: js.softmax(h @ k)[:, 0].sum(),
-    "log_softmax": lambda h, k, y: js.log_softmax(h @ k)[:, 0].sum(),
-    "logsumexp": lambda h, k, y: logsumexp(h @ k, axis=-1).sum(),
-    "log-probs": lambda h, k, y: summed(log_probs, h @ k, y),
-    "in forward": partial(head, reduction="sum"),
-    "in forward, options": partial(head, reduction="sum", **OPTIONS),
-    "recompute": partial(summed, partial(unreduced, chunk_size=16)),
-    "recompute, options": partial(summed, partial(unreduced, **OPTIONS)),
-    "linear_loss": lambda h, k, y: js.linear_loss(integer, h, k, y, reduction=None).sum(),
-    "linear log-probs": partial(summed, partial(js.linear_log_probs, with_entropy=True)),
-}
-
-
-def data_mesh(kind=AxisType.Auto):
-    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_18_shard_map_that_checks_varying_axes(name):
-    """By many a custom_vjp: tokens sharded, kernel replicated, check_vma=True."""
-    hidden, kernel, _, labels = problem(16, 5, 40)
-    specs, f = (P("data"), P(), P("data")), SHARDED[name]
-    local = lambda *operands: jax.lax.psum(f(*operands), "data")  # noqa: E731
-    sharded = jax.shard_map(local, mesh=data_mesh(), in_specs=specs, out_specs=P(), check_vma=True)
-    got, want = (
-        jax.tree.leaves(jax.jit(jax.value_and_grad(g, (0, 1)))(hidden, kernel, labels))
-        for g in (sharded, f)
-    )
-    # Both add at most N, H and V terms, each within 40 u and at most 4 times (class weights over
-    # temperature) a loss of 8, or 2 ≥ Σ |ŷ − y| times an entry of kernel or hidden.
-    sizes = (4 * 8 * 16, 4 * 2 * np.abs(kernel).max(), 4 * np.abs(hidden).sum(0).max())
-    for a, b, size in zip(got, want, sizes, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2 * (16 + 5 + 40 + 40) * U * size)
-
-
-@both_ways
-@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")], ids=["H", "V"])
-def test_19_an_fsdp_kernel_is_gathered_once(spec, gradients):
-    """By Levanter: a sharded kernel gathered again and again: −5.6 % of training throughput."""
-    specs, arrays = (P("data"), spec, P(), P("data")), problem(64, 16, 512)
-    mesh = data_mesh(AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        arrays = [
-            jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)
-        ]
-        check_head(gradients, arrays, chunk_size=4 if gradients == "in_forward" else 128)
-        compiled: Any = total.lower(*arrays, gradients=gradients, chunk_size=4).compile()
-    gathers = [c for c in collectives(compiled.as_text()) if c.kind == "all-gather"]
-    assert not any(c.in_loop for c in gathers)
-    passes = 1 if gradients == "in_forward" else 2
-    assert len([c for c in gathers if (16, 512) in c.dims]) <= passes
 
 
 @both_ways

@@ -3,11 +3,11 @@
 
 import functools
 
+import assertions
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from assertions import assert_trees_close
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -149,7 +149,7 @@ def unsharded(program):
     return stepped(program)(ARRAYS)
 
 
-assert_close = functools.partial(assert_trees_close, of_largest=TOLERANCE)
+assert_close = functools.partial(assertions.assert_close, of_largest=TOLERANCE)
 
 
 def check(program, mesh, specs, *, arrays=ARRAYS, true=None):

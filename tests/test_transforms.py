@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import assertions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,30 +283,12 @@ def at(tree, index):
 
 def assert_close(actual, expected, ulps=16, size=0.0):
     """Within some ulps of the truth and of the largest number of its row, at least `size`."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    wide = [[np.asarray(v, np.float64) for v in jax.tree.leaves(t)] for t in (actual, expected)]
-    for a, e in zip(*wide, strict=True):
-        assert a.shape == e.shape
-        assert np.all(np.isfinite(e))
-        largest = np.max(np.abs(e), initial=size)
-        np.testing.assert_allclose(a, e, rtol=ulps * 2**-23, atol=ulps * 2**-23 * largest)
+    error = ulps * 2**-23
+    assertions.assert_close(actual, expected, rtol=error, of_largest=error, floor=size)
 
 
 def value(f, *arguments):
     return f(*arguments)
-
-
-@pytest.mark.wide
-@in_every_world
-def test_jit_of_value_and_gradient(function, classes):
-    arguments = function.arguments(classes)
-    for operation in (value, gradients):
-        eager = functools.partial(operation, function.call)
-        jitted = jax.jit(eager)
-        for i in range(4):
-            expected = at(truth(function, operation, classes), i)
-            assert_close(jitted(*row(arguments, i)), expected, size=tolerated(function))
-        assert_close(eager(*row(arguments, 1)), at(truth(function, operation, classes), 1))
 
 
 def tolerated(function):
@@ -397,23 +380,6 @@ def test_vmap_of_hessian_and_third_derivative(function, classes, operation):
     compute = jax.jit(jax.vmap(functools.partial(operation, function.call)))
     expected = truth(function, operation, classes)
     assert_close(compute(*function.arguments(classes)), expected, size=1)
-
-
-def test_hessian_of_the_loss_is_y_times_the_softmax_jacobian(classes):
-    classes = min(classes, 40)
-    integer_loss = js.softmax_cross_entropy_with_integer_labels
-    of_dense = jax.jit(jax.hessian(js.softmax_cross_entropy))
-    of_integers = jax.jit(jax.hessian(integer_loss))
-    of_lse = jax.jit(jax.hessian(js.logsumexp))
-    of_softmax = jax.jit(jax.jacrev(js.softmax))
-    for x, y, label in zip(_logits(classes), _targets(classes), _labels(classes), strict=True):
-        e = np.exp(x.astype(np.float64))
-        p = e / e.sum()
-        jacobian = np.diag(p) - np.outer(p, p)
-        assert_close(of_dense(x, y), np.sum(y, dtype=np.float64) * jacobian, size=1)
-        assert_close(of_integers(x, label), jacobian, size=1)
-        assert_close(of_lse(x), jacobian, size=1)
-        assert_close(of_softmax(x), jacobian)
 
 
 @every_function

@@ -33,7 +33,8 @@ every_one = pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumex
 
 
 def test_the_two_engines_of_the_oracle_agree():
-    z = rows(Case(300, "float64")).logits
+    # Long double has no exp of the huge ones.
+    z = rows(Case(300, "float64")).logits[np.array(ROW_KINDS) != "huge"]
     literal, wide = (oracle.truth(z, np.float64, engine=e) for e in ("literal", "wide"))
     for name in ("p", "complement", "nll", "lse"):
         a, b = getattr(literal, name).value, getattr(wide, name).value
@@ -47,33 +48,35 @@ def test_value_and_gradient(device, case):
     """In the logits, and in the targets where the function has such a derivative.
 
     Where the function does not change when a row is shifted, a row of the gradient sums to zero.
+    A class at −inf, and a row whose cotangent is 0, have gradient exactly 0.
     """
     data, t = rows(case), truth_of(case)
-    targets = [targets_of(function, data) for function in FUNCTIONS]
+    functions = [function for function in FUNCTIONS if function.of(case)]
+    targets = [targets_of(function, data) for function in functions]
     wide = accumulation(case.dtype)
-    dtypes = [wide if function.accumulates else case.dtype for function in FUNCTIONS]
-    cotangents = [cotangent_of(f, data, dtype) for f, dtype in zip(FUNCTIONS, dtypes, strict=True)]
+    truths = [f.value(t, y) for f, y in zip(functions, targets, strict=True)]
+    dtypes = [wide if function.accumulates else case.dtype for function in functions]
+    cotangents = [cotangent_of(v.value.shape, d) for v, d in zip(truths, dtypes, strict=True)]
 
     @jax.jit  # one program for all of them: compiling is what takes the time
     def results(z, targets, cotangents):
         out = []
-        for function, y, g in zip(FUNCTIONS, targets, cotangents, strict=True):
-            dz = jax.vjp(lambda z, f=function, y=y: f.call(z, y), z)[1](g)[0]
+        for function, y, g in zip(functions, targets, cotangents, strict=True):
+            value, pull = jax.vjp(lambda z, f=function, y=y: f.f(z, y), z)
             dy = None
             if function.label_gradient:
-                dy = jax.vjp(lambda y, f=function: f.call(z, y), y)[1](g)[0]
-            out.append((function.call(z, y), dz, dy))
+                dy = jax.vjp(lambda y, f=function: f.f(z, y), y)[1](g)[0]
+            out.append((value, pull(g)[0], dy))
         return out
 
     with x64(case.dtype):
         found = results(data.logits, targets, cotangents)
-    for function, y, g, dtype, (value, dz, dy) in zip(
-        FUNCTIONS, targets, cotangents, dtypes, found, strict=True
+    for function, y, expected, g, dtype, (value, dz, dy) in zip(
+        functions, targets, truths, cotangents, dtypes, found, strict=True
     ):
         name, g64 = f"{function}, rows {ROW_KINDS}", g.astype(np.float64)
         assert_dtype(value, dtype)
-        true, bound = function.value(t, y)
-        assert_within(value, true, bound, name)
+        assert_within(value, *expected, name=name)
         assert_dtype(dz, case.dtype)
         true, bound = function.gradient(t, y, g64)
         assert_within(dz, true, bound, name)
@@ -88,6 +91,7 @@ def test_value_and_gradient(device, case):
             # A class at −inf costs infinitely much, and 0 · ∞ is no number.
             used = np.isfinite(data.logits) & (g64 != 0)[:, None]
             rounding = np.finfo(y.dtype).eps / 2 * np.abs(np.where(used, true, 0))
+            rounding += np.finfo(y.dtype).tiny * (np.finfo(y.dtype).tiny > t.tiny)
             assert_within(np.where(used, dy, 0), np.where(used, true, 0), bound + rounding, name)
 
 
@@ -129,31 +133,6 @@ def test_half_precision_logits_lose_nothing_but_the_last_rounding(dtype):
     for function in (js.softmax, js.log_softmax):
         wide = np.asarray(function(z.astype(np.float32)))
         np.testing.assert_array_equal(function(z), wide.astype(z.dtype))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("classes", [2, 300])
-def test_half_precision_gradients_are_the_rounded_truth(device, classes, dtype):
-    """Within one rounding: one of the two neighbours of the truth, at every gap."""
-    z, labels, _ = promised(classes)
-    z = z.astype(jnp.dtype(dtype))
-    ones = np.ones(len(z), np.float32)
-    true, _ = oracle.nll_gradient(oracle.truth(z, np.float32), labels, ones)
-    y = np.eye(classes, dtype=z.dtype)[labels]
-
-    @jax.jit
-    def gradients(z, y):
-        return (
-            pullback(lambda z: integer(z, labels), z, ones),
-            pullback(lambda z: js.softmax_cross_entropy(z, y), z, ones),
-        )
-
-    for got in gradients(z, y):
-        error = np.abs(np.asarray(got).astype(np.longdouble) - true)
-        # The distance to the next number; below the smallest normal one, XLA may give 0.
-        info = jnp.finfo(dtype)
-        exponent = np.floor(np.log2(np.maximum(np.abs(true), float(info.tiny)).astype(float)))
-        assert (error <= np.exp2(exponent - info.nmant)).all()
 
 
 def test_float16_logsumexp_of_70000_zeros_has_finite_gradients():
@@ -235,7 +214,10 @@ def test_nothing_selected_as_in_jax_nn(name):
 @pytest.mark.parametrize("axis", [0, 1, -2, (0, 2), (2, 0), (-1, 1)], ids=str)
 @pytest.mark.parametrize("where", [None, "classes", "broadcast", "examples"])
 def test_losses_and_gradients_over_any_axis(axis, where):
-    """A tuple counts classes flat, in the given order; `where` has both of optax's meanings."""
+    """A tuple counts classes flat, in the given order; `where` has both of optax's meanings.
+
+    What is left out may hold anything, and have any label.
+    """
     rng = generator("losses", axis, where)
     shape = (3, 4, 5)
     z = rng.standard_normal(shape).astype(np.float32)
@@ -257,10 +239,12 @@ def test_losses_and_gradients_over_any_axis(axis, where):
     zr[~some] = 0
     t = oracle.truth(zr, np.float32)
     labels = rng.integers(zr.shape[-1], size=batch).astype(np.int32)
+    z[~full] = np.resize(np.array([np.nan, np.inf, -np.inf, 1e30], np.float32), (~full).sum())
+    given = np.where(some.reshape(batch), labels, -1)
     g = rng.standard_normal(batch).astype(np.float32)
     flat, g_rows, y_rows = labels.ravel(), g.ravel(), class_rows(np.where(full, y, 0), axis)
     for f, targets, value, gradient in (
-        (integer, labels, oracle.nll(t, flat), oracle.nll_gradient(t, flat, g_rows)),
+        (integer, given, oracle.nll(t, flat), oracle.nll_gradient(t, flat, g_rows)),
         (
             js.softmax_cross_entropy,
             y,
