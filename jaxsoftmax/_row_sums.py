@@ -34,10 +34,10 @@ def shift_and_remainder(
 ) -> tuple[jax.Array, jax.Array]:
     """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
 
-    Without labels m is the maximum. With `labels [...]` (from `label_index`) m may be another class's
-    logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the loss and
-    its gradient, and no pass over the row has to find m. A row whose label is negative gets
-    (`UNLABELLED`, 0): a loss that is NaN or 0 needs no more.
+    Without labels m is the maximum. With `labels [...]` (from `label_index`) m may be another
+    class's logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the
+    loss and its gradient, and no pass over the row has to find m. A row whose label is negative
+    gets (`UNLABELLED`, 0): a loss that is NaN or 0 needs no more.
     """
     local = is_local(*jax.tree.leaves((x, labels)))
     rows = (x, *scalars) if labels is None else (x, *scalars, labels)

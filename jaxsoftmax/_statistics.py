@@ -56,8 +56,8 @@ class Statistics(NamedTuple):
     spread: Any
 
 
-# Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `label_index`, a
-# `Transform` and `weights [C]`, the u_k of the spread (1 where None).
+# Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `label_index`,
+# a `Transform` and `weights [C]`, the u_k of the spread (1 where None).
 #
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
