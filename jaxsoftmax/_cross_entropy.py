@@ -112,16 +112,16 @@ def softmax_cross_entropy_with_integer_labels(
     )
     with scope(name, ON_LOGITS):
         (logits, where), axes = _one_axis(axes, logits, where)
+        spec = required_statistics(options)
         return _integer_labels(
-            in_forward_mode(), axis_name, axes, ignore_index, logits, labels, where, options
+            in_forward_mode(), spec, axis_name, axes, ignore_index, logits, labels, where, options
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _integer_labels(  # noqa: PLR0917
-    forward_mode, axis_name, axes, ignore_index, logits, labels, where, options
+    forward_mode, spec, axis_name, axes, ignore_index, logits, labels, where, options
 ):
-    spec = required_statistics(options)
     logits, labels, where = in_one_sharding(logits, jnp.expand_dims(labels, axes), where)
     labels, included = jnp.squeeze(labels, axes), None
     if where is not None:

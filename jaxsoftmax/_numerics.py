@@ -25,8 +25,8 @@ Elementwise = Callable[..., jax.Array]
 # (docs/derivation.md, section 13).
 NEAR = 2.0**24
 # The shift, with r = 0, of a row that has no label and is asked for nothing but its loss: every
-# exponential is 0, and sums of its gaps over the classes are finite.
-UNLABELLED = 2.0**104
+# exponential is 0, sums of its gaps over the classes and the square of its lse are finite.
+UNLABELLED = 2.0**60
 
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of the losses: plain arithmetic on one number per token, around the one rule."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -60,8 +63,25 @@ def _unless_zero(function, name, value, most):
 def required_statistics(options: Options) -> StatisticsSpec:
     """The statistics that `target_losses` needs for these options, beside the loss."""
     lse, spread = options.z_loss is not None, options.label_smoothing is not None
-    # Not where the spread may be all of one class, for which m would have to be that of its own.
-    return StatisticsSpec(lse, False, spread, not (spread and options.class_weights is not None))
+    # Not where the spread may be all of one class, for which m would have to be that class's logit.
+    one_class = spread and options.class_weights is not None
+    return StatisticsSpec(lse, False, spread, not (one_class or _in_sharded_loop.get()))
+
+
+_in_sharded_loop = ContextVar("jaxsoftmax.in_sharded_loop", default=False)
+
+
+@contextlib.contextmanager
+def in_loop(sharded: bool) -> Iterator[None]:
+    """Within, rows that may be sharded are measured from their maximum.
+
+    Whether any row is far from its label would be one more number to send, in every iteration.
+    """
+    token = _in_sharded_loop.set(sharded)
+    try:
+        yield
+    finally:
+        _in_sharded_loop.reset(token)
 
 
 def ignored_tokens(labels: jax.Array, ignore_index: int | None) -> jax.Array | None:

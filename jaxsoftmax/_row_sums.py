@@ -62,13 +62,18 @@ def _compute(x, *rest, of, labelled, local):
     return m, r + (m - m)  # NaN where m is not finite; no NaN as a constant, for `jax_debug_nans`
 
 
+# Fewer logits than this are measured from their maximum. On an H200 the loop below takes 65 µs even
+# where it has no step; a pass saved is as much time at 2²⁵ to 2²⁶ logits.
+_MANY = 1 << 25
+
+
 def _plain(of, x, labels, *scalars):
     """(m, r) from the label in one pass, in two more where a row is far; or from the maximum.
 
     Far rows are not gathered: rows may be sharded. All are recomputed, and what is near stays. A
     loop of one step at most is the condition: for a branch of `lax.cond` a TPU lays `x` out anew.
     """
-    if labels is None:
+    if labels is None or (isinstance(x.size, int) and x.size < _MANY):
         return max_and_remainder(of(x, *scalars))
     m = of(gathered(x, jnp.maximum(labels, 0)), *scalars)
     m = jnp.where(labels < 0, UNLABELLED, m)

@@ -17,8 +17,14 @@ import jax.numpy as jnp
 from .. import _checks
 from .._axes import to_index
 from .._cross_entropy import LogProbs, as_log_probs
-from .._options import Options, label_index, required_statistics, token_losses
-from .._sharding import devices_of_automatic_mesh, manual_axes, unseen_devices, varying
+from .._options import Options, in_loop, label_index, required_statistics, token_losses
+from .._sharding import (
+    devices_of_automatic_mesh,
+    is_local,
+    manual_axes,
+    unseen_devices,
+    varying,
+)
 from .._statistics import StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import token_chunks, vocabulary_blocks
@@ -93,10 +99,9 @@ def _in_forward(size, ignore_index, head, labels, options):
     head, labels, options = head.labelled_rows(labels, ignore_index, options)
     if size is None:
         return _over_tokens(None, size, head, (), ())
-    spec = required_statistics(options)
 
     def loss_fn(logits, labels, weights=None):
-        summed = token_statistics(spec, head.axis_name).reverse
+        summed = token_statistics(required_statistics(options), head.axis_name).reverse
         index = label_index(labels, head.classes, ignore_index)
         statistics = summed(logits, index, options.transform, _of_spread(options))
         return token_losses(False, statistics, labels, weights, ignore_index, options)
@@ -153,7 +158,8 @@ def _closed(
         def first(head, args):
             plan, operands = _plan_and_operands(None, size, *rows(head, args), ())
             example = token_chunks.first_chunk(plan, operands)
-            loss, consts, losses = closed(loss_fn, *example)
+            with in_loop(sharded=not is_local(operands.hidden, operands.kernel)):
+                loss, consts, losses = closed(loss_fn, *example)
             shape = example[0].shape
             _checks.check_losses("linear_loss", losses, shape, loss.varying, head.axis_name)
             found.append((loss, consts))
