@@ -198,7 +198,8 @@ def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
     if not any(sharding.spec):
         return rows(x, index)
     of_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
-    return jax.sharding.auto_axes(rows, out_sharding=of_rows)(x, resharded(index, of_rows))
+    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_rows)
+    return automatic(x, resharded(index, of_rows))
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:

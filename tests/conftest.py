@@ -2,7 +2,9 @@
 """One strict world for every test: no silent promotion, no silent broadcast, eight devices."""
 
 import atexit
+import collections
 import os
+import random
 import shutil
 import tempfile
 
@@ -26,6 +28,24 @@ jaxsoftmax._row_sums._MANY = 0
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name.
+FEW, SHARE = 6, 5
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The other cases are `wide`: .ci/run runs them all."""
+    sweeps = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("wide"):
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in sweeps.items():
+        if len(cases) > FEW:
+            kept = random.Random(name).sample(range(len(cases)), -(-len(cases) // SHARE))
+            for i in {*range(len(cases))} - {*kept}:
+                cases[i].add_marker(pytest.mark.wide)
 
 
 @pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
