@@ -268,7 +268,7 @@ def _sum_in_lanes(terms: jax.Array) -> jax.Array:
 
 
 def _in_chunks(form, x, *numbers):
-    """`form` of the rows of `x [*batch, C]` and of `numbers [*batch]`: a tuple of `[*batch]`.
+    """`form` of the rows of `x [*batch, C]` and `numbers [*batch, …]`: a tuple of `[*batch]`.
 
     It gets one chunk of rows at a time, so that its second pass reads from cache; the last chunk is
     moved back to end with the last row, so that any number of rows fits.
@@ -316,10 +316,10 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def row_sums(
-    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array, *scalars: jax.Array
+    terms: Callable[..., tuple[jax.Array, ...]], rows: tuple[jax.Array, ...], scalars: Any
 ) -> tuple[jax.Array, ...]:
-    """The sum over each row's classes of each of `terms(x, m, *scalars)`."""
-    return _in_chunks(partial(_written_sums, lambda x, m: terms(x, m, *scalars)), x, m)
+    """The sums over each row's classes of `terms(*rows, *scalars)`, by chunks of rows."""
+    return _in_chunks(partial(_written_sums, lambda *rows: terms(*rows, *scalars)), *rows)
 
 
 def add_by_block(

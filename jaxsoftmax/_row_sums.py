@@ -154,23 +154,26 @@ def _(primals, tangents):
 
 
 def row_sums(
-    terms: Callable[..., tuple[jax.Array, ...]], x: jax.Array, m: jax.Array, *scalars: jax.Array
+    terms: Callable[..., tuple[jax.Array, ...]], rows: tuple[jax.Array, ...], *scalars: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The sum over each row's classes of each of `terms(x, m, *scalars)`, arrays `[..., C]`."""
+    """The sum over each row's classes of each of `terms(*rows, *scalars)`, arrays `[..., C]`.
 
-    def plain(x, m, *scalars):
-        return tuple(jnp.sum(t, axis=-1) for t in terms(x, m, *scalars))
+    `rows`: x `[..., C]`, its m `[...]`, and whatever else there is of each row.
+    """
+
+    def plain(rows, scalars):
+        return tuple(jnp.sum(t, axis=-1) for t in terms(*rows, *scalars))
 
     @jax.custom_jvp
-    def sums(x, m, *scalars):
+    def sums(rows, scalars):
         on_cpu = partial(_cpu.row_sums, terms)
-        return _cpu.or_plain(on_cpu, plain, x, m, *scalars, local=is_local(x))
+        return _cpu.or_plain(on_cpu, plain, rows, scalars, local=is_local(*rows))
 
     @sums.defjvp
     def _(primals, tangents):
-        x, m, *scalars = primals
-        has_sum, *finite = rows_with_sum(x, m)
-        changes = jax.jvp(plain, (*finite, *scalars), tangents)[1]
+        (x, m, *more), scalars = primals
+        has_sum, x, m = rows_with_sum(x, m)
+        changes = jax.jvp(plain, ((x, m, *more), scalars), tangents)[1]
         return sums(*primals), tuple(jnp.where(has_sum, change, 0) for change in changes)
 
-    return sums(x, m, *scalars)
+    return sums(rows, scalars)

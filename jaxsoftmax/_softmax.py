@@ -22,7 +22,7 @@ from ._numerics import (
     shifted_exp,
     upcast,
 )
-from ._row_sums import shift_and_remainder
+from ._row_sums import row_sums, shift_and_remainder
 from ._rules import ON_LOGITS, in_forward_mode, rule, scope
 from ._sharding import in_one_sharding, sharded_first, whole_last
 
@@ -72,13 +72,17 @@ def _softmax_fwd(x):
 # maximum and nowhere else, and ⌊e⌋ picks it without a comparison.
 def _softmax_bwd(residuals, g):
     x, m, r = residuals
-    g, e = upcast(g), shifted_exp(x, m)
-    top = jnp.floor(e)
-    at_max, others = jnp.sum(g * top, axis=-1), jnp.sum(g * (e - top), axis=-1)  # in one pass
+    at_max, others = row_sums(_cotangent_terms, (x, m, g))
     c = jnp.where(r < 1, at_max, 0)
     mean = (others + jnp.where(r < 1, -c * r, at_max)) / (1 + r)
-    dz = e / (1 + r)[..., None] * ((g - c[..., None]) - mean[..., None])
+    dz = shifted_exp(x, m) / (1 + r)[..., None] * ((upcast(g) - c[..., None]) - mean[..., None])
     return (dz.astype(x.dtype),)
+
+
+def _cotangent_terms(x, m, g):
+    g, e = upcast(g), shifted_exp(x, m)
+    at_max = jnp.floor(e)
+    return g * at_max, g * (e - at_max)
 
 
 _softmax = rule(_softmax_fwd, _softmax_bwd)

@@ -298,7 +298,7 @@ def _gap_sum(of, x, m, *scalars):
         z = of(x, *scalars)
         return (shifted_exp(z, m) * _inside(z, m, None)[1],)
 
-    return row_sums(terms, x, m, *scalars)[0]
+    return row_sums(terms, (x, m), *scalars)[0]
 
 
 def _spread_sums(weights, of, x, m, *scalars):
@@ -309,7 +309,7 @@ def _spread_sums(weights, of, x, m, *scalars):
             _, gap, one = _inside(of(x, *scalars), m, None)
             return one, gap
 
-        classes, costs = row_sums(terms, x, m, *scalars)
+        classes, costs = row_sums(terms, (x, m), *scalars)
         return classes, classes, costs
     z = of(x, *scalars)
     inside, _, u = _inside(z, m, weights)
