@@ -19,10 +19,11 @@ from programs import (
     command,
     environment,
     metrics,
+    newest,
     parameters,
+    train_here,
     wait_until,
 )
-from training_runs import newest, train_here
 
 from jaxsoftmax.training import data, model, step
 from jaxsoftmax.training import mesh as meshes

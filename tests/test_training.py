@@ -22,14 +22,15 @@ from programs import (
     command,
     environment,
     metrics,
+    newest,
     parameters,
     program,
     refused,
     run,
+    train_here,
     trained,
     wait_until,
 )
-from training_runs import newest, train_here
 
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, cli, data, step
