@@ -144,6 +144,11 @@ class Logits(NamedTuple):
         size = math.prod(shape) * jnp.dtype(self.dtype).itemsize
         return _copies(draw, size)
 
+    def abstract_inputs(self, sharding: Sharding) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `inputs` draws of class numbers, for compiling."""
+        arrays = (((self.tokens, self.classes), self.dtype), ((self.tokens,), jnp.int32))
+        return [jax.ShapeDtypeStruct(*array, sharding=sharding) for array in arrays]
+
 
 class Head(NamedTuple):
     """A linear head: tokens, width and classes, and the dtype of hidden and kernel."""
@@ -192,7 +197,8 @@ class Head(NamedTuple):
         return _copies(draw, 4 * self.bytes(Mode.FORWARD))
 
     def abstract_inputs(self, *shardings: Sharding) -> list[jax.ShapeDtypeStruct]:
-        """Describe what `inputs` draws, each array with its own sharding, for compiling."""
+        """Describe what `inputs` draws, for compiling: in one sharding, or one for each array."""
+        shardings = shardings if len(shardings) > 1 else shardings * 3
         arrays = (
             ((self.tokens, self.hidden), self.dtype),
             ((self.hidden, self.classes), self.dtype),

@@ -13,14 +13,24 @@ import typer
 from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
 
-from bench import contenders, environment, figures, options, results, sharding, tables, timing
+from bench import (
+    contenders,
+    cycles,
+    environment,
+    figures,
+    options,
+    results,
+    sharding,
+    tables,
+    timing,
+)
 from bench.cases import HEADS, Dtype, Head, Mode, Size, choose, head_of
 from bench.tables import Table
 
 KEY, PEAK_KEY = "memory", "memory/peak"
 HERE = "here"
-# Generations of TPU, each by a topology of it: one of its chips is compiled for.
-TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Generations of TPU: one chip of each is compiled for.
+TPUS = {target: cycles.CHIPS[target].topology for target in ("v5e", "v5p", "v6e")}
 CASES = (
     Head(8192, 2304, 256000, Dtype.BFLOAT16),
     Head(4096, 4096, 128256, Dtype.BFLOAT16),
@@ -133,7 +143,7 @@ def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
 
 
 def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
-    hidden, kernel, labels = case.abstract_inputs(*[SingleDeviceSharding(device)] * 3)
+    hidden, kernel, labels = case.abstract_inputs(SingleDeviceSharding(device))
     if contender.entry in contenders.TIED:
         kernel, head = kernel.update(shape=kernel.shape[::-1]), contender.function
         contender = contender._replace(function=lambda h, embedding, y: head(h, embedding.T, y))

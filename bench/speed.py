@@ -10,7 +10,17 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import typer
 
-from bench import contenders, environment, options, results, speed_tables, tables, timing
+from bench import (
+    contenders,
+    cycles,
+    environment,
+    options,
+    results,
+    speed_tables,
+    tables,
+    timing,
+)
+from bench import targets as by_target
 from bench.cases import DTYPES, HEADS, LEAD, SHAPES, Case, Labels, Logits, Mode, Op, Size, choose
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
@@ -49,6 +59,22 @@ def command(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds a case.", show_default="by --size")
     ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            help="Instead of a time on this machine: the cycles on a TPU by its compiler's account "
+            f"({', '.join(cycles.CHIPS)}; needs libtpu, no TPU); repeatable.",
+        ),
+    ] = None,
+    detail: Annotated[
+        bool,
+        typer.Option(
+            "--detail",
+            metavar="",  # it takes no value
+            help="With --target: also the costliest instructions of each program.",
+        ),
+    ] = False,
     device: options.Device = None,
     profile: Annotated[
         Path | None,
@@ -74,15 +100,33 @@ def command(
         raise typer.BadParameter(
             "expected logits and integer labels with it", param_hint="--confident"
         )
+    unknown = [target for target in targets or () if target not in cycles.CHIPS]
+    if unknown:
+        raise typer.BadParameter(
+            f"expected {', '.join(cycles.CHIPS)}; got {unknown[0]!r}", param_hint="--target"
+        )
+    if targets and (confident or not integer or Mode.TRAINING_STEP in (modes or ())):
+        raise typer.BadParameter(
+            "expected integer labels, forward or value-and-grad with it", param_hint="--target"
+        )
     path = results.destination(output)
     default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
+    if targets:
+        default = by_target.HEADS if op is Op.LINEAR else by_target.LOGITS
     cases = choose(
         default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
     )
+    given = options.given(context)
+    if targets:
+        section = by_target.measure(cases, modes or by_target.MODES, targets)
+        section["command"] = results.command_line("speed", given)
+        tables.show(*(by_target.details(section) if detail else ()), *by_target.in_docs(section))
+        complete = given.keys() <= {"op", "target", "detail"} and {*targets} == {*cycles.CHIPS}
+        results.keep(path, section, by_target.KEY.format(op) if complete else None)
+        return
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
     )
-    given = options.given(context)
     section["command"] = results.command_line("speed", given)
     tables.show(*speed_tables.in_terminal(section))
     complete = given.keys() <= {"op", "labels", "confident"}
