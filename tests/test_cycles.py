@@ -12,7 +12,8 @@ from jax.sharding import SingleDeviceSharding
 from layouts import tpu_devices
 
 import jaxsoftmax
-from bench import cycles, timing
+from bench import cycles, targets, timing
+from bench.cases import Dtype, Head, Logits, Mode
 
 CHIP = "v5e"
 SHAPE = (1024, 32768)
@@ -107,3 +108,44 @@ def test_the_account(length, inside):
     assert len(found.notes) == (inside == 0)
     assert found.costs[0].cycles == max(inside, moved)
     assert cycles.at_peak(6, chip) == 12
+
+
+@pytest.mark.parametrize(
+    "case", [Logits(64, 300, Dtype.FLOAT32), Head(64, 128, 300, Dtype.BFLOAT16)]
+)
+def test_the_benchmark(case):
+    """Every contender that JAX compiles, with what costs most."""
+    tpu_devices(cycles.CHIPS[CHIP].topology)
+    section = targets.measure([case], [Mode.VALUE_AND_GRAD], [CHIP])
+    (found,) = section["cases"]
+    assert {"jaxsoftmax", "optax"} <= {row["name"] for row in found["contenders"]}
+    for row in found["contenders"]:
+        assert 0 < sum(cost["cycles"] for cost in row["costs"]) <= row["cycles"]
+
+
+ROWS = [
+    {"name": "jaxsoftmax", "cycles": 3e6, "temp_bytes": 2e6, "notes": ["a loop"], "costs": []},
+    {"name": "optax", "cycles": 4e6, "temp_bytes": 8e6, "notes": [], "costs": []},
+]
+NO_MEMORY = {"name": "optax", "cycles": None, "temp_bytes": None, "error": "no memory"}
+
+
+def test_its_tables():
+    """Over optax's cycles; where optax does not compile, the cycles themselves."""
+    fields = {"dtype": "bfloat16", "target": "v5e", "mode": "value-and-grad", "at_peak": 1e6}
+    cases = [
+        {**fields, "shape": "1x2x3", "contenders": ROWS},
+        {**fields, "shape": "4x5x6", "contenders": [ROWS[0], NO_MEMORY]},
+    ]
+    environment = {"device": "CPU", "versions": {"jax": "0.12"}, "python": "3.13", "date": "today"}
+    section = {"op": "linear", "cases": cases, "environment": environment, "command": "bench"}
+    (table,) = targets.in_docs(section)
+    assert table.rows == [
+        ["jaxsoftmax", "0.75, 2 MB", "3 Mcycles, 2 MB"],
+        ["optax", "1.00, 8 MB", "no memory"],
+        ["the products at v5e's peak", "0.25", "1 Mcycles"],
+    ]
+    (table,) = targets.in_readme(section)
+    assert table.rows == [["jaxsoftmax", "0.75"], ["optax", "1.00"]]
+    first, *_ = targets.details(section)
+    assert first.notes == ["a loop"]
