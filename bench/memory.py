@@ -86,11 +86,7 @@ def command(
     Nothing is run but with --peak, so shapes may be larger than this machine.
     """
     environment.use(device)
-    unknown = [target for target in targets or () if target not in (HERE, *TPUS)]
-    if unknown:
-        raise typer.BadParameter(
-            f"expected {', '.join((HERE, *TPUS))}; got {unknown[0]!r}", param_hint="--target"
-        )
+    options.check_targets(targets or (), (HERE, *TPUS))
     if sum(map(bool, (targets, meshes, peaks))) > 1:
         raise typer.BadParameter("expected one of them", param_hint="--target, --mesh, --peak")
     path = results.destination(output)

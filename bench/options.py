@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options that the commands share, and what a command line asks for."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,15 @@ Output = Annotated[
         "README and docs show those of bench/results.",
     ),
 ]
+
+
+def check_targets(targets: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a --target that is not known."""
+    for target in targets:
+        if target not in known:
+            raise typer.BadParameter(
+                f"expected {', '.join(known)}; got {target!r}", param_hint="--target"
+            )
 
 
 # Where a run is measured and where its results go: no part of the command that is recorded.

@@ -100,11 +100,11 @@ def command(
         raise typer.BadParameter(
             "expected logits and integer labels with it", param_hint="--confident"
         )
-    unknown = [target for target in targets or () if target not in cycles.CHIPS]
-    if unknown:
-        raise typer.BadParameter(
-            f"expected {', '.join(cycles.CHIPS)}; got {unknown[0]!r}", param_hint="--target"
-        )
+    options.check_targets(targets or (), cycles.CHIPS)
+    if targets and (repeats or profile):
+        raise typer.BadParameter("nothing is run with --target", param_hint="--repeats, --profile")
+    if detail and not targets:
+        raise typer.BadParameter("expected --target with it", param_hint="--detail")
     if targets and (confident or not integer or Mode.TRAINING_STEP in (modes or ())):
         raise typer.BadParameter(
             "expected integer labels, forward or value-and-grad with it", param_hint="--target"

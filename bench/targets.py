@@ -2,9 +2,9 @@
 """`python -m bench speed --target`: time on TPUs by their compiler's account, and memory."""
 
 from collections.abc import Iterator, Sequence
-from statistics import geometric_mean
 from typing import Any
 
+import typer
 from jax.sharding import SingleDeviceSharding
 
 from bench import contenders, cycles, environment, tables, timing
@@ -35,7 +35,11 @@ ACCOUNT = (
 
 
 def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]) -> dict[str, Any]:
-    """Compile every JAX contender for every case and target: a section of the results file."""
+    """Compile every JAX contender for every case and target: a section of the results file.
+
+    Raises:
+        typer.BadParameter: there is no compiler for a target.
+    """
     head = isinstance(cases[0], Head)
     entries = contenders.HEAD if head else contenders.LOGITS[Labels.INTEGER]
     found = {case.dtype: contenders.load(entries, case.dtype) for case in cases}
@@ -44,7 +48,7 @@ def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]
     with tables.progress(len(targets) * len(cases) * len(modes)) as now:
         for target in targets:
             chip = cycles.CHIPS[target]
-            device = SingleDeviceSharding(environment.tpus(chip.topology)[0])
+            device = SingleDeviceSharding(_device(target))
             for case in cases:
                 for mode in modes:
                     now(f"{target}: {case} {mode}")
@@ -65,6 +69,14 @@ def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]
         "left_out": left_out,
         "cases": measured,
     }
+
+
+def _device(target: str) -> Any:
+    try:
+        return environment.tpus(cycles.CHIPS[target].topology)[0]
+    except Exception as error:  # libtpu absent, or it does not know the topology
+        reason = str(error).splitlines()[0][:120]
+        raise typer.BadParameter(f"{target}: {reason}", param_hint="--target") from None
 
 
 def _compile(
@@ -108,20 +120,6 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     return [*found[:-1], found[-1]._replace(notes=notes)]
 
 
-def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the README: geometric means over the cases, for each target."""
-    targets = list(dict.fromkeys(case["target"] for case in section["cases"]))
-    modes = list(dict.fromkeys(case["mode"] for case in section["cases"]))
-    rows = [
-        [name, *(_mean(section, name, target, mode) for mode in modes for target in targets)]
-        for name in contenders.names(section["cases"])
-    ]
-    headings = ["cycles ÷ optax's", *(f"{t}, {mode}" for mode in modes for t in targets)]
-    shapes = dict.fromkeys(f"{case['shape']} {case['dtype']}" for case in section["cases"])
-    notes = f"Geometric means over {', '.join(shapes)}. " + ACCOUNT, tables.origin(section)
-    return [Table(headings, rows, notes, words=1)]
-
-
 def details(section: dict[str, Any]) -> Iterator[Table]:
     """Lay out the costliest instructions of every program."""
     headings = ["Mcycles", "share", "iterations", "operation", "result", "from"]
@@ -155,14 +153,3 @@ def _ratio(taken: float, baseline: float | None) -> str:
 
 def _baseline(case: dict[str, Any]) -> float | None:
     return {row["name"]: row["cycles"] for row in case["contenders"]}.get(contenders.BASELINE)
-
-
-def _mean(section: dict[str, Any], name: str, target: str, mode: str) -> str:
-    ratios = [
-        row["cycles"] / _baseline(case)
-        for case in section["cases"]
-        for row in case["contenders"]
-        if (case["target"], case["mode"], row["name"]) == (target, mode, name)
-        if row["cycles"] and _baseline(case)
-    ]
-    return f"{geometric_mean(ratios):.2f}" if ratios else "–"

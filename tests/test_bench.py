@@ -369,6 +369,8 @@ WRONG = {
     "speed --op linear --confident": "expected logits and integer labels with it",
     "speed --target v9": "expected v5e, v5p, v6e, tpu7x; got 'v9'",
     "speed --target v5e --labels dense": "expected integer labels",
+    "speed --target v5e --repeats 3": "nothing is run with --target",
+    "speed --detail": "expected --target with it",
     "speed --target v5e --mode training-step": "expected integer labels, forward or value-and-grad",
     "memory --target v9": "expected here, v5e, v5p, v6e; got 'v9'",
     "memory --peak --target here": "expected one of them",
