@@ -173,8 +173,9 @@ def block_sums(  # noqa: PLR0917
     m, r = shift_and_remainder(x, labels if spec.from_label else None, of, *scalars)
     sums = BlockSums(m, r)
     if labels is not None:
-        own = pick(x, labels_in_block(labels, start, x.shape[-1]))
-        sums = sums._replace(z_label=transformed(own, transform))
+        # From the label rows are whole, and XLA finds that it is picked already.
+        index = labels if spec.from_label else labels_in_block(labels, start, x.shape[-1])
+        sums = sums._replace(z_label=transformed(pick(x, index), transform))
     if spec.entropy:
         sums = sums._replace(gaps=_gap_sum(of, x, m, *scalars))
     if spec.spread:
