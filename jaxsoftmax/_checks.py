@@ -334,6 +334,22 @@ def check_precision(function: str, value: Any) -> None:
         ) from error
 
 
+def as_compute_dtype(function: str, name: str, value: Any) -> jnp.dtype:
+    """`value`, a floating dtype of at least 16 bits that JAX has here, as a dtype."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{function}: {name} must be a dtype; got {_typed(value)}") from error
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(
+            f"{function}: {name} must be a real floating-point dtype of at least 16 bits; "
+            f"got {dtype}"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{function}: {name} {dtype} needs jax_enable_x64")
+    return dtype
+
+
 def check_callable(function: str, name: str, value: object) -> None:
     """`value` is a function."""
     if not callable(value):

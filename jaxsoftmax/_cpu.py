@@ -323,18 +323,21 @@ def row_sums(
 
 
 def add_by_block(
-    add: Callable[..., jax.Array], total: jax.Array, a: jax.Array, b: jax.Array
+    add: Callable[..., jax.Array], class_axis: int, total: jax.Array, a: jax.Array, b: jax.Array
 ) -> jax.Array:
-    """`add(total, a, b)` in place: to `total [H, V]`, a product of `a [c, H]` and `b [c, V]`."""
-    classes = total.shape[1]
+    """`add(total, a, b)` in place, by blocks of classes.
+
+    `total`, `[H, V]` or `[V, H]` by its `class_axis`, gets a product of `a [c, H]` and `b [c, V]`.
+    """
+    classes = total.shape[class_axis]
     # Of the product and of the columns of b; a size that is symbolic, in an export, does not count.
     rows = max(1, *(size for size in a.shape if isinstance(size, int)))
     size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
 
     def step(start, size, total):
         columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)
-        sums = add(lax.dynamic_slice_in_dim(total, start, size, axis=1), a, columns)
-        return lax.dynamic_update_slice_in_dim(total, sums, start, axis=1)
+        sums = add(lax.dynamic_slice_in_dim(total, start, size, axis=class_axis), a, columns)
+        return lax.dynamic_update_slice_in_dim(total, sums, start, axis=class_axis)
 
     blocks, rest = divmod(classes, size)
     total = lax.fori_loop(0, blocks, lambda i, total: step(i * size, size, total), total)

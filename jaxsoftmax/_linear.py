@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from . import _checks
@@ -35,8 +35,10 @@ def linear_loss(
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
     axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     r"""Any per-token loss of the logits `hidden @ kernel + bias`, without holding the logits.
 
@@ -46,13 +48,14 @@ def linear_loss(
 
     Args:
       loss_fn: `loss_fn(logits, *args) -> losses` for a chunk: `logits [c, V]` in float32 (float64
-        for float64 operands), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
+        for float64 products), each `args[i]` the chunk of `token_args[i]`, `losses [c]`. It must
         treat tokens independently. It may close over arrays of any dtype and keys; they may be
         traced and differentiated. Outside `jit`, functions with the same trace share one compiled
         program. A custom derivative (as in `jax.nn.relu`) prevents that unless it is called inside
         a `jax.jit` of yours, and so does a Python number that changes: make it a JAX array.
       hidden: `[*tokens, H]`, floating.
-      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
       *token_args: arrays `[*tokens, ...]` that are passed to `loss_fn`.
       bias: `[V]`; −inf excludes a class.
       weights: `[*tokens]`, the factor of each loss. A token of weight 0 contributes nothing: NaN or
@@ -66,16 +69,22 @@ def linear_loss(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes of `kernel`
         and `bias`: `loss_fn` gets this device's part of the logits and must return the losses of
         whole rows, as the package's losses with this `axis_name` do.
+      transpose_kernel: whether `kernel` is `[V, H]`, as an embedding table or PyTorch's weight; its
+        gradient is `[V, H]` too. No transposed copy is made.
       chunk_size: the most tokens in a chunk, `c`; chunks have equal sizes, and any number of tokens
-        fits. By default as many as keep a chunk's float32 logits under 56 MiB on a CPU and 448 MiB
-        elsewhere (by JAX's default backend), but from 256 to 4096. Where an explicit mesh shards
-        tokens or classes, `c` counts the tokens, and V the classes, of one device. Where an
-        automatic mesh may shard them, `c` counts the tokens of all devices, and is a multiple of
-        the number of devices, unless `chunk_size` is smaller or one chunk holds all tokens.
+        fits. By default as many as keep a chunk's float32 logits under 56 MiB where the program is
+        lowered for a CPU, and 512 MiB elsewhere, but from 256 to 4096; several chunks are multiples
+        of 256 elsewhere. Where an explicit mesh shards tokens or classes, `c` counts the tokens,
+        and V the classes, of one device. Where an automatic mesh may shard them, `c` counts the
+        tokens of all devices, and is a multiple of the number of devices, unless `chunk_size` is
+        smaller or one chunk holds all tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix products, such as bfloat16 beside float32 parameters;
+        by default that of the operands, promoted. The products are summed in float32 (float64 for
+        float64), and each gradient is rounded once, to the dtype of its operand.
 
     Returns:
-      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -119,8 +128,10 @@ def linear_loss(
         reduction=reduction,
         denominator=denominator,
         axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
         chunk_size=chunk_size,
         precision=precision,
+        compute_dtype=compute_dtype,
     )
     args = tuple(as_per_token(name, f"token_args[{i}]", a, head) for i, a in enumerate(token_args))
     with scope(name, OF_HEADS):
@@ -144,8 +155,10 @@ def linear_softmax_cross_entropy(
     denominator: ArrayLike | None = None,
     gradients: Literal["auto", "in_forward", "recompute"] = "auto",
     axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     r"""Softmax cross-entropy of `hidden @ kernel + bias` with integer labels, chunk by chunk.
 
@@ -154,7 +167,8 @@ def linear_softmax_cross_entropy(
 
     Args:
       hidden: `[*tokens, H]`, floating.
-      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
       labels: `[*tokens]`, integers in [0, V). A label out of range makes that token's loss and
         gradient NaN, and with it the gradients of `kernel` and `bias`; a mean's divisor counts it
         with the class weight 1, so that the gradients of other tokens' `hidden` stay.
@@ -182,12 +196,14 @@ def linear_softmax_cross_entropy(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
+      transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
       chunk_size: tokens in a chunk (see `linear_loss`), or in "recompute" classes in a block (see
         `linear_log_probs`).
       precision: of the matrix products, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 operands).
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -214,8 +230,10 @@ def linear_softmax_cross_entropy(
         reduction=reduction,
         denominator=denominator,
         axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
         chunk_size=chunk_size,
         precision=precision,
+        compute_dtype=compute_dtype,
     )
     labels = as_token_labels(name, labels, head)
     if gradients == "in_forward" and reduction is None:
@@ -231,7 +249,7 @@ def linear_softmax_cross_entropy(
         temperature=temperature,
         class_weights=class_weights,
         axis_name=axis_name,
-        classes=head.kernel.shape[1],
+        classes=head.kernel.shape[head.products.class_axis],
     )
     in_forward = gradients == "in_forward" or (gradients == "auto" and reduction is not None)
     with scope(name, OF_HEADS):
@@ -248,8 +266,10 @@ def linear_log_probs(
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
     axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> LogProbs:
     r"""Log-probability of each label under `hidden @ kernel + bias`, log-normalizer and entropy.
 
@@ -258,7 +278,8 @@ def linear_log_probs(
 
     Args:
       hidden: `[*tokens, H]`, floating.
-      kernel: `[H, V]`, floating. Operands of different dtypes are promoted.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
       labels: `[*tokens]`, integers in [0, V). A label out of range makes that log-probability and
         its gradient NaN.
       bias: `[V]`; −inf excludes a class.
@@ -267,13 +288,15 @@ def linear_log_probs(
       with_entropy: also compute the entropies.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
         `linear_softmax_cross_entropy`).
+      transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
       chunk_size: classes in a block, 2048 by default. Where an explicit mesh shards the classes, it
         counts those of one shard. Where an automatic mesh of D devices is set, it counts those of
         all devices, by default at least 128·D (docs/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      `LogProbs` of arrays `[*tokens]` in float32, or float64 for float64 operands.
+      `LogProbs` of arrays `[*tokens]` in float32, or float64 for float64 products.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -305,8 +328,10 @@ def linear_log_probs(
         kernel,
         bias=bias,
         axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
         chunk_size=chunk_size,
         precision=precision,
+        compute_dtype=compute_dtype,
     )
     labels = as_token_labels(name, labels, head)
     transform = as_transform(name, soft_cap, temperature)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from ._sharding import aligned
 
@@ -101,6 +103,69 @@ def rule(
     forward = jax.custom_jvp(function)
     forward.defjvp(jvp)
     return Rule(lambda *args: reverse(*aligned(args)), lambda *args: forward(*aligned(args)))
+
+
+def with_derivative(
+    function: Callable[..., tuple[jax.Array, ...]],
+    same: Callable[..., tuple[jax.Array, ...]],
+    *args: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`function(*args)`, with the derivative of `same(results, *args)` for constant results.
+
+    A primitive: JAX's transformations never look inside, so there may be loops of any length.
+    (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+    """
+    return tuple(_with_derivative.bind(*args, function=function, same=same))
+
+
+_with_derivative = Primitive("with_derivative")
+_with_derivative.multiple_results = True
+
+
+def _run(*args, function, same):
+    """Compiled under `jax.disable_jit` too, as any primitive."""
+    del same
+    with jax.disable_jit(False):
+        return jax.jit(function)(*args)
+
+
+def _called(*args, function, same):
+    del same
+    return function(*args)
+
+
+def _abstract(*args, function, same):
+    del same
+    return jax.make_jaxpr(function)(*args).out_avals
+
+
+def _differentiated(args, tangents, *, function, same):
+    results = with_derivative(function, same, *args)
+    real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in args]
+    active = [i for i, t in enumerate(tangents) if real[i] and not isinstance(t, ad.Zero)]
+
+    def of_active(*values):
+        full = list(args)
+        for i, value in zip(active, values, strict=True):
+            full[i] = value
+        return same(results, *full)
+
+    primals, changes = ([x[i] for i in active] for x in (args, tangents))
+    return results, jax.jvp(of_active, primals, changes)[1]
+
+
+def _batched(args, axes, *, function, same):
+    function = jax.vmap(function, in_axes=axes)
+    same = jax.vmap(same, in_axes=(0, *axes))
+    results = with_derivative(function, same, *args)
+    return results, (0,) * len(results)
+
+
+_with_derivative.def_impl(_run)
+_with_derivative.def_abstract_eval(_abstract)
+ad.primitive_jvps[_with_derivative] = _differentiated
+batching.primitive_batchers[_with_derivative] = _batched
+mlir.register_lowering(_with_derivative, mlir.lower_fun(_called, multiple_results=True))
 
 
 def instantiated(g: Any) -> jax.Array:

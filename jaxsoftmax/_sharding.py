@@ -44,11 +44,13 @@ def devices_of_automatic_mesh() -> int:
     return math.prod(mesh.shape[axis] for axis in mesh.auto_axes)
 
 
-def hidden_axis_whole(kernel: jax.Array) -> jax.Array:
-    """A kernel `[H, V]` with its hidden axis unsharded, if an automatic mesh is set."""
+def hidden_axis_whole(kernel: jax.Array, axis: int) -> jax.Array:
+    """A matrix, the kernel, with its hidden axis unsharded, if an automatic mesh is set."""
     if devices_of_automatic_mesh() == 1:
         return kernel
-    return lax.with_sharding_constraint(kernel, PartitionSpec(None, PartitionSpec.UNCONSTRAINED))
+    free = PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(*(None if i == axis else free for i in range(2)))
+    return lax.with_sharding_constraint(kernel, spec)
 
 
 def manual_axes(*arrays: Any) -> frozenset[str]:

@@ -184,6 +184,37 @@ def block_sums(  # noqa: PLR0917
     return sums
 
 
+def sums_at(  # noqa: PLR0917
+    spec: StatisticsSpec,
+    x: jax.Array,
+    transform: Transform,
+    index: jax.Array,
+    weights: Any,
+    m: jax.Array,
+    *,
+    beside_label: bool,
+) -> BlockSums:
+    """The sums of raw logits `x [..., C]` from a given shift m, which adds nothing to them itself.
+
+    r is the sum over all classes, and 0 where m is not finite; or, `beside_label`, over all but
+    that at `index`, whatever m is.
+    """
+    of, scalars = as_function(transform)
+    z = of(x, *scalars)
+    if beside_label:
+        # Both of one reading: XLA makes them the end of a product.
+        at_label = one_hot(index, x.shape[-1])
+        r = jnp.sum(jnp.where(at_label, 0, shifted_exp(z, m)), axis=-1)
+        z_label = jnp.sum(jnp.where(at_label, z, 0), axis=-1)
+    else:
+        has_sum, z, shift = rows_with_sum(z, m)
+        r = jnp.where(has_sum, jnp.sum(shifted_exp(z, shift), axis=-1), 0)
+        z_label = transformed(pick(x, index), transform)
+    gaps = _gap_sum(of, x, m, *scalars) if spec.entropy else None
+    spread = _spread_sums(weights, of, x, m, *scalars) if spec.spread else (None,) * 3
+    return BlockSums(jnp.zeros_like(m), r, z_label, gaps, *spread)
+
+
 def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
     """The loss is NaN where the label is out of range."""
     loss = statistics.loss

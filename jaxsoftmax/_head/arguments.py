@@ -15,7 +15,7 @@ from .._numerics import accumulation_dtype
 from .._options import Options, ignored_tokens, label_weights
 from .._sharding import AxisName, axis_names, manual_axes, shard_count, varying
 from .layout import HeadSharding, sharding_of_head
-from .products import finite_if_counted
+from .products import Products, finite_if_counted
 
 Reduction = Literal["mean", "sum"] | None
 
@@ -23,14 +23,14 @@ Reduction = Literal["mean", "sum"] | None
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("hidden", "kernel", "bias", "weights", "denominator", "counts"),
-    meta_fields=("shape", "reduction", "sharding", "axis_name", "precision"),
+    meta_fields=("shape", "reduction", "sharding", "axis_name", "products"),
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
     """The checked arguments of a head, as one argument of jit, with the reduction of its losses."""
 
     hidden: jax.Array  # [*tokens, H], or [N, H] in `rows`
-    kernel: jax.Array  # [H, V]
+    kernel: jax.Array  # [H, V], or [V, H]
     bias: jax.Array | None  # [V]
     weights: jax.Array | None  # as hidden, without H
     denominator: jax.Array | None
@@ -38,19 +38,18 @@ class Head:
     reduction: Reduction
     sharding: HeadSharding
     axis_name: AxisName | None
-    precision: Any
+    products: Products
     counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
 
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of sums and of the losses."""
-        return accumulation_dtype(self.hidden.dtype, self.kernel.dtype)
+        return accumulation_dtype(self.products.dtype)
 
     def rows(self, *others: Any) -> "Head":
-        """Tokens in one axis, operands in one dtype; the mesh of `others` if the head has none."""
+        """Tokens in one axis; the mesh of `others` if the head has none."""
         sharding = self.sharding.on_mesh_of((self.bias, self.weights, others))
-        dtype = jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
-        hidden = sharding.resharded(self.hidden.astype(dtype), *sharding.tokens, None)
+        hidden = sharding.resharded(self.hidden, *sharding.tokens, None)
         weights, denominator = self.weights, self.denominator
         if weights is not None:
             weights = sharding.merge_tokens(weights.astype(self.dtype))
@@ -58,7 +57,6 @@ class Head:
             self,
             sharding=sharding,
             hidden=sharding.merge_tokens(hidden),
-            kernel=self.kernel.astype(dtype),
             weights=weights,
             denominator=None if denominator is None else denominator.astype(self.dtype),
         )
@@ -107,7 +105,7 @@ class Head:
     @property
     def classes(self) -> int:
         """The number of classes, on all devices."""
-        return self.kernel.shape[1] * shard_count(self.axis_name)
+        return self.kernel.shape[self.products.class_axis] * shard_count(self.axis_name)
 
     def unreduced(self, losses: jax.Array) -> jax.Array:
         """The weighted losses `[*tokens]`, of losses `[N]`."""
@@ -148,24 +146,32 @@ def as_head(
     reduction: Reduction = None,
     denominator: ArrayLike | None = None,
     axis_name: AxisName | None,
+    transpose_kernel: bool,
     chunk_size: int | None,
     precision: Any,
+    compute_dtype: Any,
 ) -> Head:
     """Check the arguments that all heads share."""
+    class_axis = 0 if _checks.as_flag(function, "transpose_kernel", transpose_kernel) else 1
     hidden = _checks.as_floating(function, "hidden", hidden)
     kernel = _checks.as_floating(function, "kernel", kernel)
     if hidden.ndim == 0:
         raise ValueError(f"{function}: hidden must have shape [*tokens, H]; got a scalar")
     *tokens, width = hidden.shape
-    if kernel.ndim != 2 or kernel.shape[0] != width:
+    if kernel.ndim != 2 or kernel.shape[1 - class_axis] != width:
+        expected = f"({width}, V)" if class_axis == 1 else f"(V, {width}), as it is transposed"
         raise ValueError(
-            f"{function}: kernel must have shape ({width}, V), with H = {width} the last axis of "
+            f"{function}: kernel must have shape {expected}, with H = {width} the last axis of "
             f"hidden; got {kernel.shape}"
         )
-    _checks.check_has_classes(function, "kernel", kernel.shape, (1,))
-    classes = kernel.shape[1]
+    _checks.check_has_classes(function, "kernel", kernel.shape, (class_axis,))
+    classes = kernel.shape[class_axis]
     shape = tuple(tokens)
-    _checks.promoted(function, {"hidden": hidden, "kernel": kernel})
+    if compute_dtype is None:
+        _checks.promoted(function, {"hidden": hidden, "kernel": kernel})
+        dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    else:
+        dtype = _checks.as_compute_dtype(function, "compute_dtype", compute_dtype)
     if bias is not None:
         bias = _checks.as_floating(function, "bias", bias)
         meaning = f"one number for each of the {classes} classes of kernel"
@@ -195,9 +201,9 @@ def as_head(
         denominator,
         shape,
         reduction,
-        sharding_of_head(hidden, kernel),
+        sharding_of_head(hidden, kernel, class_axis),
         axis_name,
-        tuple(precision) if isinstance(precision, list) else precision,
+        Products(dtype, tuple(precision) if isinstance(precision, list) else precision, class_axis),
     )
 
 

@@ -6,7 +6,7 @@ created again in every call is compiled once, and one that closes over another n
 is not mistaken for the earlier one.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,18 +16,22 @@ from jax.extend import core
 
 
 class Closed:
-    """A traced function of its constants and arguments; equal to another with the same trace."""
+    """A traced function of its constants and arguments; equal to another with the same trace.
 
-    def __init__(self, traced: Any):
+    `at`: where in the constants that it is given its own are.
+    """
+
+    def __init__(self, traced: Any, at: Sequence[int]):
         self._jaxpr = core.ClosedJaxpr(traced.jaxpr, [None] * len(traced.consts))
-        self._key = _key(self._jaxpr, {})
+        self._at = tuple(at)
+        self._key = (_key(self._jaxpr, {}), self._at)
         self._hash = hash(self._key)
         types = (aval.manual_axis_type for aval in traced.out_avals)
         self.varying = frozenset().union(*(t.varying for t in types))  # over manual mesh axes
 
     def __call__(self, consts: Any, *args: Any) -> Any:
         """The function's one result, for these constants and arguments."""
-        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, list(consts))
+        closed = core.ClosedJaxpr(self._jaxpr.jaxpr, [consts[i] for i in self._at])
         return core.jaxpr_as_fun(closed)(*args)[0]
 
     def __eq__(self, other: object) -> bool:
@@ -37,15 +41,21 @@ class Closed:
         return self._hash
 
 
-def closed(function: Callable[..., Any], *example: Any) -> tuple[Closed, tuple[Any, ...], Any]:
-    """The function traced for these arguments; the values it closes over; its result's shape.
+def closed(function: Callable[..., Any], consts: list[Any], *example: Any) -> tuple[Closed, Any]:
+    """The function traced for these arguments, and its result's shape.
 
     All arrays that it closes over, traced or not, become arguments: integers, booleans and keys as
-    well, which `jax.closure_convert` leaves inside.
+    well, which `jax.closure_convert` leaves inside. Those that `consts` lacks are appended.
     """
     # A new `partial` is in no cache: the values it closes over may differ from the last call's.
     traced, shape = jax.make_jaxpr(partial(function), return_shape=True)(*example)
-    return Closed(traced), tuple(traced.consts), shape
+    at = []
+    for const in traced.consts:
+        known = [i for i, other in enumerate(consts) if other is const]
+        at.append(known[0] if known else len(consts))
+        if not known:
+            consts.append(const)
+    return Closed(traced, at), shape
 
 
 def _key(jaxpr: Any, seen: dict[int, int]) -> Hashable:

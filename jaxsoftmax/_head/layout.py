@@ -25,6 +25,7 @@ class HeadSharding(NamedTuple):
     class_shards: int = 1
     mesh: Any = None  # None where it has no explicit axes
     named: tuple[Any, ...] = ()  # `tokens` as the arguments have them
+    class_axis: int = 1  # of the kernel: `[H, V]`, or `[V, H]` for 0
 
     def on_mesh_of(self, tree: Any) -> "HeadSharding":
         """The same, on the first explicit mesh of these arrays if it has no mesh."""
@@ -45,6 +46,10 @@ class HeadSharding(NamedTuple):
             return None
         entries = (axis or None for axis in axes)
         return NamedSharding(self.mesh, PartitionSpec(*entries, unreduced=frozenset(unreduced)))
+
+    def of_kernel(self, hidden: Any, *classes: Any) -> tuple[Any, ...]:
+        """What belongs to the axes of a kernel, in their order; `classes` may be two axes."""
+        return (hidden, *classes) if self.class_axis == 1 else (*classes, hidden)
 
     def resharded(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
         """`x` (None stays None) sharded by these mesh axes, an entry for each array axis."""
@@ -72,11 +77,13 @@ class HeadSharding(NamedTuple):
         """
         if self.mesh is None:
             return None
-        hidden, classes = map(mesh_axes, jax.typeof(kernel).sharding.spec)
+        spec = jax.typeof(kernel).sharding.spec
+        hidden, classes = self.of_kernel(*map(mesh_axes, spec))
         all_hidden = hidden + tuple(a for a in self.token_axes if a not in hidden + classes)
-        if kernel.shape[0] % math.prod(self.mesh.shape[a] for a in all_hidden):
+        width = kernel.shape[1 - self.class_axis]
+        if width % math.prod(self.mesh.shape[a] for a in all_hidden):
             all_hidden = hidden
-        return self.spec(all_hidden, classes)
+        return self.spec(*self.of_kernel(all_hidden, classes))
 
     def merge_tokens(self, x: jax.Array) -> jax.Array:
         """`x [*tokens, …]` as `[N, …]`; shards stay on their devices, so the order changes."""
@@ -119,9 +126,27 @@ class HeadSharding(NamedTuple):
         shape = (*x.shape[:-2], x.shape[-2] * x.shape[-1])
         return self.reshape(x, shape, *axes, self.classes, unreduced=unreduced)
 
+    def split_kernel(self, x: Any, *, unreduced: tuple[str, ...] = ()) -> Any:
+        """`split_classes` of the class axis of a kernel."""
+        count = self.class_shards
+        if count == 1 or x is None:
+            return x
+        width, classes = self.of_kernel(*x.shape)
+        shape = self.of_kernel(width, count, classes // count)
+        axes = self.of_kernel(None, self.classes, None)
+        return self.reshape(x, shape, *axes, unreduced=unreduced)
 
-def sharding_of_head(hidden: jax.Array, kernel: jax.Array) -> HeadSharding:
-    """How `hidden [*tokens, H]` and `kernel [H, V]` are sharded."""
+    def merge_kernel(self, x: Any, *, unreduced: tuple[str, ...] = ()) -> Any:
+        """Undoes `split_kernel`."""
+        if self.class_shards == 1 or x is None:
+            return x
+        width = x.shape[0 if self.class_axis == 1 else -1]
+        shape = self.of_kernel(width, x.size // width)
+        return self.reshape(x, shape, *self.of_kernel(None, self.classes), unreduced=unreduced)
+
+
+def sharding_of_head(hidden: jax.Array, kernel: jax.Array, class_axis: int) -> HeadSharding:
+    """How `hidden [*tokens, H]` and `kernel` are sharded."""
     of_hidden, of_kernel = (jax.typeof(x).sharding for x in (hidden, kernel))
     mesh = of_kernel.mesh if of_hidden.mesh.empty else of_hidden.mesh
 
@@ -133,8 +158,8 @@ def sharding_of_head(hidden: jax.Array, kernel: jax.Array) -> HeadSharding:
 
     named = tuple(of_hidden.spec[:-1])
     tokens = tuple(map(axes, named))
-    classes = tuple(a for a in axes(of_kernel.spec[1]) if a not in sum(tokens, ()))
+    classes = tuple(a for a in axes(of_kernel.spec[class_axis]) if a not in sum(tokens, ()))
     explicit = mesh if mesh.explicit_axes else None
     return HeadSharding(
-        tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit, named
+        tokens, classes, tuple(map(shards, tokens)), shards(classes), explicit, named, class_axis
     )

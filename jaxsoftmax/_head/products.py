@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both orders of the linear head share: the product, and which operands are differentiated."""
+"""What both orders of the linear head share: its products, and what is differentiated."""
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,49 @@ from .. import _cpu
 from .._numerics import accumulation_dtype
 from .._rules import is_primal, values
 from .._sharding import is_local, psum_like, resharded, resharded_like
+
+
+class Products(NamedTuple):
+    """How the matrix products of a head are computed.
+
+    The kernel is `[H, V]`, or `[V, H]` where its class axis is 0. Operands are cast to `dtype`;
+    sums and results are in its accumulation dtype, unless another one is named.
+    """
+
+    dtype: Any
+    precision: Any
+    class_axis: int
+
+    def operand(self, x: jax.Array) -> jax.Array:
+        """`x` as the products take it."""
+        return x.astype(self.dtype)
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Logits `[N, V]` of `hidden [N, H]`."""
+        logits = self._dot(hidden, kernel, (1,), (1 - self.class_axis,))
+        return logits if bias is None else logits + bias.astype(logits.dtype)[None]
+
+    def d_hidden(self, d_logits: jax.Array, kernel: jax.Array, spec: Any) -> jax.Array:
+        """The cotangent `[N, H]` of hidden, sharded as `spec` says."""
+        return self._dot(d_logits, kernel, (1,), (self.class_axis,), spec)
+
+    def d_kernel(
+        self, hidden: jax.Array, d_logits: jax.Array, spec: Any, dtype: Any = None
+    ) -> jax.Array:
+        """The cotangent of kernel, of `hidden [*n, H]` and `d_logits [*n, V]`."""
+        pair = (hidden, d_logits) if self.class_axis == 1 else (d_logits, hidden)
+        tokens = tuple(range(hidden.ndim - 1))
+        return self._dot(*pair, tokens, tokens, spec, dtype)
+
+    def _dot(self, a, b, of_a, of_b, spec=None, dtype=None):  # noqa: PLR0917
+        return lax.dot_general(
+            self.operand(a),
+            self.operand(b),
+            ((of_a, of_b), ((), ())),
+            precision=self.precision,
+            preferred_element_type=accumulation_dtype(self.dtype) if dtype is None else dtype,
+            out_sharding=spec,
+        )
 
 
 def split_perturbed(tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -39,18 +81,6 @@ def as_cotangents(ds: Any, operands: Any) -> Any:
     return jax.tree.map(like, operands, ds)
 
 
-def dot(a, b, contract, precision, spec=None):
-    """The product over the axes `contract`, in the accumulation dtype, sharded as `spec` says."""
-    return lax.dot_general(
-        a,
-        b,
-        (contract, ((), ())),
-        precision=precision,
-        preferred_element_type=accumulation_dtype(a.dtype),
-        out_sharding=spec,
-    )
-
-
 def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:
     """`x [N, …]`, 0 where it is not finite and the weight `[N]` is 0: 0 · NaN would be NaN."""
     unused = jnp.expand_dims(weights == 0, tuple(range(1, x.ndim)))
@@ -74,6 +104,18 @@ def scale_for_float16(d: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
     return (d / scale).astype(dtype), scale
 
 
+def in_one_scale(d: Any, scales: Any) -> tuple[Any, Any]:
+    """`d [chunks, …]`, divided by a scale each, divided by the largest of them instead.
+
+    What of a chunk is below 2⁻²⁴ of the largest cotangent of all of them is lost, as in one chunk.
+    """
+    if scales is None:
+        return d, None
+    largest = jnp.max(scales)
+    ratios = jnp.expand_dims(scales / largest, tuple(range(1, d.ndim)))
+    return (d.astype(ratios.dtype) * ratios).astype(d.dtype), largest
+
+
 def undo_scale(d: jax.Array, scale: jax.Array | None) -> jax.Array:
     """`d` times what its cotangents were divided by, even if `d` is unreduced over mesh axes."""
     if scale is None:
@@ -85,19 +127,21 @@ def undo_scale(d: jax.Array, scale: jax.Array | None) -> jax.Array:
     return d * scale
 
 
-def product(hidden, kernel, bias, precision):
-    """Logits `[N, *classes]` of `hidden [N, H]`, `kernel [H, *classes]` and `bias [*classes]`."""
-    logits = dot(hidden, kernel, ((1,), (0,)), precision)
-    return logits if bias is None else logits + bias.astype(logits.dtype)[None]
-
-
-def add_product(  # noqa: PLR0917
-    total: jax.Array, a: jax.Array, b: jax.Array, scale: Any, precision: Any, spec: Any
+def add_to_kernel(  # noqa: PLR0917
+    products: Products,
+    total: jax.Array,
+    hidden: jax.Array,
+    d_logits: jax.Array,
+    scale: Any,
+    spec: Any,
 ) -> Any:
-    """`total [H, V] + scale · aᵀ b` of `a [c, H]` and `b [c, V]`, in place where XLA can."""
+    """`total` and the cotangent of kernel of these tokens, in place where XLA can."""
 
-    def add(total, a, b):
-        return total + undo_scale(dot(a, b, ((0,), (0,)), precision, spec), scale)
+    def add(total, hidden, d_logits):
+        return total + undo_scale(products.d_kernel(hidden, d_logits, spec), scale)
 
-    by_block = partial(_cpu.add_by_block, add)
-    return _cpu.or_plain(by_block, add, total, a, b, local=is_local(a, b))
+    def by_block(total, hidden, d_logits):
+        hidden, d_logits = (x.reshape(-1, x.shape[-1]) for x in (hidden, d_logits))
+        return _cpu.add_by_block(add, products.class_axis, total, hidden, d_logits)
+
+    return _cpu.or_plain(by_block, add, total, hidden, d_logits, local=is_local(hidden, d_logits))

@@ -13,6 +13,7 @@ from jax import lax
 from .._rules import instantiated
 from .._sharding import (
     hidden_axis_whole,
+    is_local,
     manual_axes,
     psum_like,
     resharded,
@@ -22,24 +23,25 @@ from .._sharding import (
 from .closures import Closed
 from .layout import HeadSharding
 from .products import (
-    add_product,
+    Products,
+    add_to_kernel,
     as_cotangents,
-    dot,
     finite_if_counted,
+    in_one_scale,
     perturbed,
-    product,
     scale_for_float16,
     split_perturbed,
     undo_scale,
 )
+from .sizes import ByPlatform, Chunks, by_platform
 
 
 class Plan(NamedTuple):
     """What is fixed while tracing."""
 
     loss: Closed | None  # (consts, logits [c, V], *args [c, ...]) -> [c]
-    size: int  # tokens in a chunk, of each shard of the tokens
-    precision: Any
+    chunks: Chunks
+    products: Products
     sharding: HeadSharding
     weighted: bool = False  # weights may be 0, and the loss of weight 0 need not be finite
 
@@ -48,30 +50,31 @@ class Operands(NamedTuple):
     """What the losses are a function of; gradients come in the same structure."""
 
     hidden: Any  # [N, H]
-    kernel: Any  # [H, V]
+    kernel: Any  # [H, V], or [V, H] where the products say so
     bias: Any  # [V] or None
     args: Any  # each [N, ...]
     consts: Any  # what the loss closes over
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(plan, operands, weights):
+def weighted_sum(plans: ByPlatform[Plan], operands, weights):
     """Σ weights · loss over the tokens, with `weights [N]`: a scalar."""
-    return jnp.sum(_counted(plan, _over_chunks(plan, operands), weights) * weights)
+    losses = by_platform(_over_chunks, plans, operands)
+    return jnp.sum(_counted(plans, losses, weights) * weights)
 
 
 # The forward pass computes the gradient: three products per chunk. The backward pass scales it.
-def _weighted_sum_fwd(plan, operands, weights):
+def _weighted_sum_fwd(plans, operands, weights):
     operands, flags = split_perturbed(operands)
     weights = weights.value
-    values, ds = _gradients_over_chunks(plan, operands, weights, flags)
-    values = _counted(plan, values, weights)
+    values, ds = by_platform(_gradients_over_chunks, plans, operands, weights, flags)
+    values = _counted(plans, values, weights)
     # The same tree, whatever is differentiated (`split_perturbed`).
     ds = jax.tree.map(lambda _, d: jnp.zeros(0) if d is None else d, operands, ds)
     return jnp.sum(values * weights), (ds, flags, values, operands, weights)
 
 
-def _weighted_sum_bwd(plan, residuals, g):
+def _weighted_sum_bwd(plans, residuals, g):
     ds, flags, values, operands, weights = residuals
     g = instantiated(g)
 
@@ -86,25 +89,27 @@ def _weighted_sum_bwd(plan, residuals, g):
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
-def _counted(plan, losses, weights):
-    return finite_if_counted(losses, weights) if plan.weighted else losses
+def _counted(plans, losses, weights):
+    return finite_if_counted(losses, weights) if plans.cpu.weighted else losses
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses(plan, operands):
+def losses(plans: ByPlatform[Plan], operands):
     """The losses `[N]`."""
-    return _over_chunks(plan, operands)
+    return by_platform(_over_chunks, plans, operands)
 
 
-def _losses_fwd(plan, operands):
+def _losses_fwd(plans, operands):
     operands, flags = split_perturbed(operands)
-    return _over_chunks(plan, operands, differentiated=True), (operands, flags)
+    values = by_platform(partial(_over_chunks, differentiated=True), plans, operands)
+    return values, (operands, flags)
 
 
 # For any cotangent: the chunks are recomputed.
-def _losses_bwd(plan, residuals, g):
+def _losses_bwd(plans, residuals, g):
     operands, flags = residuals
-    ds = _gradients_over_chunks(plan, operands, instantiated(g), flags)[1]
+    g = instantiated(g)
+    ds = by_platform(_gradients_over_chunks, plans, operands, g, flags)[1]
     return (as_cotangents(ds, operands),)
 
 
@@ -121,7 +126,7 @@ def _over_chunks(plan, operands, *, differentiated=False):
 
     def body(_, xs):
         hidden, args = xs
-        logits = product(hidden, kernel, bias, plan.precision)
+        logits = plan.products.logits(hidden, kernel, bias)
         loss = lambda logits: plan.loss(operands.consts, logits, *args)  # noqa: E731
         values = jax.vjp(loss, logits)[0] if differentiated else loss(logits)
         return None, values.astype(logits.dtype)
@@ -134,34 +139,89 @@ def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
     """What the loss is called with for the first chunk: logits `[c, V]`, its part of the args."""
     kernel, bias = _gathered(plan, operands)
     hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
-    return [product(hidden, kernel, bias, plan.precision), *args]
+    return [plan.products.logits(hidden, kernel, bias), *args]
 
 
 def _gathered(plan, operands):
     """Kernel and bias with only their classes sharded: gathered once, before the loop."""
-    sharding = plan.sharding
-    kernel = sharding.resharded(hidden_axis_whole(operands.kernel), None, sharding.classes)
+    sharding, products = plan.sharding, plan.products
+    kernel = hidden_axis_whole(products.operand(operands.kernel), 1 - products.class_axis)
+    kernel = sharding.resharded(kernel, *sharding.of_kernel(None, sharding.classes))
     return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 
 def _gradients_over_chunks(plan, operands, g, flags):
     """The losses `[N]` and their gradients for the cotangents `g [N]`, None if not asked for.
 
-    A chunk's d_logits is computed in float32 and then cast to the operands' dtype for the products;
-    d_kernel and d_bias accumulate in float32. Where tokens are sharded, both are summed over
+    A chunk's d_logits is computed in float32 and then cast to the products' dtype. Those of a group
+    of chunks are kept, and one product adds them to d_kernel, which is summed in float32, as d_bias
+    is. Of a single group that product is d_kernel. Where tokens are sharded, both are summed over
     devices in float32 after the loop: each device sums its part of d_kernel, and the parts are
     gathered after the cast to the kernel's dtype.
     """
-    wants = perturbed(flags, operands)
-    (kernel, bias), dtype, sharding = _gathered(plan, operands), g.dtype, plan.sharding
+    sharding, products = plan.sharding, plan.products
     tokens, classes = sharding.token_axes, sharding.classes
-    of_kernel = sharding.spec(None, classes, unreduced=tokens)
-    of_bias = sharding.spec(classes, unreduced=tokens)
-    axes = manual_axes(g, *jax.tree.leaves(operands))
-    of_logits = wants.hidden or wants.kernel or wants.bias
+    gathered = _gathered(plan, operands)
+    wants = perturbed(flags, operands)
+    of_kernel = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
+    # float16 has no room for what a cotangent still multiplies.
+    dtype = g.dtype if operands.kernel.dtype == jnp.float16 else operands.kernel.dtype
 
-    def zeros_if(flag, array, spec):
-        return resharded(varying(jnp.zeros(array.shape, dtype), axes), spec) if flag else None
+    def of_group(sums, xs):
+        """The sums with those of chunks `[group, c, …]`; their d_logits in one scale; the rest."""
+        of_chunk = partial(_gradients_of_chunk, plan, operands, gathered, wants)
+        if plan.chunks.group == 1:
+            sums, out = of_chunk(sums, jax.tree.map(lambda x: x[0], xs))
+            (d_logits, scale), out = jax.tree.map(lambda x: x[None], out)
+        else:
+            sums, ((d_logits, scale), out) = lax.scan(of_chunk, sums, xs)
+        return sums, (in_one_scale(d_logits, scale), out)
+
+    def add_group(carry, xs):
+        d_kernel, sums = carry
+        sums, (kept, out) = of_group(sums, xs)
+        if wants.kernel:
+            d_kernel = add_to_kernel(products, d_kernel, xs[0], *kept, of_kernel)
+        return (d_kernel, sums), out
+
+    d_kernel, *sums = _zeros(plan, operands, gathered, wants, g)
+    xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
+    chunks = xs[0].shape[0]
+    if isinstance(chunks, int) and chunks == plan.chunks.group:
+        sums, ((d_logits, scale), out) = of_group(sums, xs)
+        if wants.kernel:
+            # Where no device adds to it, the product itself rounds: XLA would cast in a pass more.
+            alone = is_local(operands.hidden, operands.kernel)
+            d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype if alone else None)
+            d_kernel = undo_scale(d_kernel, scale)
+    else:
+        (d_kernel, sums), out = lax.scan(add_group, (d_kernel, sums), _in_groups(plan, xs))
+        out = jax.tree.map(partial(_without_groups, plan), out)
+    d_bias, d_consts = sums
+    values, d_hidden, d_args = out
+    n = operands.hidden.shape[0]
+    d_hidden = sharding.resharded(d_hidden, None, tokens, None)
+    values, d_hidden, d_args = jax.tree.map(
+        partial(_unchunked, plan, n=n), (values, d_hidden, d_args)
+    )
+    if d_kernel is not None:
+        d_kernel = hidden_axis_whole(d_kernel, 1 - products.class_axis)
+        d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel)).astype(dtype)
+    d_bias = sharding.resharded(d_bias, classes)
+    return values, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
+
+
+def _zeros(plan, operands, gathered, wants, g):
+    """What the gradients of kernel, bias and constants are added to; None if not asked for."""
+    (kernel, bias), sharding, dtype = gathered, plan.sharding, g.dtype
+    tokens, classes = sharding.token_axes, sharding.classes
+    axes = manual_axes(g, *jax.tree.leaves(operands))
+
+    def zeros_if(flag, array, *of_array):
+        if not flag:
+            return None
+        zeros = varying(jnp.zeros(array.shape, dtype), axes)
+        return sharding.resharded(zeros, *of_array, unreduced=tokens)
 
     def zeros_like_if(flag, array):
         # The cotangents of `array` come summed over the axes that it does not vary over.
@@ -170,47 +230,39 @@ def _gradients_over_chunks(plan, operands, g, flags):
         zeros = jnp.zeros(array.shape, np.promote_types(array.dtype, dtype))
         return resharded_like(varying(zeros, manual_axes(array)), array)
 
-    def body(sums, xs):
-        hidden, args, g = xs
-        logits = product(hidden, kernel, bias, plan.precision)
-        wanted = (of_logits, *wants.args, *wants.consts)
-        values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, wanted)
-        d_hidden = None
-        d_kernel, d_bias, d_consts = sums
-        if of_logits:
-            if wants.bias:
-                d_bias = d_bias + lax.reduce_sum(d, (0,), out_sharding=of_bias)
-            d_logits, scale = scale_for_float16(d, kernel.dtype)
-            if wants.hidden:
-                spec = sharding.spec(tokens, None, unreduced=classes)
-                d_hidden = dot(d_logits, kernel, ((1,), (1,)), plan.precision, spec)
-                d_hidden = undo_scale(d_hidden, scale)
-            if wants.kernel:
-                d_kernel = add_product(d_kernel, hidden, d_logits, scale, plan.precision, of_kernel)
-        d_consts = tuple(
-            None if total is None else total + resharded_like(own.astype(total.dtype), total)
-            for total, own in zip(d_consts, d_of_consts, strict=True)
-        )
-        return (d_kernel, d_bias, d_consts), (values.astype(dtype), d_hidden, d_args)
-
-    sums = (
-        zeros_if(wants.kernel, kernel, of_kernel),
-        None if bias is None else zeros_if(wants.bias, bias, of_bias),
+    return (
+        zeros_if(wants.kernel, kernel, *sharding.of_kernel(None, classes)),
+        None if bias is None else zeros_if(wants.bias, bias, classes),
         tuple(map(zeros_like_if, wants.consts, operands.consts)),
     )
-    xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
-    sums, (values, d_hidden, d_args) = lax.scan(body, sums, xs)
-    n = operands.hidden.shape[0]
-    d_hidden = sharding.resharded(d_hidden, None, tokens, None)
-    values, d_hidden, d_args = jax.tree.map(
-        partial(_unchunked, plan, n=n), (values, d_hidden, d_args)
+
+
+def _gradients_of_chunk(plan, operands, gathered, wants, sums, xs):  # noqa: PLR0917
+    """The sums with those of a chunk; its d_logits and their scale; the rest."""
+    sharding, products, (kernel, bias) = plan.sharding, plan.products, gathered
+    tokens, classes = sharding.token_axes, sharding.classes
+    of_logits = wants.hidden or wants.kernel or wants.bias
+    hidden, args, g = xs
+    logits = products.logits(hidden, kernel, bias)
+    wanted = (of_logits, *wants.args, *wants.consts)
+    values, d, d_args, d_of_consts = _pulled(plan, logits, args, operands.consts, g, wanted)
+    d_bias, d_consts = sums
+    d_hidden, kept = None, (None, None)
+    if of_logits:
+        if wants.bias:
+            of_bias = sharding.spec(classes, unreduced=tokens)
+            d_bias = d_bias + lax.reduce_sum(d, (0,), out_sharding=of_bias)
+        d_logits, scale = scale_for_float16(d, products.dtype)
+        if wants.hidden:
+            spec = sharding.spec(tokens, None, unreduced=classes)
+            d_hidden = undo_scale(products.d_hidden(d_logits, kernel, spec), scale)
+        if wants.kernel:
+            kept = d_logits, scale
+    d_consts = tuple(
+        None if total is None else total + resharded_like(own.astype(total.dtype), total)
+        for total, own in zip(d_consts, d_of_consts, strict=True)
     )
-    d_kernel, d_bias, d_consts = sums
-    if d_kernel is not None:
-        d_kernel = hidden_axis_whole(d_kernel)
-        d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel))
-    d_bias = sharding.resharded(d_bias, classes)
-    return values, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
+    return [d_bias, d_consts], (kept, (values.astype(g.dtype), d_hidden, d_args))
 
 
 def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
@@ -240,12 +292,12 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     With `zero_last` the last array of the tree, the cotangents, is padded with 0.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    sharding, size = plan.sharding, plan.size
+    sharding, size, group = plan.sharding, *plan.chunks
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
 
     def split(x, of_last):
         n, rest = x.shape[0] // shards, x.shape[1:]
-        chunks, of_rest = -(-n // size), sharding.rest(x, 1)
+        chunks, of_rest = -(-n // (size * group)) * group, sharding.rest(x, 1)
         x = sharding.reshape(x, (shards, n, *rest), tokens, None, *of_rest)
         missing = chunks * size - n
         if missing != 0:  # or it is symbolic, in an export, and may be 0
@@ -266,7 +318,26 @@ def _unchunked(plan, y, n):
     sharding = plan.sharding
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
     chunks, rest, of_rest = y.shape[0], y.shape[2:], sharding.rest(y, 2)
-    y = sharding.reshape(y, (chunks, shards, plan.size, *rest), None, tokens, None, *of_rest)
+    y = sharding.reshape(y, (chunks, shards, plan.chunks.size, *rest), None, tokens, None, *of_rest)
     y = jnp.moveaxis(y, 0, 2)
-    y = sharding.reshape(y, (shards, plan.size * chunks, *rest), tokens, None, *of_rest)
+    y = sharding.reshape(y, (shards, plan.chunks.size * chunks, *rest), tokens, None, *of_rest)
     return sharding.reshape(y[:, : n // shards], (n, *rest), tokens, *of_rest)
+
+
+def _in_groups(plan, tree):
+    """Arrays [chunks, c, …] as [groups, group, c, …]."""
+    sharding, group = plan.sharding, plan.chunks.group
+
+    def split(x):
+        rest = sharding.rest(x, 2)
+        shape = (-(-x.shape[0] // group), group, *x.shape[1:])
+        return sharding.reshape(x, shape, None, None, sharding.token_axes, *rest)
+
+    return jax.tree.map(split, tree)
+
+
+def _without_groups(plan, x):
+    """Undoes `_in_groups` for one array."""
+    sharding = plan.sharding
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return sharding.reshape(x, shape, None, sharding.token_axes, *sharding.rest(x, 3))

@@ -11,14 +11,17 @@ from jax import lax
 from .._axes import labels_in_block
 from .._cpu import as_bits, from_bits, slice_in_loop
 from .._merge import BlockSums, merge_blocks, merge_shards
-from .._numerics import accumulation_dtype
+from .._numerics import NEAR, accumulation_dtype, one_hot
+from .._rules import with_derivative
 from .._sharding import (
     AxisName,
     hidden_axis_whole,
+    is_local,
     manual_axes,
     resharded,
     resharded_like,
     shard_start,
+    sum_over,
     varying,
 )
 from .._statistics import (
@@ -29,26 +32,31 @@ from .._statistics import (
     none_if_zero,
     outputs,
     rows_without_cotangent,
+    sums_at,
     with_label,
 )
 from .._transform import transformed
 from .layout import HeadSharding
 from .products import (
+    Products,
     as_cotangents,
-    dot,
     perturbed,
-    product,
     scale_for_float16,
     split_perturbed,
     undo_scale,
 )
+from .sizes import ByPlatform, by_platform
+
+# The first classes, from the highest of which a row is measured, and how many rows are measured
+# again at once where that is far below the maximum.
+_FEW, _AGAIN = 256, 256
 
 
 class Plan(NamedTuple):
     """What is fixed while tracing."""
 
     block: int  # classes in a block, of each shard of the classes
-    precision: Any
+    products: Products
     spec: StatisticsSpec
     sharding: HeadSharding
     axis_name: AxisName | None  # the manual mesh axes that shard the classes
@@ -58,7 +66,7 @@ class Operands(NamedTuple):
     """What the statistics are a function of; gradients come in the same structure."""
 
     hidden: Any  # [N, H]
-    kernel: Any  # [H, V]
+    kernel: Any  # [H, V], or [V, H] where the products say so
     bias: Any  # [V] or None
     transform: Any
     weights: Any  # [V] or None, of the spread
@@ -68,38 +76,153 @@ class Operands(NamedTuple):
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
 # [shards, V / shards]: each shard goes over its own blocks, and shards are merged once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_statistics(plan, operands):
+def linear_statistics(plans: ByPlatform[Plan], operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
-    return with_label(outputs(plan.spec, _forward(plan, operands)), operands.labels)
+    return _results(plans, operands)[0]
+
+
+def _results(plans, operands):
+    """The statistics, and the `BlockSums` of whole rows, each `[N]`."""
+    leaves, tree = jax.tree.flatten(operands)
+    spec = plans.cpu.spec
+    names = [name for name, wanted in _wanted(spec)._asdict().items() if wanted]
+
+    def flat(sums):
+        return tuple(getattr(sums, name) for name in names)
+
+    def function(*leaves):
+        return flat(by_platform(_forward, plans, tree.unflatten(leaves)))
+
+    def at_m(m, *leaves):
+        return flat(by_platform(_at_m, plans, tree.unflatten(leaves), m))
+
+    # m may be held constant: what is computed from (z, m, r) does not depend on it.
+    sums = with_derivative(function, lambda found, *leaves: at_m(found[0], *leaves), *leaves)
+    sums = BlockSums(**dict(zip(names, sums, strict=True)))
+    return with_label(outputs(spec, sums), operands.labels), sums
+
+
+def _wanted(spec):
+    """Which of the sums there are."""
+    spread = (spec.spread,) * 3
+    return BlockSums(True, True, True, spec.entropy, *spread)
 
 
 def _forward(plan, operands):
-    """The `BlockSums` of whole rows, each `[N]`."""
-    spec, sharding = plan.spec, plan.sharding
-    operands = _by_shard(plan, operands)
-    labels = _per_row(plan, operands.labels)
-    axes = manual_axes(*jax.tree.leaves(operands))
-    shape = (operands.hidden.shape[0], *operands.kernel.shape[1:-1])
-    zeros = varying(jnp.zeros(shape, accumulation_dtype(operands.hidden.dtype)), axes)
-    zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
+    """The `BlockSums` of whole rows."""
+    sums = (_from_few if plan.spec.from_label else _from_maximum)(plan, operands)
+    if plan.sharding.class_shards > 1:
+        sums = _merged(sums, 1)
+    return sums if plan.axis_name is None else merge_shards(plan.axis_name, sums)
 
-    def step(sums, start, size):
-        raw = _block_logits(plan, operands, start, size)
-        weights = _part(operands.weights, start, size)
-        first = _first_class(plan, operands, start)
-        own = block_sums(spec, raw, operands.transform, labels, first, weights)
+
+def _from_few(plan, operands):
+    """The sums of each shard's classes, measured from the label or the first few classes.
+
+    With c the highest of those but the label, s = Σ_{k≠t} exp(z_k − c) and z_t come from one pass,
+    which needs no block of logits after its sum: docs/derivation.md, section 14. Rows of which c is
+    far below the maximum are measured again.
+    """
+    c, of_label = _highest_of_few(plan, operands)
+    sums = _summed_at(plan, operands, c, beside_label=True)
+    s, z = sums.r, sums.z_label
+    top = of_label & (z >= c)
+    m = jnp.where(top, z, c)
+    below = jnp.where(of_label, jnp.exp(jnp.minimum(z - c, 0)), 0)
+    r = jnp.where(top, s * jnp.exp(c - m), (s - 1) + below)
+    sums = sums._replace(m=m, r=r)
+    if sums.costs is not None:
+        sums = sums._replace(costs=sums.costs + sums.mass * (m - c))
+    return _again(plan, operands, sums, ~(s < NEAR))  # NaN too
+
+
+def _highest_of_few(plan, operands):
+    """The highest of a shard's first logits but the label's; whether the shard has the label."""
+    block = _by_shard(plan, operands)
+    size = block.kernel.shape[_class_axis(plan)]
+    few = min(_FEW, size)
+    raw = _block_logits(plan, block, plan.products.operand(block.hidden), 0, few)
+    z = transformed(raw, operands.transform)
+    first = _first_class(plan, block, 0)
+    labels = _per_row(plan, operands.labels)
+    other = ~one_hot(labels_in_block(labels, first, few), few)
+    highest = jnp.max(jnp.where(other, z, -jnp.inf), axis=-1)
+    return highest, labels_in_block(labels, first, size) >= 0
+
+
+def _again(plan, operands, sums, far):
+    """The sums, from the maximum in rows that are far: usually none, and a loop of no step."""
+    n = operands.hidden.shape[0]
+    rows = min(n, _AGAIN) if isinstance(n, int) else n  # n: symbolic in an export
+    if rows == n or not is_local(operands.hidden, operands.kernel):
+
+        def all_again(step, sums):
+            # XLA would do it before the loop, and always.
+            hidden, _ = lax.optimization_barrier((operands.hidden, step))
+            found = _from_maximum(plan, operands._replace(hidden=hidden))
+            return jax.tree.map(lambda s, f: jnp.where(far, f, s), sums, found)
+
+        return lax.fori_loop(0, jnp.any(far).astype(jnp.int32), all_again, sums)
+    (index,) = jnp.nonzero(far, size=-(-n // rows) * rows, fill_value=n)
+
+    def some_again(i, sums):
+        at = lax.dynamic_slice_in_dim(index, i * rows, rows)
+        hidden, labels = (x.at[at].get(mode="clip") for x in (operands.hidden, operands.labels))
+        found = _from_maximum(plan, operands._replace(hidden=hidden, labels=labels))
+        return jax.tree.map(lambda s, f: s.at[at].set(f, mode="drop"), sums, found)
+
+    return lax.fori_loop(0, (jnp.sum(far, dtype=jnp.int32) + (rows - 1)) // rows, some_again, sums)
+
+
+def _from_maximum(plan, operands):
+    """The sums of each shard's classes: blocks from their own maximum, merged one by one."""
+    spec = plan.spec._replace(from_label=False)
+
+    def merge(sums, own):
         both = jax.tree.map(lambda *pair: jnp.stack(pair), sums, own)
         return _merged(both, 0)
 
-    none = BlockSums(zeros - jnp.inf, zeros, zeros)
-    if spec.entropy:
-        none = none._replace(gaps=zeros)
-    if spec.spread:
-        none = none._replace(classes=zeros, mass=zeros, costs=zeros)
-    sums = _over_blocks(plan, step, none, operands.kernel.shape[-1])
-    if sharding.class_shards > 1:
-        sums = _merged(sums, 1)
-    return sums if plan.axis_name is None else merge_shards(plan.axis_name, sums)
+    def of_block(raw, transform, labels, first, weights):
+        return block_sums(spec, raw, transform, labels, first, weights)
+
+    return _summed(plan, operands, of_block, merge, -jnp.inf)
+
+
+def _at_m(plan, operands, m):
+    """The sums over every class, from a shift m `[N]`; a derivative of them holds m constant."""
+    sums = _summed_at(plan, operands, _per_row(plan, m), beside_label=False)
+    if plan.sharding.class_shards > 1:
+        sums = jax.tree.map(partial(jnp.sum, axis=1), sums)
+    return sums if plan.axis_name is None else sum_over(plan.axis_name, sums)
+
+
+def _summed_at(plan, operands, m, *, beside_label):
+    def of_block(raw, transform, labels, first, weights):
+        index = labels_in_block(labels, first, raw.shape[-1])
+        return sums_at(plan.spec, raw, transform, index, weights, m, beside_label=beside_label)
+
+    return _summed(plan, operands, of_block, partial(jax.tree.map, jnp.add), 0)
+
+
+def _summed(plan, operands, of_block, merge, least):
+    """`of_block` of every block's raw logits, merged one after the other; m begins with `least`."""
+    sharding = plan.sharding
+    operands = _by_shard(plan, operands)
+    hidden = plan.products.operand(operands.hidden)
+    labels = _per_row(plan, operands.labels)
+    axes = manual_axes(*jax.tree.leaves(operands))
+    shape = (hidden.shape[0], *((sharding.class_shards,) if sharding.class_shards > 1 else ()))
+    zeros = varying(jnp.zeros(shape, accumulation_dtype(plan.products.dtype)), axes)
+    zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
+
+    def step(sums, start, size):
+        raw = _block_logits(plan, operands, hidden, start, size)
+        weights = _part(operands.weights, start, size)
+        first = _first_class(plan, operands, start)
+        return merge(sums, of_block(raw, operands.transform, labels, first, weights))
+
+    none = BlockSums(*(zeros if wanted else None for wanted in _wanted(plan.spec)))
+    return _over_blocks(plan, step, none._replace(m=zeros + least), operands)
 
 
 def _merged(sums, axis):
@@ -108,34 +231,40 @@ def _merged(sums, axis):
     return merge_blocks(sums, max_over, partial(jax.tree.map, partial(jnp.sum, axis=axis)))
 
 
-def _linear_statistics_fwd(plan, operands):
+def _linear_statistics_fwd(plans, operands):
     operands, flags = split_perturbed(operands)
-    sums = _forward(plan, operands)
-    out = with_label(outputs(plan.spec, sums), operands.labels)
+    out, sums = _results(plans, operands)
     return out, (operands, sums._replace(costs=None), flags)
 
 
-def _linear_statistics_bwd(plan, residuals, cotangents):
+def _linear_statistics_bwd(plans, residuals, cotangents):
     given, sums, flags = residuals
-    wants, sharding = perturbed(flags, given), plan.sharding
-    tokens, classes = sharding.token_axes, sharding.classes
+    g = nan_where_invalid(none_if_zero(cotangents), given.labels)
+    unused = rows_without_cotangent(g, jnp.isfinite(sums.r) & (given.labels >= 0))
+    return (by_platform(_gradients, plans, given, sums, g, unused, flags),)
+
+
+def _gradients(plan, given, sums, g, unused, flags):  # noqa: PLR0917
+    """The cotangents of the operands, block by block."""
+    wants, sharding, products = perturbed(flags, given), plan.sharding, plan.products
+    tokens, classes, axis = sharding.token_axes, sharding.classes, _class_axis(plan)
     operands = _by_shard(plan, given)
-    hidden, kernel, bias, transform, weights, labels = operands
-    g = nan_where_invalid(none_if_zero(cotangents), labels)
-    unused = rows_without_cotangent(g, jnp.isfinite(sums.r))
+    _, kernel, bias, transform, weights, labels = operands
+    hidden = products.operand(operands.hidden)
     sums, g, unused, labels = _per_row(plan, (sums, g, unused, labels))
     dtype = sums.m.dtype
     everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
     # So its cotangents are summed over devices once, at the end, not by every block's derivative.
     transform = jax.tree.map(everywhere, transform)
     of_hidden = sharding.spec(tokens, None, unreduced=classes)
-    of_kernel = sharding.spec(None, *_of_shards(plan), None, unreduced=tokens)
+    whole = sharding.of_kernel(None, *_of_shards(plan), None)
+    of_kernel = sharding.spec(*whole, unreduced=tokens)
     of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
     as_slices = as_bits if sharding.mesh is None else lambda x: x  # an unreduced array has no bits
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
-        raw = _block_logits(plan, operands, start, size)
+        raw = _block_logits(plan, operands, hidden, start, size)
         z, pull = jax.vjp(transformed, raw, transform)
         index = labels_in_block(labels, _first_class(plan, operands, start), size)
         dz, d = label_cotangents(z, index, _part(weights, start, size), sums, g, unused)
@@ -146,17 +275,16 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         if wants.bias:
             d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
             d_bias = lax.dynamic_update_slice_in_dim(d_bias, d.astype(bias.dtype), start, axis=-1)
-        d_raw, scale = scale_for_float16(d_raw, kernel.dtype)
+        d_raw, scale = scale_for_float16(d_raw, products.dtype)
         d_raw = sharding.merge_classes(d_raw, tokens)
         if wants.kernel:
-            spec = sharding.spec(None, classes, unreduced=tokens)
-            d = undo_scale(dot(hidden, d_raw, ((0,), (0,)), plan.precision, spec), scale)
-            d = sharding.split_classes(as_slices(d.astype(kernel.dtype)), None, unreduced=tokens)
-            d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis=-1)
+            spec = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
+            d = undo_scale(products.d_kernel(hidden, d_raw, spec), scale)
+            d = sharding.split_kernel(as_slices(d.astype(kernel.dtype)), unreduced=tokens)
+            d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis)
         if wants.hidden:
-            block = sharding.merge_classes(slice_in_loop(kernel, start, size, axis=-1), None)
-            d = dot(d_raw, block, ((1,), (1,)), plan.precision, of_hidden)
-            d_hidden = d_hidden + undo_scale(d, scale)
+            block = sharding.merge_kernel(slice_in_loop(kernel, start, size, axis))
+            d_hidden = d_hidden + undo_scale(products.d_hidden(d_raw, block, of_hidden), scale)
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
     start = (
@@ -166,14 +294,14 @@ def _linear_statistics_bwd(plan, residuals, cotangents):
         jax.tree.map(jnp.zeros_like, transform),
         None if weights is None else resharded_like(jnp.zeros_like(weights), weights),
     )
-    carry = _over_blocks(plan, step, jax.tree.map(everywhere, start), kernel.shape[-1])
+    carry = _over_blocks(plan, step, jax.tree.map(everywhere, start), operands)
     d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
     d_hidden = sharding.resharded(d_hidden, tokens, None)  # summed in float32
     d_kernel = None if d_kernel is None else from_bits(d_kernel, kernel.dtype)
-    d_kernel = sharding.merge_classes(d_kernel, None, unreduced=tokens)
+    d_kernel = sharding.merge_kernel(d_kernel, unreduced=tokens)
     d_bias = sharding.merge_classes(d_bias, unreduced=tokens)
     ds = Operands(d_hidden, d_kernel, d_bias, d_transform, sharding.merge_classes(d_weights), None)
-    return (as_cotangents(ds, given),)
+    return as_cotangents(ds, given)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)
@@ -183,15 +311,21 @@ def _by_shard(plan, operands):
     """Operands with the classes as [shards, V / shards], and nothing else of the kernel sharded."""
     sharding = plan.sharding
 
-    def split(x, *before):
-        x = sharding.resharded(x, *before, sharding.classes)
-        return sharding.split_classes(x, *before)
+    def split(x):
+        return sharding.split_classes(sharding.resharded(x, sharding.classes))
 
+    kernel = hidden_axis_whole(operands.kernel, 1 - plan.products.class_axis)
+    kernel = sharding.resharded(kernel, *sharding.of_kernel(None, sharding.classes))
     return operands._replace(
-        kernel=split(hidden_axis_whole(operands.kernel), None),
+        kernel=sharding.split_kernel(kernel),
         bias=split(operands.bias),
         weights=split(operands.weights),
     )
+
+
+def _class_axis(plan):
+    """The axis of a kernel with the classes of a shard."""
+    return -1 if plan.products.class_axis == 1 else -2
 
 
 def _of_shards(plan):
@@ -206,7 +340,7 @@ def _per_row(plan, tree):
 
 def _first_class(plan, operands, start):
     """The number of the class that a block begins with; of each shard's block, `[1, shards]`."""
-    shards, size = plan.sharding.class_shards, operands.kernel.shape[-1]
+    shards, size = plan.sharding.class_shards, operands.kernel.shape[_class_axis(plan)]
     first = shard_start(plan.axis_name, shards * size) + start
     if shards == 1:
         return first
@@ -214,9 +348,9 @@ def _first_class(plan, operands, start):
     return first + plan.sharding.resharded(of_shards, None, plan.sharding.classes)
 
 
-def _over_blocks(plan, step, carry, classes):
+def _over_blocks(plan, step, carry, operands):
     """`step(carry, start, size)` over a shard's classes: full blocks in a loop, then the rest."""
-    whole, rest = divmod(classes, plan.block)
+    whole, rest = divmod(operands.kernel.shape[_class_axis(plan)], plan.block)
     if whole:
         carry = lax.scan(
             lambda carry, i: (step(carry, i * plan.block, plan.block), None),
@@ -226,11 +360,11 @@ def _over_blocks(plan, step, carry, classes):
     return step(carry, whole * plan.block, rest) if rest else carry
 
 
-def _block_logits(plan, operands, start, size):
+def _block_logits(plan, operands, hidden, start, size):
     """The raw logits of a block, `[N, size]`; `[N, shards, size]` where there is such an axis."""
     sharding = plan.sharding
-    block = sharding.merge_classes(slice_in_loop(operands.kernel, start, size, axis=-1), None)
-    logits = product(operands.hidden, block, None, plan.precision)
+    block = slice_in_loop(operands.kernel, start, size, _class_axis(plan))
+    logits = plan.products.logits(hidden, sharding.merge_kernel(block), None)
     logits = sharding.split_classes(logits, sharding.token_axes)
     bias = _part(operands.bias, start, size)
     return logits if bias is None else logits + bias.astype(logits.dtype)[None]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large the pieces of a head are, by the platform that the program is lowered for.
+
+Each rule is a formula of the sizes; docs/performance.md has what it was measured against.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from jax import lax
+
+T = TypeVar("T")
+MIB = 1 << 20
+
+# Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk reads
+# the kernel once: few tokens are enough for a CPU, an accelerator wants as many as the budget
+# allows, and multiples of what its matrix unit takes.
+LOGITS_BYTES = {"cpu": 56 * MIB, "other": 512 * MIB}
+FEWEST, MOST, MULTIPLE = 256, 4096, 256
+# Classes in a block: what a CPU's caches like; elsewhere as many as the bytes of their float32
+# logits allow, within bounds. Where an automatic mesh may shard them, each device has at least the
+# length that a TPU gives the last axis of an array.
+LEAST_BLOCK, MOST_BLOCK, BLOCK_BYTES, LEAST_PER_DEVICE = 2048, 8192, 256 * MIB, 128
+
+
+class ByPlatform(NamedTuple, Generic[T]):
+    """The same for a CPU, and for any other platform."""
+
+    cpu: T
+    other: T
+
+
+def by_platform(run: Callable[..., Any], plans: ByPlatform[Any], *args: Any) -> Any:
+    """`run(plan, *args)`, with the plan of the platform that the program is lowered for."""
+    if plans.cpu == plans.other:
+        return run(plans.cpu, *args)
+    cpu, other = (partial(run, plan) for plan in plans)
+    return lax.platform_dependent(*args, cpu=cpu, default=other)
+
+
+class Chunks(NamedTuple):
+    """How the tokens of a shard are cut."""
+
+    size: Any  # tokens in a chunk
+    group: int = 1  # chunks whose d_logits are kept for one product
+
+
+def chunks(  # noqa: PLR0917
+    tokens: Any, width: int, classes: int, itemsize: int, most: int | None, devices: int
+) -> ByPlatform[Chunks]:
+    """The chunks of so many tokens, of hidden width and classes of one device.
+
+    As few as `most` allows, of equal size. `itemsize`: bytes of a number in the products. On an
+    automatic mesh of `devices` that may spread the tokens a multiple of their number: otherwise XLA
+    gathers all of `hidden`, and every device computes the whole head.
+    """
+
+    def budget(platform):
+        return max(devices, _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST))
+
+    cpu = Chunks(_equal(tokens, most or budget("cpu"), devices))
+    size = most or _rounded(budget("other"))
+    in_one = _equal(tokens, size, devices)
+    if not isinstance(tokens, int) or in_one == tokens:
+        return ByPlatform(cpu, Chunks(in_one))
+    # The d_logits that are kept take no more memory than a float32 d_kernel: then all tokens in one
+    # group need less than that sum would.
+    kept = 4 * width // itemsize
+    in_group = _equal(tokens, tokens if tokens <= kept else _between(kept, size, MOST), 1)
+    group = _ceil(in_group, size)
+    size = _equal(in_group, size, devices if most else max(devices, MULTIPLE))
+    return ByPlatform(cpu, Chunks(size, group))
+
+
+def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatform[int]:
+    """The classes of each device that are in a block, of `devices` that share the classes."""
+    if most is not None:
+        size = max(1, most // devices)
+        return ByPlatform(size, size)
+    least = max(LEAST_BLOCK // devices, LEAST_PER_DEVICE)
+    if not isinstance(tokens, int):
+        return ByPlatform(least, least)
+    size = _between(BLOCK_BYTES // (4 * max(1, tokens)) // devices, least, MOST_BLOCK)
+    return ByPlatform(least, min(classes, _equal(classes, _rounded(size), MULTIPLE)))
+
+
+def _between(size, least, most):
+    return min(max(size, least), most)
+
+
+def _rounded(size):
+    """The next smaller multiple of what a matrix unit takes."""
+    return max(1, size // MULTIPLE) * MULTIPLE
+
+
+def _equal(n, most, multiple):
+    """The size of as few equal parts of `n` as `most` allows; a multiple, if there are several."""
+    if most < multiple:
+        multiple = 1  # no multiple is as small
+    parts = _ceil(n, most // multiple * multiple)
+    size = _ceil(n, parts)
+    # A single part is all of it, spread as it is.
+    return size if isinstance(n, int) and parts == 1 else _ceil(size, multiple) * multiple
+
+
+def _ceil(n, size):
+    return -(-n // size)
