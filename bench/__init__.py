@@ -10,6 +10,8 @@ be printed again from a committed file.
     timing.py       how: compiled ahead, warmed up, interleaved, memory donated; the device's roof
     formula.py      what memory our heads need, as their docstrings say it
     collectives.py  what a compiled program sends between devices
+    hlo.py cycles.py
+                    a compiled program's text; the time of one on a TPU by its compiler's account
     environment.py  where and with which versions
     options.py      what the commands share of their command lines
     results.py      the JSON file
@@ -19,6 +21,8 @@ be printed again from a committed file.
                     the commands: measure(), then tables and figures of what was measured
     speed_tables.py  accuracy_tables.py
                     those of speed and accuracy
+    targets.py calibration.py
+                    speed --target and --calibrate
     sharding.py     memory --mesh
     report.py       tables and figures of README and docs, from the committed files
 """

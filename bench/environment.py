@@ -19,7 +19,7 @@ from jax.experimental import topologies
 ROOT = Path(__file__).resolve().parent.parent
 # What README's commands install on the oldest Python; captions of tables of another JAX say so.
 PYTHON, JAX = "3.11", "0.10.2"
-PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "optax", "tokamax", "jax-cce", "torch")
+PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "libtpu", "optax", "tokamax", "jax-cce", "torch")
 
 
 class Device(StrEnum):
@@ -45,16 +45,42 @@ def use(device: Device | None) -> None:
         raise typer.BadParameter(found, param_hint="--device") from None
 
 
+# Without them libtpu looks for the TPU, at length and aloud, and lets one process in at a time.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+
 def tpus(topology: str) -> Sequence[Any]:
     """The devices of a TPU topology such as v5e:2x4, to compile for; none needs to be there."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
     return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
-def describe() -> dict[str, Any]:
-    """Return what a reader needs to compare two results; a package not installed is None."""
+def tpu(topology: str) -> Any:
+    """One of them.
+
+    Raises:
+        typer.BadParameter: there is no compiler for it.
+    """
+    try:
+        return tpus(topology)[0]
+    except Exception as error:  # libtpu absent, or it does not know the topology
+        reason = str(error).splitlines()[0][:120]
+        raise typer.BadParameter(f"{topology}: {reason}", param_hint="--target") from None
+
+
+def describe(*, runs: bool = True) -> dict[str, Any]:
+    """Return what a reader needs to compare two results; a package not installed is None.
+
+    So is the device where nothing runs: what is compiled there would be the same elsewhere.
+    """
     return {
-        "device": device_name(),
+        "device": device_name() if runs else None,
         "platform": jax.default_backend(),
         "cpus": cpu_count(),
         "python": platform.python_version(),
@@ -68,7 +94,7 @@ def in_words(environment: dict[str, Any]) -> str:
     """Say an environment in one line, for under a table."""
     versions = [f"{name} {number}" for name, number in environment["versions"].items() if number]
     parts = [environment["device"], *versions, f"Python {environment['python']}"]
-    return ", ".join([*parts, environment["date"]])
+    return ", ".join([*filter(None, parts), environment["date"]])
 
 
 def device_name() -> str:

@@ -13,6 +13,7 @@ INK, FAINT = "#444444", "#888888"
 
 _OURS = {"color": "#0072b2", "marker": "o", "linewidth": 3.2, "zorder": 4}
 _OPTAX = {"color": "#d55e00", "marker": "s", "linewidth": 2.4}
+_TOKAMAX = {"color": "black", "marker": "^", "linewidth": 1.6}
 _TORCH = {"color": "#cc79a7", "marker": "v", "linewidth": 2.0}
 _VARIANT = {"linestyle": (0, (3, 1.2)), "markerfacecolor": "white"}
 # Okabe and Ito's colours, which the colour-blind can tell apart: one per package, ours blue, thick
@@ -26,7 +27,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "jax.nn": {"color": "#009e73", "marker": "^", "linewidth": 2.4, "linestyle": (0, (4, 2))},
     "torch": _TORCH | {"linestyle": (3, (2, 4))},
     "torch, chunked": _TORCH | _VARIANT,
-    "tokamax": {"color": "black", "marker": "^", "linewidth": 1.6},
+    "tokamax": _TOKAMAX,
+    "tokamax, chunked": _TOKAMAX | _VARIANT,
     "jax-cce": {"color": "#56b4e9", "marker": "D", "linewidth": 1.6},
 }
 

@@ -9,8 +9,19 @@ import matplotlib as mpl
 import typer
 from matplotlib.figure import Figure
 
-from bench import accuracy, accuracy_tables, environment, memory, results, sharding, speed_tables
-from bench.cases import Labels
+from bench import (
+    accuracy,
+    accuracy_tables,
+    calibration,
+    cycles,
+    environment,
+    memory,
+    results,
+    sharding,
+    speed_tables,
+    targets,
+)
+from bench.cases import Labels, Op
 from bench.tables import Table, say
 
 README = environment.ROOT / "README.md"
@@ -24,6 +35,9 @@ SPEED_BY_MODEL = (
 )
 SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
+ON_TPUS = f"speed {' '.join(f'--target {target}' for target in cycles.CHIPS)}"
+HEADS_ON_TPUS = f"speed --op linear{ON_TPUS.removeprefix('speed')}"
+ESTIMATES = {op: targets.KEY.format(op) for op in Op}
 
 # A document's blocks by command: the section of a results file, and the function that lays it out.
 # Other sections (other labels, other dtypes) stay in the files.
@@ -33,6 +47,7 @@ DOCUMENTS: dict[Path, Blocks] = {
         "accuracy": (ACCURACY, accuracy_tables.in_readme),
         "speed": ("speed/integer", speed_tables.ratios),
         "speed --op linear": ("speed/linear", speed_tables.over_baseline),
+        HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_readme),
         "memory": (memory.KEY, memory.in_readme),
     },
     SHARDING: {
@@ -52,6 +67,9 @@ DOCUMENTS: dict[Path, Blocks] = {
         SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
         "speed --op linear": ("speed/linear", speed_tables.details),
         SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
+        HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_docs),
+        ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
+        "speed --calibrate": (calibration.KEY, calibration.in_docs),
         "memory": (memory.KEY, memory.in_docs),
         MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
         "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
@@ -62,6 +80,7 @@ DOCUMENTS: dict[Path, Blocks] = {
 # The figures of docs/figures by name: the section, and the function that draws it.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "speed_vocabulary": (SPEED_BY_MODEL, speed_tables.figure),
+    "cycles_memory": (ESTIMATES[Op.LINEAR], targets.figure),
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
     "accuracy": (ACCURACY, accuracy_tables.figure),
     "accuracy_offsets": (ACCURACY, accuracy_tables.figure_of_offsets),

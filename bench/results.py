@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results file: one per device, one section per command.
+"""The results file: one per device, and one of estimates for TPUs; one section per command.
 
     {"speed/integer": {"command": …, "environment": {…}, "cases": […], …}, "accuracy/…": {…}}
 
@@ -34,13 +34,17 @@ _ROW = (
 )
 
 
-def destination(folder: Path) -> Path:
-    """Return the device's file in a folder, and check before a run that it can be written.
+def destination(folder: Path, name: str | None = None) -> Path:
+    """Return the file of a name in a folder, and check before a run that it can be written.
+
+    Args:
+        folder: is made if it is not there.
+        name: by default this device's.
 
     Raises:
         typer.BadParameter: the file holds something else, or the folder cannot be made.
     """
-    path = folder / f"{environment.slug(environment.device_name())}.json"
+    path = folder / f"{name or environment.slug(environment.device_name())}.json"
     try:
         load(path)
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import jax
 import typer
 
 from bench import (
+    calibration,
     contenders,
     cycles,
     environment,
@@ -75,6 +76,15 @@ def command(
             help="With --target: also the costliest instructions of each program.",
         ),
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            metavar="",  # it takes no value
+            help="Instead: hold that account against the times that tokamax publishes of its heads "
+            f"({', '.join(calibration.MEASURED_MS)} or --target; needs libtpu and tokamax).",
+        ),
+    ] = False,
     device: options.Device = None,
     profile: Annotated[
         Path | None,
@@ -100,6 +110,17 @@ def command(
         raise typer.BadParameter(
             "expected logits and integer labels with it", param_hint="--confident"
         )
+    given = options.given(context)
+    if calibrate:
+        if not given.keys() <= {"calibrate", "target"}:
+            raise typer.BadParameter("expected no more than --target", param_hint="--calibrate")
+        options.check_targets(targets or (), calibration.MEASURED_MS)
+        path = results.destination(output, by_target.FILE)
+        section = calibration.measure(targets or [*calibration.MEASURED_MS])
+        section["command"] = results.command_line("speed", given)
+        tables.show(*calibration.in_docs(section))
+        results.keep(path, section, None if targets else calibration.KEY)
+        return
     options.check_targets(targets or (), cycles.CHIPS)
     if targets and (repeats or profile):
         raise typer.BadParameter("nothing is run with --target", param_hint="--repeats, --profile")
@@ -109,19 +130,18 @@ def command(
         raise typer.BadParameter(
             "expected integer labels, forward or value-and-grad with it", param_hint="--target"
         )
-    path = results.destination(output)
+    path = results.destination(output, by_target.FILE if targets else None)
     default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
     if targets:
         default = by_target.HEADS if op is Op.LINEAR else by_target.LOGITS
     cases = choose(
         default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
     )
-    given = options.given(context)
     if targets:
-        section = by_target.measure(cases, modes or by_target.MODES, targets)
+        section = by_target.measure(cases, modes or by_target.MODES, targets, detail=detail)
         section["command"] = results.command_line("speed", given)
         tables.show(*(by_target.details(section) if detail else ()), *by_target.in_docs(section))
-        complete = given.keys() <= {"op", "target", "detail"} and {*targets} == {*cycles.CHIPS}
+        complete = given.keys() <= {"op", "target"} and {*targets} == {*cycles.CHIPS}
         results.keep(path, section, by_target.KEY.format(op) if complete else None)
         return
     section = measure(

@@ -127,9 +127,10 @@ def megabytes(count: float | None) -> str:
 
 
 def origin(section: dict[str, Any]) -> str:
-    """Say how, where, with which versions and when a section was measured."""
+    """Say how, where, with which versions and when a section was measured, or estimated."""
+    how = ("Measured", "on") if section["environment"]["device"] else ("Estimated", "with")
     where = environment.in_words(section["environment"])
-    line = f"Measured by `{section['command']}` on {where}."
+    line = f"{how[0]} by `{section['command']}` {how[1]} {where}."
     if section["environment"]["versions"]["jax"] != environment.JAX:
         line += (
             f" README's commands install jax {environment.JAX} on Python {environment.PYTHON}; "

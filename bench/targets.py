@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench speed --target`: time on TPUs by their compiler's account, and memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import geometric_mean
 from typing import Any
 
-import typer
 from jax.sharding import SingleDeviceSharding
+from matplotlib.figure import Figure
 
-from bench import contenders, cycles, environment, tables, timing
+from bench import contenders, cycles, environment, figures, tables, timing
 from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Op
 from bench.tables import Table
 
-KEY = "cycles/{}"  # of the results file, by op
+FILE = "tpus-estimated"
+KEY = "cycles/{}"  # of this file, by op
 MODES = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
 LOGITS = (
     Logits(8192, 50304, Dtype.FLOAT32),
@@ -26,16 +28,28 @@ HEADS = (
     Head(16384, 1152, 262144, Dtype.BFLOAT16),
     Head(2048, 1024, 32768, Dtype.BFLOAT16),
 )
+FLOOR = {"color": figures.FAINT, "marker": "*"}  # in the figure: the three products
 SHOWN = 8  # instructions of a program
-ACCOUNT = (
-    "The cycles that XLA for TPUs plans with, over optax's: an estimate, good to 10 to 20 %, not a "
-    "measured time. What moves data outside of fusions counts by its bytes; a branch that is "
-    "rarely taken and a loop whose length only the run tells (rows far from their label) do not."
+ESTIMATE = (
+    "Not a measured time: the cycles that XLA for TPUs plans with, over those of optax. Of heads "
+    "whose times are published, such a ratio of value and gradient is within 25 % of the measured."
+)
+NOT_COUNTED = (
+    "†: without a branch that is rarely taken, or a loop whose length only the run tells (rows far "
+    "from their label)."
 )
 
 
-def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]) -> dict[str, Any]:
+def measure(
+    cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str], *, detail: bool = False
+) -> dict[str, Any]:
     """Compile every JAX contender for every case and target: a section of the results file.
+
+    Args:
+        cases: all logits, or all heads.
+        modes: what to compute.
+        targets: of `cycles.CHIPS`.
+        detail: also keep the costliest instructions.
 
     Raises:
         typer.BadParameter: there is no compiler for a target.
@@ -48,7 +62,7 @@ def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]
     with tables.progress(len(targets) * len(cases) * len(modes)) as now:
         for target in targets:
             chip = cycles.CHIPS[target]
-            device = SingleDeviceSharding(_device(target))
+            device = SingleDeviceSharding(environment.tpu(chip.topology))
             for case in cases:
                 for mode in modes:
                     now(f"{target}: {case} {mode}")
@@ -57,6 +71,9 @@ def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]
                         for one in found[case.dtype][0]
                         if one.entry.jax and not (one.entry.whole and mode is Mode.FORWARD)
                     ]
+                    if not detail:
+                        for row in rows:
+                            row.pop("costs", None)
                     at_peak = cycles.at_peak(case.flops(mode), chip)
                     fields = {**case._asdict(), "shape": case.shape, "target": target, "mode": mode}
                     measured.append({**fields, "at_peak": at_peak or None, "contenders": rows})
@@ -64,19 +81,11 @@ def measure(cases: Sequence[Case], modes: Sequence[Mode], targets: Sequence[str]
     tables.say(*left_out)
     op = Op.LINEAR if head else Op.LOGITS
     return {
-        "environment": environment.describe(),
+        "environment": environment.describe(runs=False),
         "op": op.value,
         "left_out": left_out,
         "cases": measured,
     }
-
-
-def _device(target: str) -> Any:
-    try:
-        return environment.tpus(cycles.CHIPS[target].topology)[0]
-    except Exception as error:  # libtpu absent, or it does not know the topology
-        reason = str(error).splitlines()[0][:120]
-        raise typer.BadParameter(f"{target}: {reason}", param_hint="--target") from None
 
 
 def _compile(
@@ -116,8 +125,86 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
             rows.append([f"the products at {target}'s peak", *peak])
         headings = [f"{target}, {mode}", *(f"{case['shape']} {case['dtype']}" for case in cases)]
         found.append(Table(headings, rows, words=1))
-    notes = "Each cell: cycles over optax's, temporary MB. " + ACCOUNT, tables.origin(section)
+    notes = (
+        f"Each cell: cycles over those of optax, temporary MB. {ESTIMATE}",
+        _not_counted(row for case in section["cases"] for row in case["contenders"]),
+        contenders.explain(contenders.names(section["cases"])),
+        tables.origin(section),
+    )
     return [*found[:-1], found[-1]._replace(notes=notes)]
+
+
+def in_readme(section: dict[str, Any]) -> list[Table]:
+    """Lay heads out for the README: the mean over the shapes of the ratios of value and gradient.
+
+    Shapes where a program does not fit into the chip's memory are left out of its mean.
+    """
+    programs = _with_gradients(section)
+    shapes, targets = (
+        list(dict.fromkeys(one[key] for one in programs)) for key in ("on", "target")
+    )
+    rows = []
+    for name in dict.fromkeys(one["name"] for one in programs):
+        own = [one for one in programs if one["name"] == name]
+        memory = [tables.megabytes(pick(one["temp_bytes"] for one in own)) for pick in (min, max)]
+        rows.append([name, *(_mean(own, target) for target in targets), " to ".join(memory)])
+    notes = (
+        f"The geometric mean over {', '.join(shapes)}, where memory is enough. {ESTIMATE}",
+        _not_counted(programs),
+        contenders.explain(row[0] for row in rows),
+        tables.origin(section),
+    )
+    headings = ["value and gradient, estimated", *targets, "temporary MB"]
+    return [Table(headings, rows, notes, words=1)]
+
+
+def _mean(programs: Sequence[dict[str, Any]], target: str) -> str:
+    here = [one for one in programs if one["target"] == target and one["ratio"]]
+    mark = "†" * any(one["notes"] for one in here)
+    return f"{geometric_mean(one['ratio'] for one in here):.2f}{mark}" if here else "–"
+
+
+def figure(section: dict[str, Any]) -> Figure:
+    """Draw cycles of value and gradient against memory: a panel per chip, a point per program."""
+    programs = _with_gradients(section)
+    targets = list(dict.fromkeys(one["target"] for one in programs))
+    drawn = Figure(figsize=(9, 7.4), layout="constrained")
+    panels = drawn.subplots(2, -(-len(targets) // 2), sharex=True, sharey=True, squeeze=False)
+    for target, axes in zip(targets, panels.flat, strict=False):
+        figures.dress(axes)
+        axes.set_title(target, loc="left", fontweight="bold")
+        axes.set_xscale("log")
+        axes.axhline(1, color=figures.FAINT, linewidth=1)
+        points: dict[str, list[tuple[float, float]]] = {}
+        for one in programs:
+            if one["target"] == target and one["ratio"]:
+                point = max(one["temp_bytes"] / 1e6, 1), one["ratio"]
+                points.setdefault(one["name"], []).append(point)
+        for name, found in points.items():
+            style = figures.STYLES.get(name, FLOOR) | {"linestyle": "none", "markersize": 7}
+            axes.plot(*zip(*found, strict=True), label=name, **style)
+    for axes in panels[-1]:
+        axes.set_xlabel("temporary MB, at least 1")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("cycles over those of optax")
+    title = "linear head, value and gradient: estimated"
+    drawn.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figures.legend(drawn, panels[0, 0], beside=True)
+    figures.origin(drawn, section)
+    return drawn
+
+
+def _with_gradients(section: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every program of value and gradient that fits, with its ratio where optax fits too."""
+    return [
+        row
+        | {"target": case["target"], "on": f"{case['shape']} {case['dtype']}"}
+        | {"ratio": row["cycles"] / baseline if (baseline := _baseline(case)) else None}
+        for case in section["cases"]
+        if case["mode"] == Mode.VALUE_AND_GRAD
+        for row in case["contenders"]
+        if row["cycles"] is not None
+    ]
 
 
 def details(section: dict[str, Any]) -> Iterator[Table]:
@@ -143,7 +230,8 @@ def _cell(row: dict[str, Any], case: dict[str, Any]) -> str:
     if row["cycles"] is None:
         return row["error"]
     baseline = case.get(contenders.BASELINE, {}).get("cycles")
-    return f"{_ratio(row['cycles'], baseline)}, {tables.megabytes(row['temp_bytes'])} MB"
+    mark = "†" * bool(row["notes"])
+    return f"{_ratio(row['cycles'], baseline)}{mark}, {tables.megabytes(row['temp_bytes'])} MB"
 
 
 def _ratio(taken: float, baseline: float | None) -> str:
@@ -153,3 +241,7 @@ def _ratio(taken: float, baseline: float | None) -> str:
 
 def _baseline(case: dict[str, Any]) -> float | None:
     return {row["name"]: row["cycles"] for row in case["contenders"]}.get(contenders.BASELINE)
+
+
+def _not_counted(rows: Iterable[dict[str, Any]]) -> str:
+    return NOT_COUNTED if any(row.get("notes") for row in rows) else ""

@@ -3,14 +3,14 @@
 
 import importlib.util
 import math
-import os
 from typing import Any, NamedTuple
 
 import jax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from bench import environment
 
 AXES = ("data", "fsdp", "vocab")
 
@@ -85,6 +85,4 @@ def tpu_devices(topology: str) -> list[Any]:
     """Devices of a TPU topology such as "v5e:2x4", to compile for; skips without its compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs jax[tpu]")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # by several test processes
-    return topologies.get_topology_desc(topology, platform="tpu").devices
+    return [*environment.tpus(topology)]

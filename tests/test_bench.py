@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from bench import (
     accuracy,
     accuracy_tables,
+    calibration,
     cases,
     contenders,
     environment,
@@ -38,10 +39,11 @@ from bench import (
     speed,
     speed_tables,
     tables,
+    targets,
     timing,
 )
 from bench.__main__ import COMMANDS, app
-from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Size, choose
+from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Op, Size, choose
 from bench.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +60,35 @@ def little():
         yield
 
 
+CONTENDERS = {"jaxsoftmax": (3, 2), "optax": (4, 8), "tokamax": (5, 0), "three products": (2, 8)}
+
+
+def estimated(op: Op, case: Case) -> dict[str, Any]:
+    """A section of speed --target: of each contender, Mcycles and MB."""
+    rows = [
+        {"name": name, "cycles": 1e6 * taken, "temp_bytes": 1e6 * memory, "notes": []}
+        for name, (taken, memory) in CONTENDERS.items()
+    ]
+    every = itertools.product(("v5e", "v6e"), targets.MODES)
+    of_case = {**case._asdict(), "shape": case.shape, "at_peak": 1e6, "contenders": rows}
+    found = [of_case | {"target": target, "mode": mode} for target, mode in every]
+    return {"environment": environment.describe(runs=False), "op": op, "cases": found}
+
+
+def calibrated() -> dict[str, Any]:
+    """A section of speed --calibrate: of the program at place i, i + 1 Mcycles in 1 ms."""
+    rows = [
+        {"name": name, "cycles": 1e6 * taken, "ms": 1.0}
+        for taken, name in enumerate(calibration.PROGRAMS, start=1)
+    ]
+    of_case = {**Head(4, 3, 5, BFLOAT16)._asdict(), "shape": "4x3x5", "contenders": rows}
+    found = [of_case | {"target": target} for target in ("v5p", "v6e")]
+    return {"environment": environment.describe(runs=False), "cases": found}
+
+
 @pytest.fixture(scope="module")
 def sections() -> dict[str, Any]:
-    """Measure, on tiny shapes, what a results file of one device holds."""
+    """Measure, on tiny shapes, what a results file of one device holds; and the estimates."""
     logits = [Logits(4, 8, FLOAT32), Logits(2, 5, FLOAT32), Logits(4, 8, BFLOAT16)]
     heads = [Head(8, 4, 16, FLOAT32), Head(4, 3, 5, BFLOAT16)]
     modes = [Mode.FORWARD, Mode.VALUE_AND_GRAD]
@@ -80,6 +108,9 @@ def sections() -> dict[str, Any]:
             ("memory", "memory", compiled),
             (report.SPEED_BY_MODEL, report.SPEED_BY_MODEL, timed),
             (report.MEMORY_BY_MODEL, report.MEMORY_BY_MODEL, compiled),
+            ("cycles/linear", report.HEADS_ON_TPUS, estimated(Op.LINEAR, heads[1])),
+            ("cycles/logits", report.ON_TPUS, estimated(Op.LOGITS, logits[2])),
+            (calibration.KEY, "speed --calibrate", calibrated()),
         )
     }
 
@@ -259,6 +290,10 @@ def measured_by_accuracy() -> tuple[list[str], list[str]]:
     return [one["name"] for one in section["series"]], section["left_out"]
 
 
+def test_the_calibration_needs_tokamax(bench):
+    assert "tokamax" in bench("speed --calibrate", without=["tokamax"], code=2).output
+
+
 def test_a_peer_that_fails_is_left_out_but_ours_must_not(monkeypatch):
     for measured, theirs, ours, first, line in (
         (
@@ -371,6 +406,8 @@ WRONG = {
     "speed --target v5e --labels dense": "expected integer labels",
     "speed --target v5e --repeats 3": "nothing is run with --target",
     "speed --detail": "expected --target with it",
+    "speed --calibrate --op linear": "expected no more than --target",
+    "speed --calibrate --target v5e": "expected v5p, v6e, tpu7x; got 'v5e'",
     "speed --target v5e --mode training-step": "expected integer labels, forward or value-and-grad",
     "memory --target v9": "expected here, v5e, v5p, v6e; got 'v9'",
     "memory --peak --target here": "expected one of them",
@@ -809,6 +846,64 @@ def test_the_detailed_tables_hold_every_median_and_the_roof(sections):
         assert section["command"] in table.notes[-1]
 
 
+def test_the_tables_of_estimates(sections):
+    """Over the cycles of optax; where optax does not compile, the cycles themselves."""
+    section = json.loads(json.dumps(sections["cycles/linear"]))
+    *_, table = targets.in_docs(section)
+    assert table.headings == ["v6e, value-and-grad", "4x3x5 bfloat16"]
+    assert table.rows == [
+        ["jaxsoftmax", "0.75, 2 MB"],
+        ["optax", "1.00, 8 MB"],
+        ["tokamax", "1.25, 0 MB"],
+        ["three products", "0.50, 8 MB"],
+        ["the products at v6e's peak", "0.25"],
+    ]
+    assert targets.NOT_COUNTED not in table.notes
+    assert table.notes[-1].startswith(f"Estimated by `{section['command']}` with ")
+
+    larger = json.loads(json.dumps(section["cases"][-1])) | {"shape": "4x3x6"}
+    ours, optax, *_ = larger["contenders"]
+    ours |= {"notes": ["a loop"], "cycles": 12e6, "temp_bytes": 9e6}
+    section["cases"].append(larger)
+    *_, table = targets.in_docs(section)
+    assert table.rows[0] == ["jaxsoftmax", "0.75, 2 MB", "3.00†, 9 MB"]
+    assert targets.NOT_COUNTED in table.notes
+    (short,) = targets.in_readme(section)
+    assert short.headings == ["value and gradient, estimated", "v5e", "v6e", "temporary MB"]
+    assert short.rows[:2] == [
+        ["jaxsoftmax", "0.75", "1.50†", "2 to 9"],
+        ["optax", "1.00", "1.00", "8 to 8"],
+    ]
+    assert "over 4x3x5 bfloat16, 4x3x6 bfloat16" in short.notes[0]
+
+    optax |= {"cycles": None, "temp_bytes": None, "error": "no memory"}
+    *_, table = targets.in_docs(section)
+    assert table.rows[:2] == [
+        ["jaxsoftmax", "0.75, 2 MB", "12 Mcycles†, 9 MB"],
+        ["optax", "1.00, 8 MB", "no memory"],
+    ]
+    assert table.rows[-1] == ["the products at v6e's peak", "0.25", "1 Mcycles"]
+    (short,) = targets.in_readme(section)
+    assert short.rows[0] == ["jaxsoftmax", "0.75", "0.75", "2 to 9"]
+
+    ours["costs"] = [{"cycles": 3e6, "times": 7, "operation": "a", "result": "b", "source": "c"}]
+    (detail,) = targets.details({"cases": [larger | {"contenders": [ours]}]})
+    assert detail.notes == ["a loop"]
+    assert detail.rows == [["3.000", "25 %", "7", "a", "b", "c"]]
+
+
+def test_the_tables_of_the_calibration(sections):
+    first, _, rates, ratios = calibration.in_docs(sections[calibration.KEY])
+    assert first.headings == ["v5p: Mcycles, ms, cycles/ns", "4x3x5"]
+    assert first.rows[1] == ["xla, vjp", "2.0, 1.00, 2.00"]
+    assert rates.rows[:2] == [
+        ["v5p", "all programs", "1.00", "2.50", "4.00"],
+        ["", "xla, forward", *["1.00"] * 3],
+    ]
+    # 3 / 1, 4 / 2 and (3 + 4) / (1 + 2) by the account, over 1 as measured.
+    assert [row[2] for row in ratios.rows[:3]] == ["3.00", "2.00", "2.33"]
+
+
 # README and docs.
 
 
@@ -821,6 +916,16 @@ def test_readme_and_docs_show_the_committed_results():
         assert (report.FIGURES_FOLDER / f"{stem}.svg").exists()
 
 
+def test_the_account_is_as_good_as_is_said():
+    committed = [file[calibration.KEY] for file in report.committed() if calibration.KEY in file]
+    assert "within 25 %" in targets.ESTIMATE
+    for section in committed:
+        *_, ratios = calibration.in_docs(section)
+        both = [row[2:] for row in ratios.rows if row[1] == "both together"]
+        assert len(both) == len(calibration.MEASURED_MS)
+        assert all(0.75 <= float(ratio) <= 1.25 for three in both for ratio in three)
+
+
 def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
     if platform.python_version().startswith(f"{environment.PYTHON}."):
         # With a newer one, the tables are to be measured again.
@@ -829,7 +934,7 @@ def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
         line
         for path in report.DOCUMENTS
         for line in path.read_text(encoding="utf-8").splitlines()
-        if line.startswith("Measured by `python -m bench ")
+        if line.startswith(("Measured by `python -m bench ", "Estimated by `python -m bench "))
     ]
     assert len(captions) > 10
     for line in captions:
@@ -895,7 +1000,7 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
         return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
 
     before = outside()
-    assert len(before) == 5
+    assert len(before) == 6
     readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
     with pytest.raises(typer.Exit, match="1"):
         report.command(check=True)
@@ -910,7 +1015,8 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
     readme = report.README.read_text(encoding="utf-8")
     one, other = sections, {}
     for name, section in one.items():
-        other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
+        if section["environment"]["device"]:  # of the estimates there is one section
+            other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
     device = one["speed/integer"]["environment"]["device"]
     render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
     both = render(readme, [one, other])
@@ -939,6 +1045,13 @@ def test_figures_draw_every_contender(sections):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert {"jaxsoftmax", "jaxsoftmax, recompute", "optax"} <= set(lines)
         assert list(np.asarray(lines["jaxsoftmax"].get_xdata())) == [5, 16]
+    panels = targets.figure(sections["cycles/linear"]).axes
+    assert [axes.get_title(loc="left") for axes in panels[:2]] == ["v5e", "v6e"]
+    for axes in panels[:2]:
+        points = {line.get_label(): np.ravel(line.get_xydata()) for line in axes.lines[1:]}
+        # Memory, no less than 1 MB, and cycles over those of optax.
+        expected = {name: (max(mb, 1), taken / 4) for name, (taken, mb) in CONTENDERS.items()}
+        assert {name: tuple(point) for name, point in points.items()} == expected
     section = sections["accuracy/integer"]
     by_lead, by_offset = accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)
     for axes, dtype in zip(by_lead.axes + by_offset.axes, [*Dtype] * 4, strict=True):

@@ -4,79 +4,72 @@
 import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 from layouts import tpu_devices
 
 import jaxsoftmax
-from bench import cycles, targets, timing
-from bench.cases import Dtype, Head, Logits, Mode
+from bench import contenders, cycles, targets, timing
+from bench.cases import Dtype, Head, Labels, Logits, Mode
 
 CHIP = "v5e"
-SHAPE = (1024, 32768)
-LOGITS = ("float32", "bfloat16")
-
-
-@functools.cache
-def taken(function, *dtypes):
-    """Cycles, and temporary memory, of `function` of logits and labels or a cotangent."""
-    device = SingleDeviceSharding(tpu_devices(cycles.CHIPS[CHIP].topology)[0])
-    arguments = [
-        jax.ShapeDtypeStruct(SHAPE[:1] if dtype == "int32" else SHAPE, dtype, sharding=device)
-        for dtype in dtypes
-    ]
-    compiled = timing.compile_for("tpu", function, arguments)
-    found = cycles.account(compiled.as_text(), cycles.CHIPS[CHIP])
-    return found, timing.temporary_bytes(compiled)
-
-
-def plain(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-
-
-def ours(logits, labels):
-    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def value_and_gradient(logits, labels, loss):
-    return jax.value_and_grad(lambda logits: jnp.mean(loss(logits, labels)))(logits)
-
-
-VALUE_AND_GRADIENT = {
-    loss: functools.partial(value_and_gradient, loss=loss) for loss in (plain, ours)
+OURS, RECOMPUTE = contenders.OURS, "jaxsoftmax, recompute"
+LOGITS = [Logits(1024, 32768, dtype) for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16)]
+HEAD = Head(1024, 512, 32768, Dtype.BFLOAT16)
+# The cycles of ours over those of optax, at most: forward, and value and gradient.
+BOUNDS = {
+    LOGITS[0]: {OURS: (0.71, 0.85)},
+    LOGITS[1]: {OURS: (0.53, 0.74)},
+    HEAD: {OURS: (1.08, 1.37), RECOMPUTE: (1.56, 1.54)},
 }
 
 
-def vjp(softmax):
-    return lambda logits, cotangent: jax.vjp(softmax, logits)[1](cotangent)
+@functools.cache
+def compiled(case):
+    """Ours and optax, by mode and name."""
+    tpu_devices(cycles.CHIPS[CHIP].topology)
+    integer = Labels.INTEGER
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(contenders.LOGITS, integer, contenders.LOGITS[integer][:2])
+        patch.setattr(contenders, "HEAD", contenders.HEAD[:3])
+        section = targets.measure([case], targets.MODES, [CHIP])
+    return {
+        found["mode"]: {row["name"]: row for row in found["contenders"]}
+        for found in section["cases"]
+    }
 
 
-SOFTMAX, PLAIN_SOFTMAX = vjp(jaxsoftmax.softmax), vjp(jax.nn.softmax)
+@pytest.mark.parametrize("case", BOUNDS, ids=str)
+def test_cycles_over_optax(case):
+    for name, bounds in BOUNDS[case].items():
+        for mode, most in zip(targets.MODES, bounds, strict=True):
+            rows = compiled(case)[mode]
+            ratio = rows[name]["cycles"] / rows[contenders.BASELINE]["cycles"]
+            assert ratio <= most, f"{name}, {mode}"
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.71), ("bfloat16", 0.53)])
-def test_forward(dtype, most):
-    """From the label: one pass, and the rest is small."""
-    (own, memory), (other, _) = (taken(loss, dtype, "int32") for loss in (ours, plain))
-    assert own.cycles <= most * other.cycles
-    assert memory < np.prod(SHAPE)  # nothing of the logits' size
-    (note,) = own.notes
+@pytest.mark.parametrize("case", LOGITS, ids=str)
+def test_forward_is_one_pass(case):
+    """From the label; the rest is small."""
+    own = compiled(case)[Mode.FORWARD][OURS]
+    assert own["temp_bytes"] < case.tokens * case.classes  # nothing of the logits' size
+    (note,) = own["notes"]
     assert "loop" in note
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.85), ("bfloat16", 0.74)])
-def test_value_and_gradient(dtype, most):
-    own, other = (taken(VALUE_AND_GRADIENT[loss], dtype, "int32")[0] for loss in (ours, plain))
-    assert own.cycles <= most * other.cycles
-
-
-@pytest.mark.parametrize("dtype", LOGITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_softmax_and_its_vjp(dtype):
-    own, other = (taken(f, dtype, dtype)[0] for f in (SOFTMAX, PLAIN_SOFTMAX))
-    assert own.cycles <= 1.02 * other.cycles
+    device = SingleDeviceSharding(tpu_devices(cycles.CHIPS[CHIP].topology)[0])
+    logits = jax.ShapeDtypeStruct((1024, 32768), dtype, sharding=device)
+
+    def taken(softmax):
+        def vjp(logits, cotangent):
+            return jax.vjp(softmax, logits)[1](cotangent)
+
+        text = timing.compile_for("tpu", vjp, [logits, logits]).as_text()
+        return cycles.account(text, cycles.CHIPS[CHIP]).cycles
+
+    assert taken(jaxsoftmax.softmax) <= 1.02 * taken(jax.nn.softmax)
 
 
 HLO = """
@@ -116,34 +109,8 @@ def test_the_account(length, inside):
 def test_the_benchmark(case):
     """Every contender that JAX compiles, with what costs most."""
     tpu_devices(cycles.CHIPS[CHIP].topology)
-    section = targets.measure([case], [Mode.VALUE_AND_GRAD], [CHIP])
+    section = targets.measure([case], [Mode.VALUE_AND_GRAD], [CHIP], detail=True)
     (found,) = section["cases"]
     assert {"jaxsoftmax", "optax"} <= {row["name"] for row in found["contenders"]}
     for row in found["contenders"]:
         assert 0 < sum(cost["cycles"] for cost in row["costs"]) <= row["cycles"]
-
-
-ROWS = [
-    {"name": "jaxsoftmax", "cycles": 3e6, "temp_bytes": 2e6, "notes": ["a loop"], "costs": []},
-    {"name": "optax", "cycles": 4e6, "temp_bytes": 8e6, "notes": [], "costs": []},
-]
-NO_MEMORY = {"name": "optax", "cycles": None, "temp_bytes": None, "error": "no memory"}
-
-
-def test_its_tables():
-    """Over optax's cycles; where optax does not compile, the cycles themselves."""
-    fields = {"dtype": "bfloat16", "target": "v5e", "mode": "value-and-grad", "at_peak": 1e6}
-    cases = [
-        {**fields, "shape": "1x2x3", "contenders": ROWS},
-        {**fields, "shape": "4x5x6", "contenders": [ROWS[0], NO_MEMORY]},
-    ]
-    environment = {"device": "CPU", "versions": {"jax": "0.12"}, "python": "3.13", "date": "today"}
-    section = {"op": "linear", "cases": cases, "environment": environment, "command": "bench"}
-    (table,) = targets.in_docs(section)
-    assert table.rows == [
-        ["jaxsoftmax", "0.75, 2 MB", "3 Mcycles, 2 MB"],
-        ["optax", "1.00, 8 MB", "no memory"],
-        ["the products at v5e's peak", "0.25", "1 Mcycles"],
-    ]
-    first, *_ = targets.details(section)
-    assert first.notes == ["a loop"]
