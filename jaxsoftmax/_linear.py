@@ -251,9 +251,8 @@ def linear_softmax_cross_entropy(
         axis_name=axis_name,
         classes=head.kernel.shape[head.products.class_axis],
     )
-    in_forward = gradients == "in_forward" or (gradients == "auto" and reduction is not None)
     with scope(name, OF_HEADS):
-        return cross_entropy(in_forward, ignore_index, head, labels, options, chunk_size)
+        return cross_entropy(gradients, ignore_index, head, labels, options, chunk_size)
 
 
 def linear_log_probs(

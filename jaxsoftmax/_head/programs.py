@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .. import _checks
 from .._axes import to_index
@@ -44,7 +45,7 @@ def any_loss(
 
 
 def cross_entropy(  # noqa: PLR0917
-    in_forward: bool,
+    gradients: str,
     ignore_index: int | None,
     head: Head,
     labels: jax.Array,
@@ -52,10 +53,15 @@ def cross_entropy(  # noqa: PLR0917
     chunk_size: int | None,
 ) -> jax.Array:
     """The cross-entropies of labels `[*tokens]`, or their sum or mean."""
-    if not in_forward:
-        return _recomputed(chunk_size, ignore_index, head, labels, options)
+    recompute = partial(_recomputed, chunk_size, ignore_index)
+    if gradients == "recompute" or head.reduction is None:
+        return recompute(head, labels, options)
     chunks = None if 0 in head.shape else _chunks(head, chunk_size)
-    return _in_forward(chunks, ignore_index, head, labels, options)
+    in_forward = partial(_in_forward, chunks, ignore_index)
+    alike = chunk_size is not None or sizes.is_small(*_tokens_and_classes(head))
+    if gradients == "in_forward" or alike:
+        return in_forward(head, labels, options)
+    return lax.platform_dependent(head, labels, options, tpu=recompute, default=in_forward)
 
 
 def log_probs(
@@ -121,21 +127,22 @@ def _of_spread(options):
 def _log_probs(with_entropy, chunk_size, head, labels, transform):
     head = head.rows(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
-    spec = StatisticsSpec(lse=True, entropy=with_entropy)
+    # A small entropy is the difference of two numbers that are small from the maximum alone.
+    spec = StatisticsSpec(lse=True, entropy=with_entropy, from_label=not with_entropy)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
     sharding, blocks = _class_blocks(head, chunk_size)
-    if not is_local(head.hidden, head.kernel):
-        spec = spec._replace(from_label=False)
-    plans = ByPlatform(
-        *(
-            vocabulary_blocks.Plan(block, head.products, spec, sharding, head.axis_name)
-            for block in blocks
-        )
-    )
+    # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
+    from_maximum = spec._replace(from_label=False)
+    other = from_maximum if sizes.is_small(*_tokens_and_classes(head)) else spec
+
+    def plan(block, spec):
+        return vocabulary_blocks.Plan(block, head.products, spec, sharding, head.axis_name)
+
+    plans = ByPlatform(plan(blocks.cpu, from_maximum), plan(blocks.other, other))
     operands = vocabulary_blocks.Operands(
         head.hidden, head.kernel, head.bias, transform, of_spread, index
     )
@@ -212,15 +219,18 @@ def _is_real(x):
 def _chunks(head, most):
     """The chunks of a head's tokens."""
     sharding = head.sharding
-    width, classes = sharding.of_kernel(*head.kernel.shape)
-    return sizes.chunks(
-        math.prod(head.shape) // math.prod(sharding.token_shards),
-        width,
-        classes // sharding.class_shards,
-        head.products.dtype.itemsize,
-        most,
-        unseen_devices() if sharding.mesh is None else 1,
-    )
+    tokens, classes = _tokens_and_classes(head)
+    width = head.kernel.shape[1 - sharding.class_axis]
+    devices = unseen_devices() if sharding.mesh is None else 1
+    itemsize = head.products.dtype.itemsize
+    return sizes.chunks(tokens, width, classes, itemsize, most, devices)
+
+
+def _tokens_and_classes(head):
+    """Of one device, as far as an explicit mesh shows it."""
+    sharding = head.sharding
+    tokens = math.prod(head.shape) // math.prod(sharding.token_shards)
+    return tokens, head.kernel.shape[sharding.class_axis] // sharding.class_shards
 
 
 def _class_blocks(head, most):
@@ -231,10 +241,9 @@ def _class_blocks(head, most):
     block of each goes together. If every device holds all classes, that costs a copy of the kernel.
     """
     sharding, devices = head.sharding, devices_of_automatic_mesh()
-    tokens = math.prod(head.shape) // math.prod(sharding.token_shards)
-    classes = head.kernel.shape[sharding.class_axis]
+    tokens, classes = _tokens_and_classes(head)
     if sharding.mesh is not None or classes % devices:
         devices = 1
     else:
         sharding = sharding._replace(class_shards=devices)
-    return sharding, sizes.blocks(tokens, classes // sharding.class_shards, most, devices)
+    return sharding, sizes.blocks(tokens, classes // devices, most, devices)

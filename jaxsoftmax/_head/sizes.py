@@ -22,6 +22,9 @@ FEWEST, MOST, MULTIPLE = 256, 4096, 256
 # logits allow, within bounds. Where an automatic mesh may shard them, each device has at least the
 # length that a TPU gives the last axis of an array.
 LEAST_BLOCK, MOST_BLOCK, BLOCK_BYTES, LEAST_PER_DEVICE = 2048, 8192, 256 * MIB, 128
+# Of fewer float32 logits than these bytes every platform does as a CPU: nothing is gained, and one
+# program is traced in the time of two.
+SMALL_BYTES = 64 * MIB
 
 
 class ByPlatform(NamedTuple, Generic[T]):
@@ -37,6 +40,11 @@ def by_platform(run: Callable[..., Any], plans: ByPlatform[Any], *args: Any) -> 
         return run(plans.cpu, *args)
     cpu, other = (partial(run, plan) for plan in plans)
     return lax.platform_dependent(*args, cpu=cpu, default=other)
+
+
+def is_small(tokens: Any, classes: int) -> bool:
+    """Whether all logits of a device are few."""
+    return isinstance(tokens, int) and 4 * tokens * classes <= SMALL_BYTES
 
 
 class Chunks(NamedTuple):
@@ -62,6 +70,8 @@ def chunks(  # noqa: PLR0917
     cpu = Chunks(_equal(tokens, most or budget("cpu"), devices))
     size = most or _rounded(budget("other"))
     in_one = _equal(tokens, size, devices)
+    if is_small(tokens, classes):
+        return ByPlatform(cpu, cpu)
     if not isinstance(tokens, int) or in_one == tokens:
         return ByPlatform(cpu, Chunks(in_one))
     # The d_logits that are kept take no more memory than a float32 d_kernel: then all tokens in one
@@ -79,7 +89,7 @@ def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatf
         size = max(1, most // devices)
         return ByPlatform(size, size)
     least = max(LEAST_BLOCK // devices, LEAST_PER_DEVICE)
-    if not isinstance(tokens, int):
+    if is_small(tokens, classes) or not isinstance(tokens, int):
         return ByPlatform(least, least)
     size = _between(BLOCK_BYTES // (4 * max(1, tokens)) // devices, least, MOST_BLOCK)
     return ByPlatform(least, min(classes, _equal(classes, _rounded(size), MULTIPLE)))
