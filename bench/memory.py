@@ -114,7 +114,7 @@ def command(
 
 def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
     """Compile every JAX contender for every case and target: a section of the results file."""
-    found, left_out = contenders.load(contenders.HEAD + contenders.TIED, Dtype.BFLOAT16)
+    found, left_out = contenders.load(contenders.HEAD + contenders.VARIANTS, Dtype.BFLOAT16)
     found = [contender for contender in found if contender.entry.jax]
     measured = []
     with tables.progress(len(targets) * len(cases) * len(found)) as now:
@@ -139,13 +139,10 @@ def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
 
 
 def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
-    hidden, kernel, labels = case.abstract_inputs(SingleDeviceSharding(device))
-    if contender.entry in contenders.TIED:
-        kernel, head = kernel.update(shape=kernel.shape[::-1]), contender.function
-        contender = contender._replace(function=lambda h, embedding, y: head(h, embedding.T, y))
+    inputs = contenders.abstract_inputs(contender, case, SingleDeviceSharding(device))
     program = contenders.program(contender, Mode.VALUE_AND_GRAD, case.parameters)
     try:
-        compiled = timing.compile_for(device.platform, program, (hidden, kernel, labels))
+        compiled = timing.compile_for(device.platform, program, inputs)
     except Exception as error:  # too large for the device, or not for it at all
         if contender.entry.module == "ours":
             raise

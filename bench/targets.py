@@ -55,7 +55,8 @@ def measure(
         typer.BadParameter: there is no compiler for a target.
     """
     head = isinstance(cases[0], Head)
-    entries = contenders.HEAD if head else contenders.LOGITS[Labels.INTEGER]
+    of_heads = contenders.HEAD + contenders.VARIANTS
+    entries = of_heads if head else contenders.LOGITS[Labels.INTEGER]
     found = {case.dtype: contenders.load(entries, case.dtype) for case in cases}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
     measured = []
@@ -95,9 +96,10 @@ def _compile(
     device: SingleDeviceSharding,
     chip: cycles.Chip,
 ) -> dict[str, Any]:
+    inputs = contenders.abstract_inputs(contender, case, device)
     program = contenders.program(contender, mode, case.parameters)
     try:
-        compiled = timing.compile_for("tpu", program, case.abstract_inputs(device))
+        compiled = timing.compile_for("tpu", program, inputs)
     except Exception as error:  # too large for the chip, or not for it at all
         if contender.entry.module == "ours":
             raise

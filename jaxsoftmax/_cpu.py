@@ -354,24 +354,23 @@ def slice_in_loop(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     [4096, 32000]: 224 ms). As integers it is sliced in place, but XLA may move the view as integers
     before the loop, as a copy (126 ms): the barrier keeps it inside (49 ms).
     """
-    if x.dtype == jnp.bfloat16 and _on_old_cpu():
+    if in_bits(x.dtype):
         x, start = lax.optimization_barrier((x, start))
         piece = lax.dynamic_slice_in_dim(as_bits(x), start, size, axis)
-        return from_bits(piece, jnp.bfloat16)
+        return from_bits(piece, x.dtype)
     return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
+def in_bits(dtype: jnp.dtype) -> bool:
+    """Whether XLA:CPU of this JAX slices, or updates a slice of, such an array as integers only."""
+    return dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11)
+
+
 def as_bits(x: jax.Array) -> jax.Array:
-    """`x` as integers, if XLA:CPU of JAX 0.10 needs that to update a slice in place."""
-    if x.dtype == jnp.bfloat16 and _on_old_cpu():
-        return lax.bitcast_convert_type(x, jnp.uint16)
-    return x
+    """`x` of 16 bits as integers."""
+    return lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Undoes `as_bits` for an array of this dtype."""
     return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
-
-
-def _on_old_cpu() -> bool:
-    return jax.__version_info__ < (0, 11) and jax.default_backend() == "cpu"

@@ -94,20 +94,26 @@ def linear_loss(
     `loss_fn` closes over, in reverse mode, to the same order as `loss_fn`. Gradients that are not
     asked for are not computed.
 
+    Where the program is lowered for no CPU, the logits' cotangents of a group of chunks are kept in
+    the dtype of the products, and one product adds them to d_kernel: of g tokens, as many as fit
+    `4·H·V` bytes but at most 4096, or all N if they fit. On a CPU, and where all logits take less
+    than 64 MiB in float32, each chunk adds to it, and g is 0; it is 0 too where a group is one
+    chunk of several.
+
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
     (for the cross-entropy; another loss may keep more per chunk):
 
-        float32 operands   4·c·V + 8·N·H
-        half precision     4·H·V + 8·c·V + 6·N·H
+        float32 operands   4·c·V + 4·g·V + 8·N·H
+        half precision     4·H·V + 8·c·V + 2·g·V + 6·N·H
 
-    The first term of half precision is the float32 accumulator of d_kernel; with float32 operands
-    the result itself is the accumulator. A CPU adds up to 16 MiB; in half precision it keeps a
-    chunk's float32 logits in the later memory of d_kernel, which makes the sum
-    `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU that multiplies float32 in bfloat16 adds
-    a copy of the kernel in bfloat16, `2·H·V`; a CPU multiplies float16 in float32 and adds a copy
-    in float32, `4·H·V`. float16 takes up to `4·c·V` more: its d_logits are first divided by a power
-    of two of about their size. Each chunk reads and writes the accumulator, which costs time where
-    c is far below the operations per byte of the device.
+    The first term of half precision is the float32 accumulator of d_kernel, which is not there if
+    g = N; with a float32 kernel the result itself is the accumulator. Operands that are cast to
+    `compute_dtype` add their copies, `2·H·V + 2·N·H` in half precision. A CPU adds up to 16 MiB; in
+    half precision it keeps a chunk's float32 logits in the later memory of d_kernel, which makes
+    the sum `4·H·V + 2·c·V + 6·N·H + max(0, 4·c·V − 2·H·V)`. A TPU keeps the cotangents of several
+    groups twice; one that multiplies float32 in bfloat16 adds a copy of the kernel in bfloat16,
+    `2·H·V`; a CPU multiplies float16 in float32 and adds a copy in float32, `4·H·V`. float16 takes
+    up to `4·c·V` more: its d_logits are first divided by a power of two of about their size.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -189,10 +195,12 @@ def linear_softmax_cross_entropy(
         losses `[*tokens]`.
       denominator: a scalar that replaces the mean's divisor, such as a global token count.
       gradients: "in_forward" computes the gradient in the forward pass, as `linear_loss` does:
-        faster in most cases, for a reduced loss only. "recompute" works on blocks of the vocabulary
-        and recomputes their logits in the backward pass, as `linear_log_probs` does: one product
-        more, for the least memory (with `weights` or `ignore_index` it holds a copy of `hidden`).
-        "auto" is "in_forward" with a reduction and "recompute" without.
+        faster on CPUs and GPUs, for a reduced loss only. "recompute" works on blocks of the
+        vocabulary and recomputes their logits in the backward pass, as `linear_log_probs` does: one
+        product more, for the least memory (with `weights` or `ignore_index` it holds a copy of
+        `hidden`).
+        "auto" is "recompute" without a reduction, and in a program lowered for TPUs if all logits
+        take more than 64 MiB in float32 and no `chunk_size` is given; else "in_forward".
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
@@ -288,9 +296,12 @@ def linear_log_probs(
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
         `linear_softmax_cross_entropy`).
       transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
-      chunk_size: classes in a block, 2048 by default. Where an explicit mesh shards the classes, it
-        counts those of one shard. Where an automatic mesh of D devices is set, it counts those of
-        all devices, by default at least 128·D (docs/sharding.md). Any number of classes fits.
+      chunk_size: classes in a block. By default 2048 where the program is lowered for a CPU or all
+        logits take less than 64 MiB in float32; elsewhere as many as keep a block's float32 logits
+        under 256 MiB, from 2048 to 8192, in blocks of equal size that are multiples of 256. Where
+        an explicit mesh shards the classes, it counts those of one shard. Where an automatic mesh
+        of D devices is set, it counts those of all devices, by default at least 128·D
+        (docs/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 

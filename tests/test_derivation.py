@@ -794,6 +794,37 @@ def test_loss_from_any_class(case):
             assert_close(terms.sum(), one_hot.true_loss, scale, case.units)
 
 
+# 14. A head's row from its first classes.
+
+
+@exact({62: "317e61a1", 63: "72d7846a"})
+def test_remainder_from_one_pass(case):
+    """From the label where it is at least as high; or 1 + r, of which nothing cancels."""
+    for t, p in enumerate(case.true_p):
+        for c in set(range(len(case.z))) - {t}:
+            s = np.delete(np.exp(case.z - case.z[c]), t).sum()
+            assert_close(s, (1 - p) / case.true_p[c], units=case.units)
+            if case.z[t] >= case.z[c]:
+                assert_close(s * np.exp(case.z[c] - case.z[t]), 1 / p - 1, units=2 * case.units)
+            else:
+                r_c = (s - 1) + np.exp(case.z[t] - case.z[c])
+                assert_close(1 + r_c, 1 / case.true_p[c], units=case.units)
+                at_label = (np.exp(case.z[t] - case.z[c]) - 1 - r_c) / (1 + r_c)
+                assert_close(at_label, p - 1, units=case.units)
+
+
+@textbook({64: "be4620e6"})
+def test_spread_from_another_shift(case):
+    u = np.arange(1.0, 1 + len(case.z))
+    for m in case.z:
+        for shift in case.z:
+            terms = u * (shift - case.z), (m - shift) * u
+            scale = sum(abs(part).sum() for part in terms)
+            found = terms[0].sum() + (m - shift) * u.sum()
+            true = sum(a * (mpmath.mpf(m) - mpmath.mpf(z)) for a, z in zip(u, case.z, strict=True))
+            assert_close(found, true, scale, case.units)
+
+
 # What the document computes in passing.
 
 

@@ -11,13 +11,26 @@ compile comes from a module with functions of its own in place of `bench.cases.p
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from bench import cases
 from bench.cases import Dtype, Labels, Mode
 
 OURS = "jaxsoftmax"
 BASELINE = "optax"
+
+
+class Kernel(StrEnum):
+    """What a head takes as its kernel."""
+
+    KERNEL = "[H, V] in the dtype of hidden"
+    EMBEDDING = "[V, H] in the dtype of hidden"
+    FLOAT32 = "[H, V] in float32"
 
 
 class Entry(NamedTuple):
@@ -33,6 +46,7 @@ class Entry(NamedTuple):
     """The function returns value and gradients itself: it is left out of a forward pass."""
     jax: bool = True
     """The function can be compiled by JAX."""
+    kernel: Kernel = Kernel.KERNEL
 
 
 class Contender(NamedTuple):
@@ -63,7 +77,7 @@ TORCH_LOGITS = {
 }
 
 HEAD = (
-    Entry(OURS, "ours", "head_in_forward"),
+    Entry(OURS, "ours", "head"),
     Entry("jaxsoftmax, recompute", "ours", "head_recompute"),
     Entry(BASELINE, "with_optax", "head"),
     Entry("optax, checkpointed chunks", "with_optax", "head_in_chunks"),
@@ -78,13 +92,24 @@ HEAD = (
 # Ours again with options: what they cost.
 OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
 
-# Heads that take an embedding [V, H] in the place of the kernel, which is its transpose.
-TIED = (
-    Entry("jaxsoftmax, tied", "ours", "head_in_forward"),
-    Entry("jaxsoftmax, recompute, tied", "ours", "head_recompute"),
+# Ours again, where programs are only compiled: the other order, and kernels of another form.
+VARIANTS = (
+    Entry("jaxsoftmax, in forward", "ours", "head_in_forward"),
+    Entry("jaxsoftmax, tied", "ours", "tied_head", kernel=Kernel.EMBEDDING),
+    Entry("jaxsoftmax, recompute, tied", "ours", "tied_head_recompute", kernel=Kernel.EMBEDDING),
+    Entry(
+        "jaxsoftmax, float32 kernel",
+        "ours",
+        "head_of_parameters",
+        half_only=True,
+        kernel=Kernel.FLOAT32,
+    ),
 )
 
 NOTES = {
+    OURS: "in the order that it chooses where the program runs",
+    "jaxsoftmax, tied": "with an embedding [V, H] as the kernel",
+    "jaxsoftmax, float32 kernel": "multiplied in the dtype of hidden",
     "jaxsoftmax, three options": "with label smoothing, a z-loss and a soft cap",
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
@@ -143,6 +168,20 @@ def may_fail(contender: Contender, case: object, left_out: list[str]) -> Iterato
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         left_out.append(f"{case}: {contender.name} fails: {reason}"[:200])
+
+
+def abstract_inputs(
+    contender: Contender, case: cases.Case, sharding: Sharding
+) -> list[jax.ShapeDtypeStruct]:
+    """Describe what the contender takes, for compiling."""
+    inputs = case.abstract_inputs(sharding)
+    of_kernel = {
+        Kernel.EMBEDDING: lambda kernel: kernel.update(shape=kernel.shape[::-1]),
+        Kernel.FLOAT32: lambda kernel: kernel.update(dtype=jnp.float32),
+    }
+    if contender.entry.kernel in of_kernel:
+        inputs[1] = of_kernel[contender.entry.kernel](inputs[1])
+    return inputs
 
 
 def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from jax import lax
 
 from .. import _checks
 from .._axes import to_index
+from .._cpu import in_bits
 from .._cross_entropy import LogProbs, as_log_probs
 from .._options import Options, in_loop, label_index, required_statistics, token_losses
 from .._sharding import (
@@ -127,22 +128,23 @@ def _of_spread(options):
 def _log_probs(with_entropy, chunk_size, head, labels, transform):
     head = head.rows(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
-    # A small entropy is the difference of two numbers that are small from the maximum alone.
-    spec = StatisticsSpec(lse=True, entropy=with_entropy, from_label=not with_entropy)
+    spec = StatisticsSpec(lse=True, entropy=with_entropy)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
     sharding, blocks = _class_blocks(head, chunk_size)
+    small = sizes.is_small(*_tokens_and_classes(head))
     # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
-    from_maximum = spec._replace(from_label=False)
-    other = from_maximum if sizes.is_small(*_tokens_and_classes(head)) else spec
+    on_cpu = spec._replace(from_label=False), in_bits(head.kernel.dtype)
+    elsewhere = on_cpu if small else (spec, False)
 
-    def plan(block, spec):
-        return vocabulary_blocks.Plan(block, head.products, spec, sharding, head.axis_name)
+    def plan(block, spec, in_bits):
+        products, axis_name = head.products, head.axis_name
+        return vocabulary_blocks.Plan(block, products, spec, sharding, axis_name, in_bits)
 
-    plans = ByPlatform(plan(blocks.cpu, from_maximum), plan(blocks.other, other))
+    plans = ByPlatform(plan(blocks.cpu, *on_cpu), plan(blocks.other, *elsewhere))
     operands = vocabulary_blocks.Operands(
         head.hidden, head.kernel, head.bias, transform, of_spread, index
     )

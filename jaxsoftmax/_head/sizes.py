@@ -4,6 +4,7 @@
 Each rule is a formula of the sizes; docs/performance.md has what it was measured against.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -78,8 +79,11 @@ def chunks(  # noqa: PLR0917
     # group need less than that sum would.
     kept = 4 * width // itemsize
     in_group = _equal(tokens, tokens if tokens <= kept else _between(kept, size, MOST), 1)
-    group = _ceil(in_group, size)
-    size = _equal(in_group, size, devices if most else max(devices, MULTIPLE))
+    multiple = devices if most else math.lcm(devices, MULTIPLE)
+    if size < multiple:  # no multiple is as small
+        multiple = devices if size >= devices else 1
+    group = _ceil(in_group, size // multiple * multiple)
+    size = _ceil(_ceil(in_group, group), multiple) * multiple
     return ByPlatform(cpu, Chunks(size, group))
 
 

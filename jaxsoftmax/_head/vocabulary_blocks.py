@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     spec: StatisticsSpec
     sharding: HeadSharding
     axis_name: AxisName | None  # the manual mesh axes that shard the classes
+    in_bits: bool  # slices of kernel and d_kernel as integers (`_cpu.in_bits`)
 
 
 class Operands(NamedTuple):
@@ -260,7 +261,8 @@ def _gradients(plan, given, sums, g, unused, flags):  # noqa: PLR0917
     whole = sharding.of_kernel(None, *_of_shards(plan), None)
     of_kernel = sharding.spec(*whole, unreduced=tokens)
     of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
-    as_slices = as_bits if sharding.mesh is None else lambda x: x  # an unreduced array has no bits
+    # An unreduced array has no bits.
+    as_slices = as_bits if plan.in_bits and sharding.mesh is None else lambda x: x
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
@@ -283,7 +285,7 @@ def _gradients(plan, given, sums, g, unused, flags):  # noqa: PLR0917
             d = sharding.split_kernel(as_slices(d.astype(kernel.dtype)), unreduced=tokens)
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis)
         if wants.hidden:
-            block = sharding.merge_kernel(slice_in_loop(kernel, start, size, axis))
+            block = sharding.merge_kernel(_block(plan, operands, start, size))
             d_hidden = d_hidden + undo_scale(products.d_hidden(d_raw, block, of_hidden), scale)
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
@@ -363,11 +365,17 @@ def _over_blocks(plan, step, carry, operands):
 def _block_logits(plan, operands, hidden, start, size):
     """The raw logits of a block, `[N, size]`; `[N, shards, size]` where there is such an axis."""
     sharding = plan.sharding
-    block = slice_in_loop(operands.kernel, start, size, _class_axis(plan))
-    logits = plan.products.logits(hidden, sharding.merge_kernel(block), None)
+    block = sharding.merge_kernel(_block(plan, operands, start, size))
+    logits = plan.products.logits(hidden, block, None)
     logits = sharding.split_classes(logits, sharding.token_axes)
     bias = _part(operands.bias, start, size)
     return logits if bias is None else logits + bias.astype(logits.dtype)[None]
+
+
+def _block(plan, operands, start, size):
+    """A block of the kernel's classes."""
+    sliced = slice_in_loop if plan.in_bits else lax.dynamic_slice_in_dim
+    return sliced(operands.kernel, start, size, _class_axis(plan))
 
 
 def _part(vector, start, size):
