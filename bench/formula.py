@@ -8,14 +8,9 @@ float16 may take more. `tests/test_memory.py` compares it with the compilers and
 import jax
 
 from bench.cases import Dtype, Head
+from jaxsoftmax._head import sizes
 
 MIB = 1 << 20
-# What the float32 logits of a chunk take at most; the tokens in a chunk, and in a group of chunks.
-LOGITS_BYTES = {"cpu": 56 * MIB, "other": 512 * MIB}
-FEWEST, MOST = 256, 4096
-BLOCK, MOST_CLASSES, BLOCK_BYTES = 2048, 8192, 256 * MIB
-SMALL = 64 * MIB  # of float32 logits: so few are treated alike on all platforms
-TILE = 256
 PRODUCT_BYTES = 8 * MIB  # at most, of a product that a CPU adds to d_kernel at once, or its columns
 
 
@@ -55,32 +50,17 @@ def recompute(head: Head, platform: str) -> int:
 
 
 def chunk(head: Head, platform: str) -> tuple[int, int]:
-    """The tokens in a chunk, and in a group of chunks whose d_logits are kept (0: in none).
-
-    A chunk has as many as the budget allows, of equal size; a group as many as 4·H·V bytes hold,
-    but at most 4096, unless they hold all.
-    """
+    """The tokens in a chunk, and in a group of chunks whose d_logits are kept (0: in none)."""
     N, H, V, dtype = head
-    on_cpu = platform == "cpu" or 4 * N * V <= SMALL
-    most = min(max(LOGITS_BYTES["cpu" if on_cpu else "other"] // (4 * V), FEWEST), MOST)
-    if on_cpu:
-        return -(-N // -(-N // most)), 0
-    most -= most % TILE
-    if most >= N:
-        return N, N
-    fit = 4 * H // (4 if dtype == Dtype.FLOAT32 else 2)
-    kept = N if fit >= N else min(max(fit, most), MOST)
-    group = -(-N // -(-N // kept))
-    chunks = -(-group // most)
-    c = -(-group // (chunks * TILE)) * TILE
-    return c, c * chunks if chunks > 1 else 0
+    found = sizes.chunks(N, H, V, 4 if dtype == Dtype.FLOAT32 else 2, None, 1)
+    size, group = found.cpu if platform == "cpu" else found.other
+    if sizes.is_small(N, V) or platform == "cpu":
+        return size, 0
+    return size, N if group * size >= N else size * group if group > 1 else 0
 
 
 def block(head: Head, platform: str) -> int:
-    """The classes in a block: as many as the budget allows, in blocks of equal size."""
+    """The classes in a block."""
     N, _, V, _ = head
-    if platform == "cpu" or 4 * N * V <= SMALL:
-        return min(BLOCK, V)
-    most = min(max(BLOCK_BYTES // (4 * N), BLOCK), MOST_CLASSES)
-    most -= most % TILE
-    return min(V, -(-V // (-(-V // most) * TILE)) * TILE)
+    found = sizes.blocks(N, V, None, 1)
+    return min(V, found.cpu if platform == "cpu" else found.other)

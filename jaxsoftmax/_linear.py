@@ -73,11 +73,12 @@ def linear_loss(
         gradient is `[V, H]` too. No transposed copy is made.
       chunk_size: the most tokens in a chunk, `c`; chunks have equal sizes, and any number of tokens
         fits. By default as many as keep a chunk's float32 logits under 56 MiB where the program is
-        lowered for a CPU, and 512 MiB elsewhere, but from 256 to 4096; several chunks are multiples
-        of 256 elsewhere. Where an explicit mesh shards tokens or classes, `c` counts the tokens,
-        and V the classes, of one device. Where an automatic mesh may shard them, `c` counts the
-        tokens of all devices, and is a multiple of the number of devices, unless `chunk_size` is
-        smaller or one chunk holds all tokens.
+        lowered for a CPU, and 512 MiB elsewhere, but from 256 to 4096; elsewhere several chunks are
+        multiples of 256, or of a smaller power of two where that would add 1/32 to the tokens.
+        Where an explicit mesh shards tokens or classes, `c` counts the tokens, and V the classes,
+        of one device. Where an automatic mesh may shard them, `c` counts the tokens of all devices,
+        and is a multiple of the number of devices, unless `chunk_size` is smaller or one chunk
+        holds all tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       compute_dtype: the dtype of the matrix products, such as bfloat16 beside float32 parameters;
         by default that of the operands, promoted. The products are summed in float32 (float64 for
@@ -95,10 +96,10 @@ def linear_loss(
     asked for are not computed.
 
     Where the program is lowered for no CPU, the logits' cotangents of a group of chunks are kept in
-    the dtype of the products, and one product adds them to d_kernel: of g tokens, as many as fit
-    `4·H·V` bytes but at most 4096, or all N if they fit. On a CPU, and where all logits take less
-    than 64 MiB in float32, each chunk adds to it, and g is 0; it is 0 too where a group is one
-    chunk of several.
+    the dtype of the products, and one product adds them to d_kernel: of all N tokens if they take
+    at most `4·H·V` bytes, else of g tokens that take half as much, at most 4096. On a CPU, and
+    where all logits take less than 64 MiB in float32, each chunk adds to it, and g is 0; it is 0
+    too where a group is one chunk of several.
 
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
     (for the cross-entropy; another loss may keep more per chunk):

@@ -98,7 +98,7 @@ def test_for_tpu(head):
     assert len(recompute) == half
     assert all(size <= formula.recompute(head, "tpu") - blocks for size in recompute)
     if head == TPU[0]:  # plain optax: 8.4 GB
-        assert in_forward <= 3.5e9
+        assert in_forward <= 6e9
         assert recompute[0] <= 0.35e9
 
 

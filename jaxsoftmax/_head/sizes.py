@@ -75,16 +75,12 @@ def chunks(  # noqa: PLR0917
         return ByPlatform(cpu, cpu)
     if not isinstance(tokens, int) or in_one == tokens:
         return ByPlatform(cpu, Chunks(in_one))
-    # The d_logits that are kept take no more memory than a float32 d_kernel: then all tokens in one
-    # group need less than that sum would.
-    kept = 4 * width // itemsize
-    in_group = _equal(tokens, tokens if tokens <= kept else _between(kept, size, MOST), 1)
-    multiple = devices if most else math.lcm(devices, MULTIPLE)
-    if size < multiple:  # no multiple is as small
-        multiple = devices if size >= devices else 1
-    group = _ceil(in_group, size // multiple * multiple)
-    size = _ceil(_ceil(in_group, group), multiple) * multiple
-    return ByPlatform(cpu, Chunks(size, group))
+    # With the d_logits of all tokens kept there is no float32 d_kernel beside the result: they may
+    # take its memory. With those of a group there is: they may take half as much again.
+    whole = 4 * width // itemsize
+    group = _ceil(tokens, size) if tokens <= whole else max(1, min(whole // 2, MOST) // size)
+    parts = _ceil(tokens, group * size) * group
+    return ByPlatform(cpu, Chunks(_tiled(tokens, parts, devices, 1 if most else MULTIPLE), group))
 
 
 def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatform[int]:
@@ -101,6 +97,22 @@ def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatf
 
 def _between(size, least, most):
     return min(max(size, least), most)
+
+
+def _tiled(n, parts, devices, most):
+    """The size of equal parts of `n`, of which padding is at most 1/32.
+
+    The largest multiple up to `most` that leaves no more, and a multiple of `devices` if it can be.
+    """
+    size = _ceil(n, parts)
+    if size < devices:
+        return size
+    while True:
+        multiple = math.lcm(devices, most)
+        padded = _ceil(size, multiple) * multiple
+        if most == 1 or 32 * padded * parts <= 33 * n:
+            return padded
+        most //= 2
 
 
 def _rounded(size):
