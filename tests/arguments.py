@@ -57,6 +57,7 @@ _transform = {"soft_cap": 30.0, "temperature": np.float32(2)}
 _losses = {"axis_name": None, "label_smoothing": 0.1, "z_loss": 1e-4, **_transform}
 _classes = {"ignore_index": -100, "class_weights": BIAS + 1}
 _head = {"axis_name": None, "bias": BIAS, "chunk_size": 5, "precision": "highest"}
+_embedding = {"kernel": KERNEL.T, "transpose_kernel": True, "compute_dtype": "bfloat16"}
 _reduced = {"weights": WEIGHTS, "reduction": "mean", "denominator": 8}
 
 # Every other argument, rightly: changes to the above, each a call.
@@ -89,13 +90,18 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {"token_args": (), "reduction": None},
         {"hidden": WIDE[..., :4], "token_args": (WIDE[..., 0], WIDE[..., 1])},
         {"hidden": HIDDEN[0], "token_args": (1.0,)},
+        _embedding,
     ],
     "linear_softmax_cross_entropy": [
         {**_head, **_reduced, **_losses, **_classes, "gradients": "recompute"},
         {"reduction": "sum", "gradients": "in_forward", "weights": MASK[:, 0]},
         {"hidden": HIDDEN.reshape(2, 4, 4), "labels": LABELS.reshape(2, 4), "reduction": None},
+        {**_embedding, "compute_dtype": np.float16, "transpose_kernel": np.True_},
     ],
-    "linear_log_probs": [{**_head, **_transform, "with_entropy": True}],
+    "linear_log_probs": [
+        {**_head, **_transform, "with_entropy": True},
+        {**_embedding, "compute_dtype": jnp.dtype(jnp.bfloat16)},
+    ],
     "check_labels": [{"labels": LABELS - 100, "ignore_index": -100}, {"labels": 3}],
 }
 
@@ -323,6 +329,17 @@ def _linear() -> Iterator[Wrong]:
     yield Wrong("hidden", HIDDEN[:, :3], ValueError, expected)
     expected = "kernel must have at least one class along axis 1; got shape (4, 0)"
     yield Wrong("kernel", KERNEL[:, :0], ValueError, expected)
+    yield from _flag("transpose_kernel")
+    transposed = {"transpose_kernel": True}
+    said = (
+        "kernel must have shape (V, 4), as it is transposed, with H = 4 the last axis of hidden; got"
+    )
+    for value in (KERNEL, BIAS, KERNEL.T[None], np.float32(1)):
+        yield Wrong("kernel", value, ValueError, f"{said} {np.shape(value)}", transposed)
+    expected = "kernel must have at least one class along axis 0; got shape (0, 4)"
+    yield Wrong("kernel", KERNEL.T[:0], ValueError, expected, transposed)
+    said = "bias must have shape (16,), one number for each of the 16 classes of kernel; got (4,)"
+    yield Wrong("bias", BIAS[:4], ValueError, said, transposed | {"kernel": KERNEL.T})
     yield from _floating("bias", optional=True)
     said = "bias must have shape (16,), one number for each of the 16 classes of kernel; got"
     for value in (WEIGHTS, X, np.float32(1)):
@@ -331,6 +348,19 @@ def _linear() -> Iterator[Wrong]:
     said = "precision must be as in jax.lax.dot_general; got"
     for value, came in (("best", "str 'best'"), (3, "int 3"), (X, "ndarray float32[8,16]")):
         yield Wrong("precision", value, ValueError, f"{said} {came}")
+    yield from _compute_dtype()
+
+
+def _compute_dtype() -> Iterator[Wrong]:
+    said = "compute_dtype must be a dtype; got"
+    for value, came in (("best", "str 'best'"), (8, "int 8"), (X, "ndarray float32[8,16]")):
+        yield Wrong("compute_dtype", value, TypeError, f"{said} {came}")
+    said = "compute_dtype must be a real floating-point dtype of at least 16 bits; got"
+    for value in ("int32", bool, np.complex64, jnp.float8_e4m3fn, jnp.float4_e2m1fn):
+        yield Wrong("compute_dtype", value, TypeError, f"{said} {jnp.dtype(value)}")
+    for value in ("float64", float):  # Python's, as NumPy has it
+        expected = "compute_dtype float64 needs jax_enable_x64"
+        yield Wrong("compute_dtype", value, ValueError, expected)
 
 
 def _reduction() -> Iterator[Wrong]:
