@@ -108,11 +108,17 @@ def in_one_scale(d: Any, scales: Any) -> tuple[Any, Any]:
     """`d [chunks, …]`, divided by a scale each, divided by the largest of them instead.
 
     What of a chunk is below 2⁻²⁴ of the largest cotangent of all of them is lost, as in one chunk.
+    A chunk of nothing but 0 has the scale 1, whatever the size of the others: it does not count.
     """
     if scales is None:
         return d, None
-    largest = jnp.max(scales)
-    ratios = jnp.expand_dims(scales / largest, tuple(range(1, d.ndim)))
+    if len(scales) == 1:
+        return d, scales[0]
+    rest = tuple(range(1, d.ndim))
+    counts = jnp.any((d != 0) & jnp.isfinite(d), axis=rest)
+    largest = jnp.max(jnp.where(counts, scales, 0))
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    ratios = jnp.expand_dims(scales / largest, rest)
     return (d.astype(ratios.dtype) * ratios).astype(d.dtype), largest
 
 
