@@ -67,7 +67,7 @@ class HeadSharding(NamedTuple):
         """The mesh axes of the axes of `x` from `start` on, without those that shard tokens."""
         if self.mesh is None:
             return [None] * (x.ndim - start)
-        entries = map(mesh_axes, jax.typeof(x).sharding.spec[start:])
+        entries = map(mesh_axes, jax.typeof(x).sharding.spec.partitions[start:])
         return [tuple(a for a in axes if a not in self.token_axes) or None for axes in entries]
 
     def of_summed_kernel(self, kernel: jax.Array) -> NamedSharding | None:

@@ -337,7 +337,8 @@ def _in_groups(plan, tree):
 
 
 def _without_groups(plan, x):
-    """Undoes `_in_groups` for one array."""
+    """Undoes `_in_groups` for one array, that may be unreduced: it is summed once, after all."""
     sharding = plan.sharding
     shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-    return sharding.reshape(x, shape, None, sharding.token_axes, *sharding.rest(x, 3))
+    axes = (None, sharding.token_axes, *sharding.rest(x, 3))
+    return sharding.reshape(x, shape, *axes, unreduced=jax.typeof(x).sharding.spec.unreduced)
