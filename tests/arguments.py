@@ -331,9 +331,8 @@ def _linear() -> Iterator[Wrong]:
     yield Wrong("kernel", KERNEL[:, :0], ValueError, expected)
     yield from _flag("transpose_kernel")
     transposed = {"transpose_kernel": True}
-    said = (
-        "kernel must have shape (V, 4), as it is transposed, with H = 4 the last axis of hidden; got"
-    )
+    expected = "kernel must have shape (V, 4), as it is transposed, with H = 4 the last axis of"
+    said = f"{expected} hidden; got"
     for value in (KERNEL, BIAS, KERNEL.T[None], np.float32(1)):
         yield Wrong("kernel", value, ValueError, f"{said} {np.shape(value)}", transposed)
     expected = "kernel must have at least one class along axis 0; got shape (0, 4)"

@@ -20,6 +20,7 @@ import pytest
 from assertions import accumulation
 
 import jaxsoftmax
+from jaxsoftmax._head import sizes
 
 # Around 16, 512 and 2048 the CPU formulation changes, and by whether blocks divide the classes, as
 # they do 512, 2048 and 50257; 128 is the block where they do not. The others are awkward.
@@ -275,14 +276,34 @@ def truth_of(case: Case) -> oracle.Truth:
     return oracle.truth(rows(case).logits, accumulation(case.dtype))
 
 
+# In place of the constants of `sizes`.
+SMALL = {
+    "SMALL_BYTES": 0,
+    "LOGITS_BYTES": {"cpu": 2048, "other": 2048},
+    "FEWEST": 2,
+    "MULTIPLE": 3,
+    "LEAST_BLOCK": 16,
+    "MOST_BLOCK": 64,
+    "BLOCK_BYTES": 2048,
+    "LEAST_PER_DEVICE": 4,
+}
+
+
 def on_device(name: str) -> Iterator[str]:
     """Run what follows as on one CPU device, or as anywhere else, on however many devices.
 
-    Which formulation a function takes is decided while tracing, so traces must not survive.
+    "one other device" and "other devices" take a TPU's forms, with sizes that cut small problems as
+    the real ones cut large ones. Which formulation a function takes is decided while tracing, so
+    traces must not survive.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if name == "one CPU device":
+        if name.startswith("one "):
             patch.setattr(jax, "device_count", lambda: 1)
+        if "other device" in name:
+            form = lambda *args, default, cpu=None, tpu=None: (tpu or default)(*args)  # noqa: E731
+            patch.setattr(jax.lax, "platform_dependent", form)
+            for constant, value in SMALL.items():
+                patch.setattr(sizes, constant, value)
         jax.clear_caches()
         yield name
     jax.clear_caches()

@@ -95,7 +95,10 @@ def head_truth(hidden, kernel, bias, labels, g) -> list[Value]:
     return [value, *pulled_back(derivative, g, hidden, kernel)]
 
 
-@partial(jax.jit, static_argnames=("gradients", "chunk_size", "ignore_index", "reduction"))
+STATIC = ("gradients", "chunk_size", "ignore_index", "reduction")
+
+
+@partial(jax.jit, static_argnames=(*STATIC, "transpose_kernel", "compute_dtype"))
 def total(hidden, kernel, bias, labels, *, cotangent=1, reduction: Any = "sum", **options):
     """The head's reduced loss and its gradients, compiled once for all tests of a shape."""
 
@@ -107,12 +110,21 @@ def total(hidden, kernel, bias, labels, *, cotangent=1, reduction: Any = "sum", 
 
 
 def check_head(gradients, arrays, g=None, *, given=None, **options) -> Any:
-    """Σ g · loss and its gradients; g are the tokens' weights, if `options` do not make it so."""
+    """Σ g · loss and its gradients; g are the tokens' weights, if `options` do not make it so.
+
+    The truth is that of the operands as the products take them.
+    """
     hidden, kernel, bias, labels = arrays
+    transposed = options.get("transpose_kernel", False)
     if g is None:
         g = options["weights"] = np.linspace(0.5, 2, len(labels)).astype(np.float32)
     given = labels if given is None else given
-    value, ds = total(hidden, kernel, bias, given, gradients=gradients, **options)
+    stored = kernel.T if transposed else kernel
+    value, ds = total(hidden, stored, bias, given, gradients=gradients, **options)
+    assert [(d.shape, d.dtype) for d in ds] == [(a.shape, a.dtype) for a in (hidden, stored, bias)]
+    ds = ds[0], ds[1].T if transposed else ds[1], ds[2]
+    if "compute_dtype" in options:
+        hidden, kernel = (a.astype(options["compute_dtype"]) for a in (hidden, kernel))
     losses, *expected = head_truth(hidden, kernel, bias, labels, g)
     size = np.abs(g) @ (losses.bound + (len(g) + 1) * U * losses.value)
     assert_within(value, g.astype(Wide) @ losses.value, size, "value")
@@ -123,22 +135,30 @@ def check_head(gradients, arrays, g=None, *, given=None, **options) -> Any:
 
 def check_log_probs(arrays, **options) -> None:
     """Each result of `linear_log_probs`, and the gradients of each alone by all operands."""
-    hidden, kernel, _, labels = arrays
+    hidden, kernel, bias, labels = arrays
+    transposed = options.get("transpose_kernel", False)
     g = np.linspace(-1, 2, len(labels)).astype(np.float32)
-    out, ds = log_probs_and_gradients(*arrays, g, **options)
-    for i, truth in enumerate(statistics_truth(*arrays).values()):
+    stored = kernel.T if transposed else kernel
+    out, ds = log_probs_and_gradients(hidden, stored, bias, labels, g, **options)
+    assert (out.entropies is None) == (len(ds) == 2) == (not options.get("with_entropy", True))
+    if transposed:
+        ds = [(d_hidden, d_kernel.T, d_bias) for d_hidden, d_kernel, d_bias in ds]
+    for i, truth in enumerate([*statistics_truth(*arrays).values()][: len(ds)]):
         assert_within(-out[0] if i == 0 else out[i], *truth.value)
         expected = pulled_back(truth.derivative, g, hidden, kernel)
         for d, (value, bound) in zip(ds[i], expected, strict=True):
             assert_within(-d if i == 0 else d, value, bound)
 
 
-@partial(jax.jit, static_argnames="chunk_size")
-def log_probs_and_gradients(hidden, kernel, bias, labels, g, *, chunk_size=64):
+@partial(jax.jit, static_argnames=("chunk_size", "transpose_kernel", "with_entropy"))
+def log_probs_and_gradients(hidden, kernel, bias, labels, g, *, chunk_size=64, **options: Any):
+    options = {"with_entropy": True, "chunk_size": chunk_size} | options
+
     def f(hidden, kernel, bias):
-        options: Any = {"bias": bias, "with_entropy": True, "chunk_size": chunk_size}
-        return js.linear_log_probs(hidden, kernel, labels, **options)
+        return js.linear_log_probs(hidden, kernel, labels, bias=bias, **options)
 
     out, pull = jax.vjp(f, hidden, kernel, bias)
-    zero = jnp.zeros_like(g)
-    return out, [pull(js.LogProbs(*(g if i == j else zero for j in range(3)))) for i in range(3)]
+    fields = range(3 if options["with_entropy"] else 2)
+    rest = (None,) * (3 - len(fields))
+    alone = ([g if i == j else jnp.zeros_like(g) for j in fields] for i in fields)
+    return out, [pull(js.LogProbs(*one, *rest)) for one in alone]

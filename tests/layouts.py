@@ -31,12 +31,12 @@ class Layout(NamedTuple):
         """The mesh axis of the logits' classes."""
         return None if self.kernel[1] in self.token_axes else self.kernel[1]
 
-    def specs(self) -> dict[str, P]:
-        """By argument of `arguments`."""
+    def specs(self, *, transposed: bool = False) -> dict[str, P]:
+        """By argument of `arguments`; the kernel's as `transpose_kernel` has it."""
         tokens, (width, classes) = self.tokens, self.kernel
         return {
             "hidden": P(*tokens, None),
-            "kernel": P(width, classes),
+            "kernel": P(classes, width) if transposed else P(width, classes),
             "bias": P(classes),
             "labels": P(*tokens),
             "weights": P(*tokens),

@@ -2,12 +2,14 @@
 """Values and gradients on a mesh are those of one device: any layout, any way to say it."""
 
 import functools
+from typing import Any
 
 import assertions
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import on_device
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -65,7 +67,7 @@ def weighted(losses, a):
     return jnp.sum(losses * a["weights"])
 
 
-def in_forward(a, axis_name=None):
+def in_forward(a, axis_name=None, **layout):
     return head(
         *operands(a),
         bias=a["bias"],
@@ -75,10 +77,11 @@ def in_forward(a, axis_name=None):
         reduction="sum",
         chunk_size=3,
         axis_name=axis_name,
+        **layout,
     )
 
 
-def recompute(a, axis_name=None):
+def recompute(a, axis_name=None, **layout):
     losses = head(
         *operands(a),
         bias=a["bias"],
@@ -89,23 +92,23 @@ def recompute(a, axis_name=None):
         reduction=None,
         chunk_size=5,
         axis_name=axis_name,
+        **layout,
     )
     return weighted(losses, a)
 
 
-def any_loss(a, axis_name=None):
+def any_loss(a, axis_name=None, **layout):
     def log_probs(z, labels):
         out = jaxsoftmax.label_log_probs(z, jnp.maximum(labels, 0), axis_name=axis_name)
         return out.log_probs * jnp.where(labels == IGNORED, 0, out.log_normalizers)
 
-    losses = jaxsoftmax.linear_loss(log_probs, *operands(a), reduction=None, axis_name=axis_name)
-    return weighted(losses, a)
+    options = {"reduction": None, "axis_name": axis_name, **layout}
+    return weighted(jaxsoftmax.linear_loss(log_probs, *operands(a), **options), a)
 
 
-def log_probs(a, axis_name=None):
-    out = jaxsoftmax.linear_log_probs(
-        *of_head(a), with_entropy=True, soft_cap=5.0, axis_name=axis_name
-    )
+def log_probs(a, axis_name=None, **layout):
+    options = {"with_entropy": True, "soft_cap": 5.0, "axis_name": axis_name, **layout}
+    out = jaxsoftmax.linear_log_probs(*of_head(a), **options)
     return sum(weighted(field, a) for field in out)
 
 
@@ -125,6 +128,12 @@ def softmax_family(a, axis_name=None):
     terms = jaxsoftmax.softmax(z) ** 2 + 0.1 * jaxsoftmax.log_softmax(z)
     total = weighted(jnp.sum(terms, axis=-1) + jnp.asarray(jaxsoftmax.logsumexp(z, axis=-1)), a)
     return total if axis_name is None else total / lax.axis_size(axis_name)
+
+
+def tied(a, axis_name=None):
+    """Every head with the kernel as its transpose."""
+    heads: Any = [PROGRAMS[name] for name in HEADS]
+    return sum(f(a, axis_name, transpose_kernel=True) for f in heads)
 
 
 PROGRAMS = {
@@ -164,26 +173,29 @@ def check(program, mesh, specs, *, arrays=ARRAYS, true=None):
             assert jax.typeof(gradient) == jax.typeof(there[name]), name
 
 
-def in_shard_map(name, layout):
+def in_shard_map(program, layout, *, transposed=False):
     """The same program of global arrays, each device on its part; the kernel's width gathered."""
     width, classes = layout.kernel
-    together = layout.token_axes
+    together, class_axis = layout.token_axes, 0 if transposed else 1
 
     def body(a):
         if width is not None:
-            a = a | {"kernel": lax.all_gather(a["kernel"], width, axis=0, tiled=True)}
+            a = a | {"kernel": lax.all_gather(a["kernel"], width, axis=1 - class_axis, tiled=True)}
         if classes != layout.classes:
             a = a | {
-                "kernel": lax.all_gather(a["kernel"], classes, axis=1, tiled=True),
+                "kernel": lax.all_gather(a["kernel"], classes, axis=class_axis, tiled=True),
                 "bias": lax.all_gather(a["bias"], classes, axis=0, tiled=True),
             }
-        x = PROGRAMS[name](a, layout.classes)
+        x = program(a, layout.classes)
         # A gathered array counts as different everywhere: each device's part of the same.
         axes = varying(x)
         same = [axis for axis in axes if axis not in (*together, *names(layout.classes))]
         return lax.psum(x, axes) / lax.axis_size(tuple(same)) if axes else x
 
-    return jax.shard_map(body, in_specs=(layout.specs(),), out_specs=P())
+    specs = layout.specs(transposed=transposed)
+    return lambda a: jax.shard_map(
+        body, in_specs=({name: specs[name] for name in a},), out_specs=P()
+    )(a)
 
 
 def varying(x):
@@ -210,13 +222,49 @@ IN_EVERY_LAYOUT = [
 automatic = pytest.param("automatic", marks=pytest.mark.wide)
 
 
-@pytest.mark.parametrize("way", [automatic, "explicit", "shard_map"])
+in_every_way = pytest.mark.parametrize("way", [automatic, "explicit", "shard_map"])
+
+
+def check_layout(name, layout, way):
+    mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
+    on_mesh = in_shard_map(PROGRAMS[name], layout) if way == "shard_map" else PROGRAMS[name]
+    check(on_mesh, mesh, layout.specs(), true=unsharded(PROGRAMS[name]))
+
+
+@in_every_way
 @pytest.mark.parametrize(("layout_name", "name"), IN_EVERY_LAYOUT)
 def test_values_and_gradients_are_those_of_one_device(layout_name, name, way):
-    layout, program = LAYOUTS[layout_name], PROGRAMS[name]
+    check_layout(name, LAYOUTS[layout_name], way)
+
+
+@in_every_way
+@pytest.mark.parametrize(
+    "layout_name",
+    [pytest.param(name, marks=[pytest.mark.wide] * (name in WIDE)) for name in LAYOUTS],
+)
+def test_a_kernel_that_is_used_as_its_transpose(layout_name, way):
+    """Every head, in every layout by role: that of the classes, that of the width."""
+    layout = LAYOUTS[layout_name]
     mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
-    on_mesh = in_shard_map(name, layout) if way == "shard_map" else program
-    check(on_mesh, mesh, layout.specs(), true=unsharded(program))
+    on_mesh = in_shard_map(tied, layout, transposed=True) if way == "shard_map" else tied
+    values, gradients = zip(*(unsharded(PROGRAMS[name]) for name in HEADS), strict=True)
+    summed: Any = {name: sum(d[name] for d in gradients) for name in gradients[0]}
+    true = sum(values), summed | {"kernel": summed["kernel"].T}
+    arrays = ARRAYS | {"kernel": ARRAYS["kernel"].T}
+    check(on_mesh, mesh, layout.specs(transposed=True), arrays=arrays, true=true)
+
+
+@pytest.fixture
+def other_devices():
+    yield from on_device("other devices")
+
+
+@in_every_way
+@pytest.mark.parametrize("name", ["in_forward", "any_loss", "log_probs"])
+@pytest.mark.parametrize("layout_name", ["data", "data and vocabulary", "fsdp", "hybrid"])
+def test_in_the_forms_of_other_platforms(other_devices, layout_name, name, way):
+    """Groups of chunks, of the tokens of each device; blocks of any size."""
+    check_layout(name, LAYOUTS[layout_name], way)
 
 
 @both_orders
@@ -473,7 +521,7 @@ def test_a_shard_map_without_jit(name):
     mesh = mesh_of(AxisType.Auto)
     with jax.set_mesh(mesh):
         arrays = put(mesh, DATA_AND_VOCABULARY.specs(), ARRAYS)
-        value = in_shard_map(name, DATA_AND_VOCABULARY)(arrays)
+        value = in_shard_map(PROGRAMS[name], DATA_AND_VOCABULARY)(arrays)
     assert_close(value, unsharded(PROGRAMS[name])[0])
 
 
