@@ -18,7 +18,7 @@ import test_orders
 import test_sharding
 from assertions import assert_within, relative_error
 from cases import generator, on_device, promised
-from heads import U, check_head, check_log_probs, head, head_truth, problem
+from heads import U, check_head, head, head_truth, problem
 from jax.sharding import AxisType
 from layouts import LAYOUTS, mesh_of
 
@@ -67,13 +67,6 @@ def test_only_rows_that_are_far_are_measured_again(again, count):
     far = generator("far", count).permutation(N) < count
     check_head("recompute", with_far_rows(far), chunk_size=128)
     assert again == [AGAIN] * -(-count // AGAIN)
-
-
-def test_log_probs_and_log_normalizers(again):
-    """Without entropies, which are measured from the maximum."""
-    arrays = with_far_rows(np.arange(N) % 2 == 0)
-    check_log_probs(arrays, chunk_size=128, with_entropy=False)
-    assert again == [AGAIN] * 2
 
 
 def test_few_rows_are_all_measured_again(again):

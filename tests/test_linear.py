@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import math
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ from heads import both_ways, check_head, check_log_probs, head, head_truth, prob
 from jax import export
 
 import jaxsoftmax as js
+from jaxsoftmax._head import sizes
 
 SHAPES = [(1, 3, 2), (7, 5, 1), (33, 17, 130), (64, 40, 2049), (5, 300, 257)]
 CHUNKS = {(33, 17, 130): [1, 2, 3, 7, 13, 64, 1000]}
@@ -43,51 +45,128 @@ def test_losses_and_gradients_whatever_the_chunks(shape, reduction, gradients):
     elif reduction is None:
         cotangent = np.random.default_rng(1).standard_normal(shape[0]).astype(np.float32)
         g, options["cotangent"] = g * cotangent, cotangent
-    for chunk in CHUNKS.get(shape, [3, 1000]):
-        ds = check_head(gradients, arrays, g, chunk_size=chunk, **options)
+    chunks = CHUNKS.get(shape, [3, 1000])
+    for chunk, transposed in [*((chunk, False) for chunk in chunks), (chunks[0], True)]:
+        layout = {"transpose_kernel": transposed}
+        ds = check_head(gradients, arrays, g, chunk_size=chunk, **options, **layout)
         if shape[2] == 1:
             assert not any(np.any(d) for d in ds)
 
 
-@pytest.mark.parametrize(("backend", "mebibytes"), [("cpu", 56), ("gpu", 448), ("tpu", 448)])
+SMALL = 64 * 2**20  # bytes of all logits
+
+
+def equal_parts(n, most, multiple=1):
+    """The size of as few parts as `most` allows, a multiple if there are several."""
+    if n <= most:
+        return n
+    parts = math.ceil(n / most)
+    return math.ceil(n / parts / multiple) * multiple
+
+
 @pytest.mark.parametrize("classes", [100, 10_000, 50_257, 1_000_000])
 @pytest.mark.parametrize("devices", [1, 8, 12, 600])
-def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes, backend, mebibytes):
+def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes):
     """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two.
 
-    Where there are more devices, multiples of their number.
+    Where there are more devices, multiples of their number; no CPU has multiples of 256.
     """
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
-    most = max(most // devices, 1) * devices
-    half = -(-(most + 1) // 2)
-    for tokens, chunk in ((most, most), (most + 1, -(-half // devices) * devices)):
-        seen = set()
 
-        def loss(logits, seen=seen):
-            seen.add(logits.shape)
-            return logits[:, 0]
+    def documented(tokens, mebibytes, multiple):
+        most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
+        most = max(most // multiple * multiple // devices, 1) * devices
+        both = math.lcm(multiple, devices)
+        return equal_parts(tokens, most, both if both <= most else devices), most
 
-        hidden, kernel = symbolic(tokens, 2), symbolic(2, classes)
-        jax.eval_shape(functools.partial(js.linear_loss, loss), hidden, kernel)
-        assert seen == {(chunk, classes)}
+    for boundary in (documented(1, 56, 1)[1], documented(1, 512, 256)[1]):
+        for tokens in (boundary, boundary + 1):
+            seen = set()
+
+            def loss(logits, seen=seen):
+                seen.add(logits.shape)
+                return logits[:, 0]
+
+            hidden, kernel = symbolic(tokens, 2), symbolic(2, classes)
+            jax.eval_shape(functools.partial(js.linear_loss, loss), hidden, kernel)
+            cpu, other = documented(tokens, 56, 1)[0], documented(tokens, 512, 256)[0]
+            small = 4 * tokens * classes <= SMALL
+            assert seen == {(cpu, classes), (cpu if small else other, classes)}
 
 
-def test_the_default_block_is_the_documented_one():
-    hidden, kernel, _, labels = problem(5, 3, 5000)
+@pytest.mark.parametrize(
+    ("width", "chunk_size", "group"),
+    [
+        (64, None, 1),  # 64 tokens of float32, 128 of bfloat16: less than a chunk
+        (4096, None, 3),  # 4096 of 4 bytes, in chunks of at most 1536
+        (50_000, None, 4),  # all 6000 tokens
+        (700, 100, 7),
+        (1000, 1000, 1),
+    ],
+)
+def test_the_groups_of_chunks_are_the_documented_ones(width, chunk_size, group):
+    """As many tokens as have d_logits of 4·H·V bytes, from one chunk to 4096 tokens, or all."""
+    tokens, classes = 6000, 87_000  # 512 MiB: 1542 tokens
+    chunks = sizes.chunks(tokens, width, classes, 4, chunk_size, 1)
+    assert chunks.cpu.group == 1
+    assert chunks.other.group == group
+    if chunk_size is None:
+        assert chunks.other.size % 256 == 0
+    half = sizes.chunks(tokens, width, classes, 2, chunk_size, 1).other
+    assert half == sizes.chunks(tokens, 2 * width, classes, 4, chunk_size, 1).other
 
-    def program(chunk_size):
-        f = functools.partial(js.linear_log_probs, chunk_size=chunk_size)
-        return jax.jit(f).lower(hidden, kernel, labels).as_text()
 
-    assert program(None) == program(2048)
-    assert program(None) != program(2049)
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def lowered(platform, f, *shapes):
+    """The program for a platform, of float32 arrays but the last, of labels."""
+    *real, labels = shapes
+    arguments = [*(symbolic(*shape) for shape in real), symbolic(*labels, dtype=np.int32)]
+    return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+    ("tokens", "classes"), [(5, 5000), (4096, 50_000), (40_000, 30_000)], ids=str
+)
+def test_the_default_block_is_the_documented_one(tokens, classes, platform):
+    block = 2048
+    if platform != "cpu" and 4 * tokens * classes > SMALL:
+        most = min(max(256 * 2**20 // (4 * tokens), 2048), 8192) // 256 * 256
+        block = equal_parts(classes, most, 256)
+    assert (block == 2048) == (tokens != 4096 or platform == "cpu")
+    program = lowered(platform, js.linear_log_probs, (tokens, 3), (3, classes), (tokens,))
+    widths = {int(n) for n in re.findall(rf"tensor<{tokens}x(\d+)xf32>", program)} - {1, 2, 3}
+    assert widths <= {block, classes % block}
+    assert block in widths
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1024}, {"reduction": None}], ids=str)
+def test_the_default_order_is_the_documented_one(options, platform):
+    """Large logits on a TPU are computed again, if nobody says how large chunks are."""
+
+    def products(tokens, classes, **options):
+        def total(*arguments):
+            return jnp.sum(head(*arguments, **options))
+
+        shapes = (tokens, 3), (3, classes), (tokens,)
+        return lowered(platform, jax.grad(total, (0, 1)), *shapes).count("dot_general")
+
+    for tokens, large in ((2048, False), (2049, True)):
+        found = products(tokens, 8192, **options)
+        if "reduction" in options or (large and platform == "tpu" and not options):
+            assert found == products(tokens, 8192, **options, gradients="recompute")
+        else:
+            assert found == products(tokens, 8192, **options, gradients="in_forward") == 3
 
 
 @pytest.mark.parametrize("chunk_size", [37, 299, 300, 999])
 def test_log_probs_whatever_the_blocks(chunk_size):
-    check_log_probs(problem(33, 17, 300), chunk_size=chunk_size)
+    arrays, transposed = problem(33, 17, 300), chunk_size == 37
+    check_log_probs(arrays, chunk_size=chunk_size, with_entropy=transposed)
+    check_log_probs(arrays, chunk_size=chunk_size, transpose_kernel=transposed)
 
 
 @both_ways

@@ -66,10 +66,10 @@ def chunks(  # noqa: PLR0917
     """
 
     def budget(platform):
-        return max(devices, _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST))
+        return _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST)
 
-    cpu = Chunks(_equal(tokens, most or budget("cpu"), devices))
-    size = most or _rounded(budget("other"))
+    cpu = Chunks(_equal(tokens, most or max(devices, budget("cpu")), devices))
+    size = most or max(devices, _rounded(budget("other")))
     in_one = _equal(tokens, size, devices)
     if is_small(tokens, classes):
         return ByPlatform(cpu, cpu)

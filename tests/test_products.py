@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the products take their operands: `transpose_kernel` and `compute_dtype`.
+
+`heads.check_head` holds both against the truth of the operands as they are taken; the tests of
+heads, meshes and orders have the transposed kernel among their cases.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from assertions import assert_close
+from cases import on_device
+from heads import both_ways, check_head, head, head_truth, problem, total
+from layouts import tpu_devices
+
+import jaxsoftmax as js
+from bench import timing
+
+WIDE = np.longdouble
+DTYPES: list[Any] = [np.float16, jnp.bfloat16, np.float32]
+OPERANDS = [(hidden, kernel) for hidden in DTYPES for kernel in DTYPES]
+
+
+def of_dtypes(hidden, kernel):
+    arrays: Any = problem(9, 5, 130)
+    return arrays[0].astype(hidden), arrays[1].astype(kernel), *arrays[2:]
+
+
+@pytest.fixture(scope="module", params=["anywhere", pytest.param("one other device")])
+def platform(request):
+    yield from on_device(request.param)
+
+
+@both_ways
+@pytest.mark.parametrize("compute", DTYPES, ids=lambda d: jnp.dtype(d).name)
+def test_compute_dtype_is_that_of_the_operands_cast(platform, compute, gradients):
+    """The truth is that of the operands cast; each gradient is rounded to its operand's dtype.
+
+    A float32 one is rounded to nothing less: only d_logits were, as in any product of `compute`.
+    """
+    for operands in OPERANDS:
+        arrays = of_dtypes(*operands)
+        transposed = operands[0] == np.float32
+        options = {"compute_dtype": compute, "transpose_kernel": transposed}
+        check_head(gradients, arrays, chunk_size=3 if gradients == "in_forward" else 64, **options)
+
+
+@both_ways
+@pytest.mark.parametrize("compute", [jnp.bfloat16, np.float16])
+def test_d_kernel_of_a_float32_kernel_is_never_rounded_to_half(platform, compute, gradients):
+    """One token, one of its numbers a power of two: d_kernel there is d_logits, in `compute`.
+
+    Two tokens: their sum, which `compute` cannot hold.
+    """
+    hidden = np.array([[1.0], [1 / 4096]], np.float32)
+    _, kernel, bias, labels = problem(2, 1, 40)
+    options = {"gradients": gradients, "chunk_size": 1 if gradients == "in_forward" else 16}
+
+    def d_kernel(n):
+        given = hidden[:n], kernel, bias, labels[:n]
+        _, (_, d, _) = total(*given, compute_dtype=compute, **options)
+        assert d.dtype == np.float32
+        return np.asarray(d)
+
+    half = lambda a: a.astype(jnp.dtype(compute)).astype(np.float32)  # noqa: E731
+    alone, both = d_kernel(1), d_kernel(2)
+    if compute == jnp.bfloat16:  # float16's are times a power of two
+        np.testing.assert_array_equal(alone, half(alone))
+    assert np.mean(both != half(both)) > 0.9
+    assert np.mean(both != alone) > 0.9
+
+
+@both_ways
+def test_float64_products_of_float32_operands(gradients):
+    hidden, kernel, bias, labels = arrays = problem(9, 5, 130)
+    with jax.enable_x64(True):
+        value, ds = total(*arrays, gradients=gradients, compute_dtype="float64", chunk_size=16)
+        value = np.asarray(value)
+    assert value.dtype == np.float64
+    losses, *expected = head_truth(hidden, kernel, bias, labels, np.ones(9))
+    np.testing.assert_allclose(value, float(losses.value.sum()), rtol=1e-14)
+    for d, (want, _) in zip(ds, expected, strict=True):
+        assert d.dtype == np.float32
+        # Rounded once: half an ulp, and float64's errors.
+        np.testing.assert_allclose(d, want.astype(float), rtol=2.0**-24 * 1.001, atol=1e-15)
+
+
+def test_losses_and_log_probs_come_in_the_sums_dtype():
+    """Whatever the operands are, and `loss_fn` sees such logits."""
+    hidden, kernel, _, labels = of_dtypes(np.float16, jnp.bfloat16)
+
+    def loss(logits):
+        assert logits.dtype == jnp.float32
+        return logits[:, 0]
+
+    assert js.linear_loss(loss, hidden, kernel, compute_dtype=jnp.float16).dtype == jnp.float32
+    with pytest.raises(TypeError, match="hidden and kernel must have dtypes that JAX promotes"):
+        js.linear_loss(loss, hidden, kernel)  # under conftest's strict promotion
+    out = js.linear_log_probs(hidden, kernel, labels, compute_dtype=jnp.bfloat16)
+    assert out.log_probs.dtype == jnp.float32
+    with jax.enable_x64(True):
+        hidden, kernel = (np.asarray(a, np.float64) for a in (hidden, kernel))
+        f = functools.partial(head, labels=labels, compute_dtype=jnp.bfloat16)
+        value, d = jax.value_and_grad(f)(hidden, kernel)
+        assert (value.dtype, d.dtype) == (jnp.float32, jnp.float64)
+
+
+@pytest.mark.parametrize("compute", [None, jnp.bfloat16])
+def test_any_loss_and_its_second_derivative_of_a_transposed_kernel(platform, compute):
+    """As of the same kernel the other way around, bit for bit but for the order of sums."""
+    hidden, kernel, bias, labels = problem(9, 5, 40)
+    loss = js.softmax_cross_entropy_with_integer_labels
+
+    @functools.partial(jax.jit, static_argnames="transposed")
+    def of(hidden, kernel, transposed):
+        def mean(hidden, kernel):
+            options: Any = {"transpose_kernel": transposed, "compute_dtype": compute}
+            return js.linear_loss(loss, hidden, kernel, labels, bias=bias, chunk_size=2, **options)
+
+        slopes = jax.grad(mean, (0, 1))
+        along = jnp.cos(hidden), jnp.sin(kernel)
+        return mean(hidden, kernel), *jax.jvp(slopes, (hidden, kernel), along)
+
+    value, *ds = of(hidden, kernel, False)
+    got_value, *got = of(hidden, kernel.T, True)
+    got = [(d_hidden, d_kernel.T) for d_hidden, d_kernel in got]
+    assert_close((got_value, got), (value, ds), of_largest=1e-5 if compute is None else 2**-7)
+
+
+N, H, V = 1024, 128, 16_384
+
+
+def compiled(gradients, dtype, *, transposed, devices=None):
+    shapes = (N, H), (V, H) if transposed else (H, V), (N,)
+    placed = devices and jax.sharding.SingleDeviceSharding(devices[0])
+    arguments = [
+        jax.ShapeDtypeStruct(shape, d, sharding=placed)
+        for shape, d in zip(shapes, (dtype, dtype, jnp.int32), strict=True)
+    ]
+    f = functools.partial(head, gradients=gradients, transpose_kernel=transposed)
+    return jax.jit(jax.value_and_grad(f, (0, 1))).lower(*arguments).compile()
+
+
+def copied_kernels(program):
+    """The instructions that copy or transpose an array of the kernel's size."""
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", program)
+    return sum(math.prod(map(int, dims.split(","))) == H * V for dims in found if dims)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("target", ["cpu", pytest.param("v5e:2x2", marks=pytest.mark.wide)])
+@both_ways
+def test_no_transposed_copy_is_made(target, gradients, dtype):
+    """As much memory as of the kernel the other way around, and no more copies of it."""
+    devices = None if target == "cpu" else tpu_devices(target)
+    with contextlib.contextmanager(on_device)("one CPU device"):
+        there, plain = (
+            compiled(gradients, dtype, transposed=transposed, devices=devices)
+            for transposed in (True, False)
+        )
+    texts = [program.as_text() or "" for program in (there, plain)]
+    assert copied_kernels(texts[0]) <= copied_kernels(texts[1])
+    assert timing.temporary_bytes(there) <= 1.02 * timing.temporary_bytes(plain)
