@@ -98,7 +98,7 @@ def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes):
     ("width", "chunk_size", "group"),
     [
         (64, None, 1),  # 64 tokens of float32, 128 of bfloat16: less than a chunk
-        (4096, None, 3),  # 4096 of 4 bytes, in chunks of at most 1536
+        (4096, None, 2),  # 4096 of float32: two groups of 3000, in chunks of at most 1536
         (50_000, None, 4),  # all 6000 tokens
         (700, 100, 7),
         (1000, 1000, 1),

@@ -7,6 +7,7 @@ heads, meshes and orders have the transposed kernel among their cases.
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 from typing import Any
@@ -23,9 +24,7 @@ from layouts import tpu_devices
 import jaxsoftmax as js
 from bench import timing
 
-WIDE = np.longdouble
 DTYPES: list[Any] = [np.float16, jnp.bfloat16, np.float32]
-OPERANDS = [(hidden, kernel) for hidden in DTYPES for kernel in DTYPES]
 
 
 def of_dtypes(hidden, kernel):
@@ -33,23 +32,29 @@ def of_dtypes(hidden, kernel):
     return arrays[0].astype(hidden), arrays[1].astype(kernel), *arrays[2:]
 
 
-@pytest.fixture(scope="module", params=["anywhere", pytest.param("one other device")])
+anywhere = pytest.param("anywhere", marks=pytest.mark.wide)
+
+
+@pytest.fixture(scope="module", params=[anywhere, "one other device"])
 def platform(request):
     yield from on_device(request.param)
 
 
 @both_ways
 @pytest.mark.parametrize("compute", DTYPES, ids=lambda d: jnp.dtype(d).name)
-def test_compute_dtype_is_that_of_the_operands_cast(platform, compute, gradients):
+@pytest.mark.parametrize(
+    "operands",
+    [*itertools.product(DTYPES, DTYPES)],
+    ids=lambda d: "-".join(jnp.dtype(x).name for x in d),
+)
+def test_compute_dtype_is_that_of_the_operands_cast(platform, operands, compute, gradients):
     """The truth is that of the operands cast; each gradient is rounded to its operand's dtype.
 
     A float32 one is rounded to nothing less: only d_logits were, as in any product of `compute`.
     """
-    for operands in OPERANDS:
-        arrays = of_dtypes(*operands)
-        transposed = operands[0] == np.float32
-        options = {"compute_dtype": compute, "transpose_kernel": transposed}
-        check_head(gradients, arrays, chunk_size=3 if gradients == "in_forward" else 64, **options)
+    options = {"compute_dtype": compute, "transpose_kernel": operands[0] == np.float32}
+    chunk_size = 3 if gradients == "in_forward" else 64
+    check_head(gradients, of_dtypes(*operands), chunk_size=chunk_size, **options)
 
 
 @both_ways
