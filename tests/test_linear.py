@@ -69,18 +69,29 @@ def equal_parts(n, most, multiple=1):
 def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes):
     """What a chunk's float32 logits may hold, from 256 to 4096 tokens; one token more is two.
 
-    Where there are more devices, multiples of their number; no CPU has multiples of 256.
+    Where there are more devices, multiples of their number. No CPU has multiples of 256 besides, or
+    of the next smaller power of two that adds 1/32 at most.
     """
     monkeypatch.setattr(jax, "device_count", lambda: devices)
 
-    def documented(tokens, mebibytes, multiple):
-        most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096)
-        most = max(most // multiple * multiple // devices, 1) * devices
-        both = math.lcm(multiple, devices)
-        return equal_parts(tokens, most, both if both <= most else devices), most
+    def boundary(mebibytes, multiple):
+        most = min(max(mebibytes * 2**20 // (4 * classes), 256), 4096) // multiple * multiple
+        return max(most // devices, 1) * devices
 
-    for boundary in (documented(1, 56, 1)[1], documented(1, 512, 256)[1]):
-        for tokens in (boundary, boundary + 1):
+    def on_cpu(tokens):
+        return equal_parts(tokens, boundary(56, 1), devices)
+
+    def elsewhere(tokens):
+        if 4 * tokens * classes <= SMALL:
+            return on_cpu(tokens)
+        if tokens <= boundary(512, 256):
+            return tokens
+        multiples = [math.lcm(devices, 2**k) for k in reversed(range(9))]
+        halves = [math.ceil(tokens / 2 / multiple) * multiple for multiple in multiples]
+        return next((h for h in halves if 2 * h <= tokens * 33 / 32), halves[-1])
+
+    for most in (boundary(56, 1), boundary(512, 256)):
+        for tokens in (most, most + 1):
             seen = set()
 
             def loss(logits, seen=seen):
@@ -89,29 +100,38 @@ def test_the_default_chunk_is_the_documented_one(monkeypatch, devices, classes):
 
             hidden, kernel = symbolic(tokens, 2), symbolic(2, classes)
             jax.eval_shape(functools.partial(js.linear_loss, loss), hidden, kernel)
-            cpu, other = documented(tokens, 56, 1)[0], documented(tokens, 512, 256)[0]
-            small = 4 * tokens * classes <= SMALL
-            assert seen == {(cpu, classes), (cpu if small else other, classes)}
+            assert seen == {(chunk(tokens), classes) for chunk in (on_cpu, elsewhere)}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8, 12])
+@pytest.mark.parametrize("tokens", [7, 100, 1543, 6000])
+def test_chunk_size_is_the_most_tokens_in_a_chunk(tokens, devices):
+    """And a multiple of the number of devices where it is no smaller and one is not enough."""
+    for chunk_size in (1, 3, 13, 64, 100, 1000):
+        for chunks in sizes.chunks(tokens, 64, 100_000, 4, chunk_size, devices):
+            assert chunks.size <= chunk_size
+            assert chunks.size == tokens or chunk_size < devices or chunks.size % devices == 0
 
 
 @pytest.mark.parametrize(
     ("width", "chunk_size", "group"),
     [
-        (64, None, 1),  # 64 tokens of float32, 128 of bfloat16: less than a chunk
-        (4096, None, 2),  # 4096 of float32: two groups of 3000, in chunks of at most 1536
-        (50_000, None, 4),  # all 6000 tokens
-        (700, 100, 7),
-        (1000, 1000, 1),
+        (64, None, 1),  # not half of 64 tokens: less than a chunk
+        (4096, None, 1),  # half of 4096, in chunks of at most 1536
+        (5999, None, 1),
+        (6000, None, 4),  # all
+        (700, 100, 3),
+        (50_000, 100, 60),
     ],
 )
 def test_the_groups_of_chunks_are_the_documented_ones(width, chunk_size, group):
-    """As many tokens as have d_logits of 4·H·V bytes, from one chunk to 4096 tokens, or all."""
+    """All tokens if their d_logits take at most 4·H·V bytes; else those that take half of that."""
     tokens, classes = 6000, 87_000  # 512 MiB: 1542 tokens
     chunks = sizes.chunks(tokens, width, classes, 4, chunk_size, 1)
     assert chunks.cpu.group == 1
     assert chunks.other.group == group
     if chunk_size is None:
-        assert chunks.other.size % 256 == 0
+        assert chunks.other.size == 1536  # a quarter, and a multiple of 256: 1/42 more
     half = sizes.chunks(tokens, width, classes, 2, chunk_size, 1).other
     assert half == sizes.chunks(tokens, 2 * width, classes, 4, chunk_size, 1).other
 

@@ -70,6 +70,9 @@ def chunks(  # noqa: PLR0917
 
     cpu = Chunks(_equal(tokens, most or max(devices, budget("cpu")), devices))
     size = most or max(devices, _rounded(budget("other")))
+    if size < devices:
+        devices = 1  # no multiple is as small
+    size = size // devices * devices
     in_one = _equal(tokens, size, devices)
     if is_small(tokens, classes):
         return ByPlatform(cpu, cpu)
@@ -102,11 +105,9 @@ def _between(size, least, most):
 def _tiled(n, parts, devices, most):
     """The size of equal parts of `n`, of which padding is at most 1/32.
 
-    The largest multiple up to `most` that leaves no more, and a multiple of `devices` if it can be.
+    A multiple of `devices`, and of the largest power of two up to `most` that leaves no more.
     """
     size = _ceil(n, parts)
-    if size < devices:
-        return size
     while True:
         multiple = math.lcm(devices, most)
         padded = _ceil(size, multiple) * multiple
