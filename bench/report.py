@@ -33,6 +33,10 @@ ACCURACY = accuracy.KEY.format(Labels.INTEGER)
 SPEED_BY_MODEL = (
     "speed --op linear --tokens 512 --hidden 256 --dtype float32 --model all --mode value-and-grad"
 )
+SPEED_OF_MODELS = (
+    "speed --op linear --dtype bfloat16 --model llama-3 --model gemma-2 --model gemma-3 "
+    "--mode value-and-grad"
+)
 SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
 ON_TPUS = f"speed {' '.join(f'--target {target}' for target in cycles.CHIPS)}"
@@ -67,6 +71,7 @@ DOCUMENTS: dict[Path, Blocks] = {
         SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
         "speed --op linear": ("speed/linear", speed_tables.details),
         SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
+        SPEED_OF_MODELS: (SPEED_OF_MODELS, speed_tables.details),
         HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_docs),
         ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
         "speed --calibrate": (calibration.KEY, calibration.in_docs),

@@ -84,7 +84,7 @@ def command_line(name: str, options: dict[str, Any]) -> str:
         if value is True:
             words.append(f"--{option}")
         else:
-            for one in value if isinstance(value, list) else [value]:
+            for one in value if isinstance(value, list | tuple) else [value]:
                 words += [f"--{option}", f"{one:g}" if isinstance(one, float) else str(one)]
     return shlex.join(words)
 

@@ -138,7 +138,7 @@ def command(
         default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
     )
     if targets:
-        section = by_target.measure(cases, modes or by_target.MODES, targets, detail=detail)
+        section = by_target.measure(cases, modes or by_target.COMPLETE[op], targets, detail=detail)
         section["command"] = results.command_line("speed", given)
         tables.show(*(by_target.details(section) if detail else ()), *by_target.in_docs(section))
         complete = given.keys() <= {"op", "target"} and {*targets} == {*cycles.CHIPS}

@@ -15,6 +15,7 @@ from bench.tables import Table
 FILE = "tpus-estimated"
 KEY = "cycles/{}"  # of this file, by op
 MODES = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
+COMPLETE = {Op.LOGITS: MODES, Op.LINEAR: MODES[1:]}  # what is compiled by default
 LOGITS = (
     Logits(8192, 50304, Dtype.FLOAT32),
     Logits(8192, 50304, Dtype.BFLOAT16),

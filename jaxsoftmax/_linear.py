@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
@@ -38,7 +38,7 @@ def linear_loss(
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
-    compute_dtype: DTypeLike | None = None,
+    compute_dtype: Any = None,
 ) -> Float[Array, "..."]:
     r"""Any per-token loss of the logits `hidden @ kernel + bias`, without holding the logits.
 
@@ -165,7 +165,7 @@ def linear_softmax_cross_entropy(
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
-    compute_dtype: DTypeLike | None = None,
+    compute_dtype: Any = None,
 ) -> Float[Array, "..."]:
     r"""Softmax cross-entropy of `hidden @ kernel + bias` with integer labels, chunk by chunk.
 
@@ -277,7 +277,7 @@ def linear_log_probs(
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
-    compute_dtype: DTypeLike | None = None,
+    compute_dtype: Any = None,
 ) -> LogProbs:
     r"""Log-probability of each label under `hidden @ kernel + bias`, log-normalizer and entropy.
 
