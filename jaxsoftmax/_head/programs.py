@@ -153,11 +153,11 @@ def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # 
 
 def _closed(
     loss_fn: Callable[..., Any],
-    chunks: ByPlatform[Chunks],
+    chunks: ByPlatform,
     head: Head,
     args: Sequence[jax.Array],
     rows: Callable[[Head, Sequence[jax.Array]], tuple[Head, Sequence[jax.Array]]],
-) -> tuple[ByPlatform[Closed], tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[ByPlatform, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """`loss_fn` traced for a chunk of `rows(head, args)`, what it closes over, and `args`."""
 
     def trace(args):

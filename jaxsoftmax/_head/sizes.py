@@ -7,11 +7,10 @@ Each rule is a formula of the sizes; docs/performance.md has what it was measure
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from jax import lax
 
-T = TypeVar("T")
 MIB = 1 << 20
 
 # Bytes of the float32 logits of one chunk, and the bounds of its number of tokens. Each chunk reads
@@ -28,14 +27,14 @@ LEAST_BLOCK, MOST_BLOCK, BLOCK_BYTES, LEAST_PER_DEVICE = 2048, 8192, 256 * MIB, 
 SMALL_BYTES = 64 * MIB
 
 
-class ByPlatform(NamedTuple, Generic[T]):
+class ByPlatform(NamedTuple):
     """The same for a CPU, and for any other platform."""
 
-    cpu: T
-    other: T
+    cpu: Any
+    other: Any
 
 
-def by_platform(run: Callable[..., Any], plans: ByPlatform[Any], *args: Any) -> Any:
+def by_platform(run: Callable[..., Any], plans: ByPlatform, *args: Any) -> Any:
     """`run(plan, *args)`, with the plan of the platform that the program is lowered for."""
     if plans.cpu == plans.other:
         return run(plans.cpu, *args)
@@ -57,7 +56,7 @@ class Chunks(NamedTuple):
 
 def chunks(  # noqa: PLR0917
     tokens: Any, width: int, classes: int, itemsize: int, most: int | None, devices: int
-) -> ByPlatform[Chunks]:
+) -> ByPlatform:
     """The chunks of so many tokens, of hidden width and classes of one device.
 
     As few as `most` allows, of equal size. `itemsize`: bytes of a number in the products. On an
@@ -86,7 +85,7 @@ def chunks(  # noqa: PLR0917
     return ByPlatform(cpu, Chunks(_tiled(tokens, parts, devices, 1 if most else MULTIPLE), group))
 
 
-def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatform[int]:
+def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatform:
     """The classes of each device that are in a block, of `devices` that share the classes."""
     if most is not None:
         size = max(1, most // devices)

@@ -57,7 +57,7 @@ class Operands(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(plans: ByPlatform[Plan], operands, weights):
+def weighted_sum(plans: ByPlatform, operands, weights):
     """Σ weights · loss over the tokens, with `weights [N]`: a scalar."""
     losses = by_platform(_over_chunks, plans, operands)
     return jnp.sum(_counted(plans, losses, weights) * weights)
@@ -94,7 +94,7 @@ def _counted(plans, losses, weights):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses(plans: ByPlatform[Plan], operands):
+def losses(plans: ByPlatform, operands):
     """The losses `[N]`."""
     return by_platform(_over_chunks, plans, operands)
 

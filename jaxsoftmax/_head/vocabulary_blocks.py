@@ -77,7 +77,7 @@ class Operands(NamedTuple):
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
 # [shards, V / shards]: each shard goes over its own blocks, and shards are merged once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_statistics(plans: ByPlatform[Plan], operands):
+def linear_statistics(plans: ByPlatform, operands):
     """`token_statistics` of the rows of `hidden @ kernel + bias`."""
     return _results(plans, operands)[0]
 
