@@ -15,7 +15,7 @@ import test_linear
 import test_orders
 from assertions import assert_within
 from cases import on_device
-from heads import head_truth, problem, total
+from heads import check_head, head_truth, problem, total
 
 from jaxsoftmax._head import sizes
 
@@ -69,6 +69,12 @@ def test_the_problems_have_groups_with_a_rest():
     blocks = sizes.blocks(33, 130, None, 1).other
     assert 130 // blocks > 1
     assert 130 % blocks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_several_groups_with_a_rest(dtype):
+    """Always, whatever is drawn of the sweeps above."""
+    check_head("in_forward", problem(33, 17, 130, dtype), chunk_size=2)
 
 
 STEPS = {
