@@ -81,6 +81,8 @@ def test_heads(dtype):
         check_head("in_forward", arrays, chunk_size=4)
         check_head("recompute", arrays, chunk_size=64)
         check_log_probs(arrays)
+        for gradients, chunk_size in (("in_forward", 4), ("recompute", 64)):
+            check_head(gradients, arrays, chunk_size=chunk_size, transpose_kernel=True)
         losses, pull = dense_by_token(*arrays)
         for got, want in zip((losses, *pull), head_truth(*arrays, g=np.ones(9)), strict=True):
             assert_within(got, *want, f"scale {scale}")

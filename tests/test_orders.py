@@ -123,9 +123,14 @@ def _dense(module):
     return call
 
 
+def _kernel(a, fixed):
+    """As `transpose_kernel` has it."""
+    return a["kernel"].T if fixed.get("transpose_kernel") else a["kernel"]
+
+
 def _log_probs(f, **fixed):
     def call(a, options, labels):
-        of = (a["hidden"], a["kernel"]) if "hidden" in a else (a["logits"],)
+        of = (a["hidden"], _kernel(a, fixed)) if "hidden" in a else (a["logits"],)
         bias = {"bias": a["bias"]} if "hidden" in a else {}
         counts = labels != IGNORED
         labels = jnp.where(counts, labels, 0)
@@ -140,7 +145,7 @@ def _head(**fixed):
     def call(a, options, labels):
         losses = js.linear_softmax_cross_entropy(
             a["hidden"],
-            a["kernel"],
+            _kernel(a, fixed),
             labels,
             bias=a["bias"],
             weights=a["weights"],
@@ -158,7 +163,8 @@ def _any_loss(loss_fn, **fixed):
         loss = functools.partial(loss_fn, **options)
         given = {"bias": a["bias"], "weights": a["weights"], "chunk_size": 4}
         targets = a.get("targets", labels)
-        return jnp.sum(js.linear_loss(loss, a["hidden"], a["kernel"], targets, **given, **fixed))
+        kernel = _kernel(a, fixed)
+        return jnp.sum(js.linear_loss(loss, a["hidden"], kernel, targets, **given, **fixed))
 
     return call
 
@@ -179,6 +185,7 @@ def _of_any(name, loss_fn, options, *, mean=False, **fixed):
 
 _of_integers = functools.partial(js.softmax_cross_entropy_with_integer_labels, ignore_index=IGNORED)
 _of_targets = functools.partial(js.softmax_cross_entropy, where=~LEFT_OUT[None])
+TRANSPOSED = {"transpose_kernel": True}
 LOSSES = [
     Loss("integer labels", _integer(js), "logits", INTEGER, masks=True, ignores=True),
     Loss("integer labels, forward mode", _integer(forward_mode), "logits", INTEGER, True, True),
@@ -190,6 +197,10 @@ LOSSES = [
     _of_head("recompute", chunk_size=3, reduction=None),
     _of_head("in_forward, mean", chunk_size=4, mean=True),
     _of_head("recompute, mean", chunk_size=3, gradients="recompute", mean=True),
+    *(
+        _of_head(f"{order}, transposed", chunk_size=3, gradients=order, mean=mean, **TRANSPOSED)
+        for order, mean in (("in_forward", True), ("recompute", False))
+    ),
     _of_any("linear_loss", _of_integers, INTEGER, reduction=None),
     _of_any("linear_loss, dense labels", _of_targets, DENSE, mean=True),
 ]

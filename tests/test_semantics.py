@@ -216,6 +216,35 @@ def test_weights_of_a_head():
     assert (d[1][1] == 0).all()
 
 
+@row("`compute_dtype` of a head")
+def test_compute_dtype_of_a_head():
+    kernel = np.eye(4, dtype=np.float32) * np.float32(1.01)
+
+    def mean(x, k, **options):
+        return head(x, k, LABELS, **options)
+
+    given = X.astype(jnp.bfloat16), kernel
+    want = truth(Z * float(jnp.bfloat16(1.01))).mean()
+    value, ds = jax.value_and_grad(partial(mean, compute_dtype=jnp.bfloat16), (0, 1))(*given)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, want, rtol=ULPS)
+    assert [d.dtype for d in ds] == [jnp.bfloat16, jnp.float32]
+    assert (ds[1] != ds[1].astype(jnp.bfloat16).astype(jnp.float32)).any()
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_allclose(mean(*given), truth(Z * float(kernel[0, 0])).mean(), rtol=ULPS)
+
+
+@row("`transpose_kernel` of a head")
+def test_transpose_kernel_of_a_head():
+    kernel = np.arange(20, dtype=np.float32).reshape(4, 5) % 7 / 7
+    step = jax.value_and_grad(lambda k, **options: head(X, k, LABELS, **options))
+    (value, d), (want, want_d) = step(kernel.T, transpose_kernel=True), step(kernel)
+    assert d.shape == (5, 4)
+    np.testing.assert_allclose(value, want, rtol=ULPS)
+    np.testing.assert_allclose(d.T, want_d, rtol=0, atol=ULPS)
+    np.testing.assert_allclose(want, truth(Z @ kernel).mean(), rtol=ULPS)
+
+
 @row("which options may be traced and differentiated")
 def test_which_options_may_be_traced_and_differentiated():
     values = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 5.0, "temperature": 0.7}

@@ -178,6 +178,16 @@ FUNCTIONS = [
         _hidden_and_labels,
     ),
     Function(
+        "linear_log_probs-transposed",
+        lambda h, label: _stacked(
+            js.linear_log_probs(
+                h, _kernel(h).T, label, with_entropy=True, transpose_kernel=True, chunk_size=3
+            )
+        ),
+        _of_hidden(_log_probs_of_definition),
+        _hidden_and_labels,
+    ),
+    Function(
         "linear_loss",
         lambda h, y: js.linear_loss(
             js.softmax_cross_entropy, h, _kernel(h), y, reduction=None, chunk_size=2
@@ -191,6 +201,14 @@ FUNCTIONS = [
             h, _kernel(h), label, reduction=None, chunk_size=3
         ),
         _of_hidden(_nll),
+        _hidden_and_labels,
+    ),
+    Function(
+        "linear_softmax_cross_entropy-transposed",
+        lambda h, label: js.linear_softmax_cross_entropy(
+            h, _kernel(h).T, label, reduction="sum", transpose_kernel=True, chunk_size=3
+        ),
+        lambda h, label: jnp.sum(_of_hidden(_nll)(h, label)),
         _hidden_and_labels,
     ),
 ]

@@ -191,7 +191,8 @@ def _gradients_over_chunks(plan, operands, g, flags):
         sums, ((d_logits, scale), out) = of_group(sums, xs)
         if wants.kernel:
             # Where no device adds to it, the product itself rounds: XLA would cast in a pass more.
-            alone = is_local(operands.hidden, operands.kernel)
+            # In another dtype than that of the operands, it may round those too.
+            alone = is_local(operands.hidden, operands.kernel) and dtype == products.dtype
             d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype if alone else None)
             d_kernel = undo_scale(d_kernel, scale)
     else:
