@@ -5,6 +5,7 @@ Most are inputs of a test that does more; `ELSEWHERE` says which. The others hav
 whose numbers are held against the definitions in long double (`oracle.truth`), within its bounds.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -35,6 +36,7 @@ from oracle import Wide
 import jaxsoftmax as js
 from bench import formula
 from bench.cases import Dtype, Head
+from jaxsoftmax._head import token_chunks, vocabulary_blocks
 
 integer = js.softmax_cross_entropy_with_integer_labels
 head = js.linear_softmax_cross_entropy
@@ -166,8 +168,8 @@ def products(jaxpr, times=1) -> Iterator[tuple[int, int]]:
     """(trips of the loops around it, operations in all of them) of each matrix product."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            ((contracted,), _), _ = eqn.params["dimension_numbers"]
-            depth = eqn.invars[0].aval.shape[contracted]
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             yield times, times * 2 * depth * eqn.outvars[0].aval.size
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
             if hasattr(inner, "eqns"):
@@ -176,8 +178,15 @@ def products(jaxpr, times=1) -> Iterator[tuple[int, int]]:
 
 
 @both_ways
-def test_13_awkward_sizes_take_no_smaller_blocks(gradients):
+@pytest.mark.parametrize(("platform", "padding"), [("cpu", 0), ("other", 1 / 32)])
+def test_13_awkward_sizes_take_no_smaller_blocks(gradients, platform, padding, monkeypatch):
     """By marin #8960: blocks that divide the sizes: 26× slower where N and V are prime."""
+
+    def on_platform(run, plans, *args):
+        return run(getattr(plans, platform), *args)
+
+    monkeypatch.setattr(token_chunks, "by_platform", on_platform)
+    monkeypatch.setattr(vocabulary_blocks, "by_platform", on_platform)
 
     def work(n, classes):
         labels = jnp.zeros(n, jnp.int32)
@@ -187,12 +196,13 @@ def test_13_awkward_sizes_take_no_smaller_blocks(gradients):
         return max(trips), sum(flops)
 
     trips, flops = work(4096, 32768)
-    assert trips > 5
+    assert trips > (5 if platform == "cpu" else 1)
     for n, classes in ((4093, 32749), (4099, 32771), (4096, 32771), (4099, 32768)):
         prime_trips, prime_flops = work(n, classes)
         assert abs(prime_trips - trips) <= 1
-        # Padding is less than one token a chunk.
-        assert prime_flops / flops == pytest.approx(n * classes / (4096 * 32768), rel=0.01)
+        # Padding is less than one token a chunk on a CPU, and of so many tokens elsewhere.
+        rose = prime_flops / flops / (n * classes / (4096 * 32768))
+        assert 0.99 <= rose <= 1.01 + padding
 
 
 @both_ways
@@ -234,6 +244,6 @@ def test_22_memory_is_the_formula():
     """Docs that promised more than the code ("32 MB at any N"); a shape that nothing divides."""
     shape = Head(3001, 517, 40009, Dtype.FLOAT32)
     found = test_memory.measured("here", [shape])
-    for name in ("jaxsoftmax", "jaxsoftmax, recompute"):
+    for name in ("jaxsoftmax, in forward", "jaxsoftmax, recompute"):
         expected = formula.temporary_bytes(shape, test_memory.order_of(name), "cpu")
         assert found[shape, name] == pytest.approx(expected, rel=0.2), name

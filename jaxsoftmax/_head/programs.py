@@ -30,8 +30,8 @@ from .._statistics import StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import sizes, token_chunks, vocabulary_blocks
 from .arguments import Head
-from .closures import Closed, closed
-from .sizes import ByPlatform, Chunks
+from .closures import closed
+from .sizes import ByPlatform
 
 
 def any_loss(
@@ -185,8 +185,21 @@ def _closed(
     return losses, consts, tuple(args)
 
 
-def _plan(loss, chunks, head):
-    return token_chunks.Plan(loss, chunks, head.products, head.sharding, head.weights is not None)
+def _plan(loss, chunks, head, rounded=False):
+    weighted = head.weights is not None
+    return token_chunks.Plan(loss, chunks, head.products, head.sharding, weighted, rounded)
+
+
+def _is_rounded(chunks, head):
+    """Whether elsewhere than on a CPU one product is all of d_kernel, and so rounds it itself.
+
+    XLA would cast it in a pass more. Not where devices add it up, nor in float16, which has no room
+    for what the loss's cotangent still multiplies.
+    """
+    n, (size, group) = head.hidden.shape[0], chunks.other
+    one = isinstance(n, int) and chunks.cpu != chunks.other and size * group >= n
+    half = head.kernel.dtype == head.products.dtype == jnp.bfloat16
+    return one and half and is_local(head.hidden, head.kernel)
 
 
 def _operands(head, args, consts):
@@ -197,7 +210,8 @@ def _over_tokens(losses, chunks, head, args, consts):
     if losses is None:  # no tokens
         none = jnp.zeros(0, head.dtype)
         return head.unreduced(none) if head.reduction is None else head.reduced(none)
-    plans = ByPlatform(*(_plan(*pair, head) for pair in zip(losses, chunks, strict=True)))
+    rounded = _is_rounded(chunks, head)
+    plans = ByPlatform(*(_plan(*pair, head, rounded) for pair in zip(losses, chunks, strict=True)))
     operands = _operands(head, args, consts)
     if head.reduction is None:
         return head.unreduced(token_chunks.losses(plans, operands))

@@ -13,7 +13,6 @@ from jax import lax
 from .._rules import instantiated
 from .._sharding import (
     hidden_axis_whole,
-    is_local,
     manual_axes,
     psum_like,
     resharded,
@@ -44,6 +43,7 @@ class Plan(NamedTuple):
     products: Products
     sharding: HeadSharding
     weighted: bool = False  # weights may be 0, and the loss of weight 0 need not be finite
+    rounded: bool = False  # d_kernel is rounded by its product, in the forward pass
 
 
 class Operands(NamedTuple):
@@ -164,8 +164,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
     gathered = _gathered(plan, operands)
     wants = perturbed(flags, operands)
     of_kernel = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
-    # float16 has no room for what a cotangent still multiplies.
-    dtype = g.dtype if operands.kernel.dtype == jnp.float16 else operands.kernel.dtype
+    dtype = products.dtype if plan.rounded else g.dtype
 
     def of_group(sums, xs):
         """The sums with those of chunks `[group, c, …]`; their d_logits in one scale; the rest."""
@@ -190,10 +189,7 @@ def _gradients_over_chunks(plan, operands, g, flags):
     if isinstance(chunks, int) and chunks == plan.chunks.group:
         sums, ((d_logits, scale), out) = of_group(sums, xs)
         if wants.kernel:
-            # Where no device adds to it, the product itself rounds: XLA would cast in a pass more.
-            # In another dtype than that of the operands, it may round those too.
-            alone = is_local(operands.hidden, operands.kernel) and dtype == products.dtype
-            d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype if alone else None)
+            d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype)
             d_kernel = undo_scale(d_kernel, scale)
     else:
         (d_kernel, sums), out = lax.scan(add_group, (d_kernel, sums), _in_groups(plan, xs))
