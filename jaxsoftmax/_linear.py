@@ -201,7 +201,8 @@ def linear_softmax_cross_entropy(
         product more, for the least memory (with `weights` or `ignore_index` it holds a copy of
         `hidden`).
         "auto" is "recompute" without a reduction, and in a program lowered for TPUs if all logits
-        take more than 64 MiB in float32 and no `chunk_size` is given; else "in_forward".
+        take more than 64 MiB in float32, no `chunk_size` is given, and, where JAX has several
+        devices, their mesh is set or explicit; else "in_forward".
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: `kernel`,
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.

@@ -38,6 +38,11 @@ def unseen_devices() -> int:
     return jax.device_count() if unset else devices_of_automatic_mesh()
 
 
+def is_mesh_unknown() -> bool:
+    """Whether arrays may be sharded over a mesh that is not set."""
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+
+
 def devices_of_automatic_mesh() -> int:
     """How many devices the automatic mesh that is set has; 1 without such a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

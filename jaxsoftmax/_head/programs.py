@@ -22,6 +22,7 @@ from .._options import Options, in_loop, label_index, required_statistics, token
 from .._sharding import (
     devices_of_automatic_mesh,
     is_local,
+    is_mesh_unknown,
     manual_axes,
     unseen_devices,
     varying,
@@ -59,8 +60,10 @@ def cross_entropy(  # noqa: PLR0917
         return recompute(head, labels, options)
     chunks = None if 0 in head.shape else _chunks(head, chunk_size)
     in_forward = partial(_in_forward, chunks, ignore_index)
-    alike = chunk_size is not None or sizes.is_small(*_tokens_and_classes(head))
-    if gradients == "in_forward" or alike:
+    small = sizes.is_small(*_tokens_and_classes(head))
+    # Classes that are sharded unseen would be gathered, block by block.
+    unknown = head.sharding.mesh is None and is_mesh_unknown()
+    if gradients == "in_forward" or chunk_size is not None or small or unknown:
         return in_forward(head, labels, options)
     return lax.platform_dependent(head, labels, options, tpu=recompute, default=in_forward)
 
