@@ -107,7 +107,6 @@ VARIANTS = (
 )
 
 NOTES = {
-    OURS: "in the order that it chooses where the program runs",
     "jaxsoftmax, tied": "with an embedding [V, H] as the kernel",
     "jaxsoftmax, float32 kernel": "multiplied in the dtype of hidden",
     "jaxsoftmax, three options": "with label smoothing, a z-loss and a soft cap",
