@@ -249,6 +249,21 @@ def test_half_precision_on_an_explicit_mesh(gradients, dtype):
         assert np.all((g != 0) | (np.abs(t) <= bound))
 
 
+def test_reverse_over_reverse_on_an_explicit_mesh():
+    """Of one chunk and of several: not every operation on unreduced arrays has a reverse."""
+    specs, names = LAYOUTS["hybrid"].specs(), ("hidden", "kernel", "labels")
+
+    def program(a):
+        def total(hidden, kernel):
+            of = hidden, kernel, jnp.maximum(a["labels"], 0)
+            return sum(head(*of, gradients="in_forward", chunk_size=size) for size in (None, 2))
+
+        return sum(jnp.sum(d**2) for d in jax.grad(total, (0, 1))(*operands(a)[:2]))
+
+    arrays, mesh = {name: ARRAYS[name] for name in names}, mesh_of(AxisType.Explicit)
+    check(program, mesh, {name: specs[name] for name in names}, arrays=arrays)
+
+
 def in_parts(f, of, result, layout=DATA_AND_VOCABULARY):
     """`f` in a `shard_map`, of the arguments of these names."""
     specs = layout.specs()
