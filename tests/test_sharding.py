@@ -264,6 +264,15 @@ def test_reverse_over_reverse_on_an_explicit_mesh():
     check(program, mesh, {name: specs[name] for name in names}, arrays=arrays)
 
 
+def test_compiling_for_an_automatic_mesh_on_a_host_with_one_device(monkeypatch):
+    """The mesh that is set may spread arrays, however few devices are here."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    shapes = ((1024, 8), np.float32), ((8, 1 << 15), np.float32), ((1024,), np.int32)
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        arrays = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        jax.jit(jax.grad(head)).trace(*arrays).lower(lowering_platforms=("tpu",))
+
+
 def in_parts(f, of, result, layout=DATA_AND_VOCABULARY):
     """`f` in a `shard_map`, of the arguments of these names."""
     specs = layout.specs()
