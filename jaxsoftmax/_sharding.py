@@ -22,12 +22,14 @@ def is_local(*arrays: jax.Array) -> bool:
     """Whether it is certain, while tracing, that each array lies on one device.
 
     A loop over slices of a sharded axis would gather it. The type of an array shows an explicit
-    sharding, but not one on an automatic mesh; that needs a second device, though, and inside a
-    `shard_map` over all axes of the mesh nothing is left automatic.
+    sharding, but not one on an automatic mesh; that needs a second device, though, here or in the
+    mesh that is set (to compile for), and inside a `shard_map` over all axes of the mesh nothing is
+    left automatic.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return (manual or jax.device_count() == 1) and not any(
+    alone = jax.device_count() == devices_of_automatic_mesh() == 1
+    return (manual or alone) and not any(
         axis for array in arrays for axis in jax.typeof(array).sharding.spec
     )
 

@@ -297,6 +297,30 @@ def test_half_precision_on_an_explicit_mesh(gradients, dtype):
         assert np.all((g != 0) | (np.abs(t) <= bound))
 
 
+def test_reverse_over_reverse_on_an_explicit_mesh():
+    """Of one chunk and of several: not every operation on unreduced arrays has a reverse."""
+    specs, names = LAYOUTS["hybrid"].specs(), ("hidden", "kernel", "labels")
+
+    def program(a):
+        def total(hidden, kernel):
+            of = hidden, kernel, jnp.maximum(a["labels"], 0)
+            return sum(head(*of, gradients="in_forward", chunk_size=size) for size in (None, 2))
+
+        return sum(jnp.sum(d**2) for d in jax.grad(total, (0, 1))(*operands(a)[:2]))
+
+    arrays, mesh = {name: ARRAYS[name] for name in names}, mesh_of(AxisType.Explicit)
+    check(program, mesh, {name: specs[name] for name in names}, arrays=arrays)
+
+
+def test_compiling_for_an_automatic_mesh_on_a_host_with_one_device(monkeypatch):
+    """The mesh that is set may spread arrays, however few devices are here."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    shapes = ((1024, 8), np.float32), ((8, 1 << 15), np.float32), ((1024,), np.int32)
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        arrays = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        jax.jit(jax.grad(head)).trace(*arrays).lower(lowering_platforms=("tpu",))
+
+
 def in_parts(f, of, result, layout=DATA_AND_VOCABULARY):
     """`f` in a `shard_map`, of the arguments of these names."""
     specs = layout.specs()

@@ -167,11 +167,15 @@ def _gradients_over_chunks(plan, operands, g, flags):
     dtype = products.dtype if plan.rounded else g.dtype
 
     def of_group(sums, xs):
-        """The sums with those of chunks `[group, c, …]`; their d_logits in one scale; the rest."""
+        """The sums with those of chunks `[group, c, …]`; their d_logits in one scale; the rest.
+
+        The rest of a single chunk is `[c, …]`: d_hidden may be unreduced over the classes' devices,
+        and JAX cannot differentiate the reverse of `d_hidden[None]` then.
+        """
         of_chunk = partial(_gradients_of_chunk, plan, operands, gathered, wants)
         if plan.chunks.group == 1:
-            sums, out = of_chunk(sums, jax.tree.map(lambda x: x[0], xs))
-            (d_logits, scale), out = jax.tree.map(lambda x: x[None], out)
+            sums, (kept, out) = of_chunk(sums, jax.tree.map(lambda x: x[0], xs))
+            d_logits, scale = jax.tree.map(lambda x: x[None], kept)
         else:
             sums, ((d_logits, scale), out) = lax.scan(of_chunk, sums, xs)
         return sums, (in_one_scale(d_logits, scale), out)
@@ -185,22 +189,21 @@ def _gradients_over_chunks(plan, operands, g, flags):
 
     d_kernel, *sums = _zeros(plan, operands, gathered, wants, g)
     xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
-    chunks = xs[0].shape[0]
-    if isinstance(chunks, int) and chunks == plan.chunks.group:
+    chunks, group = xs[0].shape[0], plan.chunks.group
+    one_group = isinstance(chunks, int) and chunks == group
+    if one_group:
         sums, ((d_logits, scale), out) = of_group(sums, xs)
         if wants.kernel:
             d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype)
             d_kernel = undo_scale(d_kernel, scale)
     else:
         (d_kernel, sums), out = lax.scan(add_group, (d_kernel, sums), _in_groups(plan, xs))
-        out = jax.tree.map(partial(_without_groups, plan), out)
     d_bias, d_consts = sums
     values, d_hidden, d_args = out
-    n = operands.hidden.shape[0]
-    d_hidden = sharding.resharded(d_hidden, None, tokens, None)
-    values, d_hidden, d_args = jax.tree.map(
-        partial(_unchunked, plan, n=n), (values, d_hidden, d_args)
-    )
+    loops = (group > 1) + (not one_group)
+    d_hidden = sharding.resharded(d_hidden, *[None] * loops, tokens, None)
+    unchunked = partial(_unchunked, plan, n=operands.hidden.shape[0], loops=loops)
+    values, d_hidden, d_args = jax.tree.map(unchunked, (values, d_hidden, d_args))
     if d_kernel is not None:
         d_kernel = hidden_axis_whole(d_kernel, 1 - products.class_axis)
         d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel)).astype(dtype)
@@ -310,11 +313,12 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     return treedef.unflatten(map(split, leaves, of_last))
 
 
-def _unchunked(plan, y, n):
-    """Undoes `chunked` for one array [chunks, c, …], of `n` tokens."""
+def _unchunked(plan, y, n, loops=1):
+    """Undoes `chunked` for one array `[*loops, c, …]` of `n` tokens; `loops` axes count chunks."""
     sharding = plan.sharding
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
-    chunks, rest, of_rest = y.shape[0], y.shape[2:], sharding.rest(y, 2)
+    rest, of_rest = y.shape[loops + 1 :], sharding.rest(y, loops + 1)
+    chunks = math.prod(y.shape[:loops])
     y = sharding.reshape(y, (chunks, shards, plan.chunks.size, *rest), None, tokens, None, *of_rest)
     y = jnp.moveaxis(y, 0, 2)
     y = sharding.reshape(y, (shards, plan.chunks.size * chunks, *rest), tokens, None, *of_rest)
@@ -331,11 +335,3 @@ def _in_groups(plan, tree):
         return sharding.reshape(x, shape, None, None, sharding.token_axes, *rest)
 
     return jax.tree.map(split, tree)
-
-
-def _without_groups(plan, x):
-    """Undoes `_in_groups` for one array, that may be unreduced: it is summed once, after all."""
-    sharding = plan.sharding
-    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-    axes = (None, sharding.token_axes, *sharding.rest(x, 3))
-    return sharding.reshape(x, shape, *axes, unreduced=jax.typeof(x).sharding.spec.unreduced)
