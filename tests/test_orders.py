@@ -198,8 +198,8 @@ LOSSES = [
     _of_head("in_forward, mean", chunk_size=4, mean=True),
     _of_head("recompute, mean", chunk_size=3, gradients="recompute", mean=True),
     *(
-        _of_head(f"{order}, transposed", chunk_size=3, gradients=order, mean=mean, **TRANSPOSED)
-        for order, mean in (("in_forward", True), ("recompute", False))
+        _of_head(f"{order}, transposed", chunk_size=3, gradients=order, mean=True, **TRANSPOSED)
+        for order in ("in_forward", "recompute")
     ),
     _of_any("linear_loss", _of_integers, INTEGER, reduction=None),
     _of_any("linear_loss, dense labels", _of_targets, DENSE, mean=True),
