@@ -24,6 +24,16 @@ BOUNDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _uncached():
+    """A program for a TPU cannot be read back from JAX's cache here; two contenders may be one."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    jax.config.update(option, 1e9)
+    yield
+    jax.config.update(option, before)
+
+
 @functools.cache
 def compiled(case):
     """Ours and optax, by mode and name."""
