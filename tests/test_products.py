@@ -172,4 +172,8 @@ def test_no_transposed_copy_is_made(target, gradients, dtype):
         )
     texts = [program.as_text() or "" for program in (there, plain)]
     assert copied_kernels(texts[0]) <= copied_kernels(texts[1])
-    assert timing.temporary_bytes(there) <= 1.02 * timing.temporary_bytes(plain)
+    most = 1.02 * timing.temporary_bytes(plain)
+    old_cpu = target == "cpu" and jax.__version_info__ < (0, 11)
+    if old_cpu and dtype == jnp.bfloat16 and gradients == "in_forward":
+        most += 2 * H * V  # XLA:CPU of JAX 0.10 keeps d_kernel twice, rounded and not
+    assert timing.temporary_bytes(there) <= most
