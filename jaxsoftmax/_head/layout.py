@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._sharding import mesh_axes, resharded
+from .._sharding import hidden_axis_whole, mesh_axes, resharded
 
 
 class HeadSharding(NamedTuple):
@@ -50,6 +50,11 @@ class HeadSharding(NamedTuple):
     def of_kernel(self, hidden: Any, *classes: Any) -> tuple[Any, ...]:
         """What belongs to the axes of a kernel, in their order; `classes` may be two axes."""
         return (hidden, *classes) if self.class_axis == 1 else (*classes, hidden)
+
+    def gathered(self, kernel: jax.Array) -> jax.Array:
+        """A kernel of which nothing but the classes is sharded."""
+        kernel = hidden_axis_whole(kernel, 1 - self.class_axis)
+        return self.resharded(kernel, *self.of_kernel(None, self.classes))
 
     def resharded(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
         """`x` (None stays None) sharded by these mesh axes, an entry for each array axis."""

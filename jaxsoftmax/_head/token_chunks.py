@@ -144,9 +144,8 @@ def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
 
 def _gathered(plan, operands):
     """Kernel and bias with only their classes sharded: gathered once, before the loop."""
-    sharding, products = plan.sharding, plan.products
-    kernel = hidden_axis_whole(products.operand(operands.kernel), 1 - products.class_axis)
-    kernel = sharding.resharded(kernel, *sharding.of_kernel(None, sharding.classes))
+    sharding = plan.sharding
+    kernel = sharding.gathered(plan.products.operand(operands.kernel))
     return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 

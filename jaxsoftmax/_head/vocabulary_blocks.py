@@ -15,7 +15,6 @@ from .._numerics import NEAR, accumulation_dtype, one_hot
 from .._rules import with_derivative
 from .._sharding import (
     AxisName,
-    hidden_axis_whole,
     is_local,
     manual_axes,
     resharded,
@@ -112,7 +111,7 @@ def _wanted(spec):
 def _forward(plan, operands):
     """The `BlockSums` of whole rows."""
     # Once: what is gathered again in the loop over far rows would be sent again.
-    operands = operands._replace(kernel=_gathered(plan, operands.kernel))
+    operands = operands._replace(kernel=plan.sharding.gathered(operands.kernel))
     sums = (_from_few if plan.spec.from_label else _from_maximum)(plan, operands)
     if plan.sharding.class_shards > 1:
         sums = _merged(sums, 1)
@@ -319,16 +318,10 @@ def _by_shard(plan, operands):
         return sharding.split_classes(sharding.resharded(x, sharding.classes))
 
     return operands._replace(
-        kernel=sharding.split_kernel(_gathered(plan, operands.kernel)),
+        kernel=sharding.split_kernel(sharding.gathered(operands.kernel)),
         bias=split(operands.bias),
         weights=split(operands.weights),
     )
-
-
-def _gathered(plan, kernel):
-    """A kernel of which nothing but the classes is sharded."""
-    kernel = hidden_axis_whole(kernel, 1 - plan.products.class_axis)
-    return plan.sharding.resharded(kernel, *plan.sharding.of_kernel(None, plan.sharding.classes))
 
 
 def _class_axis(plan):
