@@ -96,7 +96,7 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {**_head, **_reduced, **_losses, **_classes, "gradients": "recompute"},
         {"reduction": "sum", "gradients": "in_forward", "weights": MASK[:, 0]},
         {"hidden": HIDDEN.reshape(2, 4, 4), "labels": LABELS.reshape(2, 4), "reduction": None},
-        {**_embedding, "compute_dtype": np.float16, "transpose_kernel": np.True_},
+        {**_embedding, "compute_dtype": np.float16, "transpose_kernel": True},
     ],
     "linear_log_probs": [
         {**_head, **_transform, "with_entropy": True},

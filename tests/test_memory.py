@@ -6,10 +6,12 @@ import functools
 import math
 import re
 
+import heads
 import jax
 import jax.numpy as jnp
 import pytest
 from cases import on_device
+from heads import both_ways
 from layouts import tpu_devices
 
 import jaxsoftmax
@@ -99,7 +101,7 @@ def test_for_tpu(head):
     assert all(size <= formula.recompute(head, "tpu") - blocks for size in recompute)
     if head == TPU[0]:  # plain optax: 8.4 GB
         assert in_forward <= 6e9
-        assert recompute[0] <= 0.35e9
+        assert recompute[0] <= 0.36e9  # a v5p's holds d_hidden twice
 
 
 def test_logits_made_inside_a_program_are_overwritten_by_their_gradient():
@@ -138,3 +140,43 @@ def test_the_last_columns_of_d_kernel_are_added_in_place():
     ]
     assert len(updates) == 2, "the blocks' and the last columns'"
     assert not [body for body in updates if " slice(" in body]
+
+
+N, H, V = 1024, 128, 16_384
+
+
+def compiled(gradients, dtype, *, transposed, devices=None):
+    shapes = (N, H), (V, H) if transposed else (H, V), (N,)
+    placed = devices and jax.sharding.SingleDeviceSharding(devices[0])
+    arguments = [
+        jax.ShapeDtypeStruct(shape, d, sharding=placed)
+        for shape, d in zip(shapes, (dtype, dtype, jnp.int32), strict=True)
+    ]
+    f = functools.partial(heads.head, gradients=gradients, transpose_kernel=transposed)
+    return jax.jit(jax.value_and_grad(f, (0, 1))).lower(*arguments).compile()
+
+
+def copied_kernels(program):
+    """The instructions that copy or transpose an array of the kernel's size."""
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", program)
+    return sum(math.prod(map(int, dims.split(","))) == H * V for dims in found if dims)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("target", ["cpu", pytest.param("v5e:2x2", marks=pytest.mark.wide)])
+@both_ways
+def test_no_transposed_copy_is_made(target, gradients, dtype):
+    """As much memory as of the kernel the other way around, and no more copies of it."""
+    devices = None if target == "cpu" else tpu_devices(target)
+    with one_device("one CPU device"):
+        there, plain = (
+            compiled(gradients, dtype, transposed=transposed, devices=devices)
+            for transposed in (True, False)
+        )
+    texts = [program.as_text() or "" for program in (there, plain)]
+    assert copied_kernels(texts[0]) <= copied_kernels(texts[1])
+    most = 1.02 * timing.temporary_bytes(plain)
+    old_cpu = target == "cpu" and jax.__version_info__ < (0, 11)
+    if old_cpu and dtype == jnp.bfloat16 and gradients == "in_forward":
+        most += 2 * H * V  # XLA:CPU of JAX 0.10 keeps d_kernel twice, rounded and not
+    assert timing.temporary_bytes(there) <= most

@@ -5,11 +5,8 @@
 heads, meshes and orders have the transposed kernel among their cases.
 """
 
-import contextlib
 import functools
 import itertools
-import math
-import re
 from typing import Any
 
 import jax
@@ -19,10 +16,8 @@ import pytest
 from assertions import assert_close
 from cases import on_device
 from heads import both_ways, check_head, head, head_truth, problem, total
-from layouts import tpu_devices
 
 import jaxsoftmax as js
-from bench import timing
 
 DTYPES: list[Any] = [np.float16, jnp.bfloat16, np.float32]
 
@@ -137,43 +132,3 @@ def test_any_loss_and_its_second_derivative_of_a_transposed_kernel(platform, com
     got_value, *got = of(hidden, kernel.T, True)
     got = [(d_hidden, d_kernel.T) for d_hidden, d_kernel in got]
     assert_close((got_value, got), (value, ds), of_largest=1e-5 if compute is None else 2**-7)
-
-
-N, H, V = 1024, 128, 16_384
-
-
-def compiled(gradients, dtype, *, transposed, devices=None):
-    shapes = (N, H), (V, H) if transposed else (H, V), (N,)
-    placed = devices and jax.sharding.SingleDeviceSharding(devices[0])
-    arguments = [
-        jax.ShapeDtypeStruct(shape, d, sharding=placed)
-        for shape, d in zip(shapes, (dtype, dtype, jnp.int32), strict=True)
-    ]
-    f = functools.partial(head, gradients=gradients, transpose_kernel=transposed)
-    return jax.jit(jax.value_and_grad(f, (0, 1))).lower(*arguments).compile()
-
-
-def copied_kernels(program):
-    """The instructions that copy or transpose an array of the kernel's size."""
-    found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", program)
-    return sum(math.prod(map(int, dims.split(","))) == H * V for dims in found if dims)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("target", ["cpu", pytest.param("v5e:2x2", marks=pytest.mark.wide)])
-@both_ways
-def test_no_transposed_copy_is_made(target, gradients, dtype):
-    """As much memory as of the kernel the other way around, and no more copies of it."""
-    devices = None if target == "cpu" else tpu_devices(target)
-    with contextlib.contextmanager(on_device)("one CPU device"):
-        there, plain = (
-            compiled(gradients, dtype, transposed=transposed, devices=devices)
-            for transposed in (True, False)
-        )
-    texts = [program.as_text() or "" for program in (there, plain)]
-    assert copied_kernels(texts[0]) <= copied_kernels(texts[1])
-    most = 1.02 * timing.temporary_bytes(plain)
-    old_cpu = target == "cpu" and jax.__version_info__ < (0, 11)
-    if old_cpu and dtype == jnp.bfloat16 and gradients == "in_forward":
-        most += 2 * H * V  # XLA:CPU of JAX 0.10 keeps d_kernel twice, rounded and not
-    assert timing.temporary_bytes(there) <= most

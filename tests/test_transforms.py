@@ -206,9 +206,9 @@ FUNCTIONS = [
     Function(
         "linear_softmax_cross_entropy-transposed",
         lambda h, label: js.linear_softmax_cross_entropy(
-            h, _kernel(h).T, label, reduction="sum", transpose_kernel=True, chunk_size=3
+            h, _kernel(h).T, label, reduction=None, transpose_kernel=True, chunk_size=3
         ),
-        lambda h, label: jnp.sum(_of_hidden(_nll)(h, label)),
+        _of_hidden(_nll),
         _hidden_and_labels,
     ),
 ]
