@@ -271,6 +271,7 @@ def linear_log_probs(
     labels: ArrayLike,
     *,
     bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
@@ -292,6 +293,9 @@ def linear_log_probs(
       labels: `[*tokens]`, integers in [0, V). A label out of range makes that log-probability and
         its gradient NaN.
       bias: `[V]`; −inf excludes a class.
+      where: `[*tokens]`, boolean: the tokens to include. Those of others are 0 in every field, with
+        gradient exactly 0, whatever their `hidden` and label are, and cost nothing (see
+        `linear_softmax_cross_entropy`).
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
       with_entropy: also compute the entropies.
@@ -346,6 +350,10 @@ def linear_log_probs(
         compute_dtype=compute_dtype,
     )
     labels = as_token_labels(name, labels, head)
+    if where is not None:
+        where = _checks.as_mask(name, "where", where)
+        _checks.check_shape(name, "where", where.shape, head.shape, "the tokens of hidden")
+        _checks.check_whole_classes(name, head.axis_name, {"where": where})
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
-        return log_probs(with_entropy, head, labels, transform, chunk_size)
+        return log_probs(with_entropy, head, labels, where, transform, chunk_size)
