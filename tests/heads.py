@@ -109,10 +109,11 @@ def total(hidden, kernel, bias, labels, *, cotangent=1, reduction: Any = "sum", 
     return jax.value_and_grad(f, (0, 1, 2))(hidden, kernel, bias)
 
 
-def check_head(gradients, arrays, g=None, *, given=None, **options) -> Any:
+def check_head(gradients, arrays, g=None, *, given=None, given_hidden=None, **options) -> Any:
     """Σ g · loss and its gradients; g are the tokens' weights, if `options` do not make it so.
 
-    The truth is that of the operands as the products take them.
+    The truth is that of the operands as the products take them; `given` are the labels, and
+    `given_hidden` the hidden state, in place of those of the truth.
     """
     hidden, kernel, bias, labels = arrays
     transposed = options.get("transpose_kernel", False)
@@ -120,7 +121,8 @@ def check_head(gradients, arrays, g=None, *, given=None, **options) -> Any:
         g = options["weights"] = np.linspace(0.5, 2, len(labels)).astype(np.float32)
     given = labels if given is None else given
     stored = kernel.T if transposed else kernel
-    value, ds = total(hidden, stored, bias, given, gradients=gradients, **options)
+    taken = hidden if given_hidden is None else given_hidden
+    value, ds = total(taken, stored, bias, given, gradients=gradients, **options)
     assert [(d.shape, d.dtype) for d in ds] == [(a.shape, a.dtype) for a in (hidden, stored, bias)]
     ds = ds[0], ds[1].T if transposed else ds[1], ds[2]
     if "compute_dtype" in options:

@@ -180,3 +180,21 @@ def test_no_transposed_copy_is_made(target, gradients, dtype):
     if old_cpu and dtype == jnp.bfloat16 and gradients == "in_forward":
         most += 2 * H * V  # XLA:CPU of JAX 0.10 keeps d_kernel twice, rounded and not
     assert timing.temporary_bytes(there) <= most
+
+
+@both_ways
+def test_tokens_that_do_not_count_take_no_more_memory(gradients):
+    tokens, width, classes = 2048, 64, 8192
+    shapes = ((tokens, width), (width, classes))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def compiled(**options):
+        f = functools.partial(heads.head, gradients=gradients, **options)
+        return jax.jit(jax.value_and_grad(f, (0, 1))).lower(*arguments, labels).compile()
+
+    with one_device("one CPU device"):
+        # In both as many tokens a chunk.
+        size = {"chunk_size": 256} if gradients == "in_forward" else {}
+        without, some = compiled(**size), compiled(ignore_index=-100, **size)
+    assert timing.temporary_bytes(some) <= 1.05 * timing.temporary_bytes(without)

@@ -304,7 +304,11 @@ def _gradients(plan, counted, given, sums, g, unused, flags):  # noqa: PLR0917
         def of_first_rows(count, rows):
             first = jax.tree.map(partial(first_in_order, sharding, counted, count), rows)
             d_hidden, *sums = run(None, first)
-            d_hidden = None if d_hidden is None else restored(sharding, counted, d_hidden, 0)
+            if d_hidden is not None:
+                d_hidden = restored(sharding, counted, d_hidden, 0)
+                if manual_axes(d_hidden) <= manual_axes(given.hidden):
+                    # Nothing is to be added to it: of a condition each result is an array.
+                    d_hidden = d_hidden.astype(given.hidden.dtype)
             return d_hidden, *sums
 
         n, number = counted.index.shape[1], counted.number
