@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from . import _checks
 from ._cross_entropy import LogProbs
 from ._head.arguments import Reduction, as_head, as_per_token, as_token_labels
+from ._head.choices import Sample, TopK, sample, top_k_classes
 from ._head.programs import any_loss, cross_entropy, log_probs
 from ._options import as_options
 from ._rules import OF_HEADS, scope
@@ -349,3 +350,72 @@ def linear_log_probs(
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
         return log_probs(with_entropy, head, labels, transform, chunk_size)
+
+
+def linear_top_k(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    k: int,
+    *,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> TopK:
+    name = "linear_top_k"
+    head = as_head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+    _checks.check_classes(name, "k", k, head.classes)
+    transform = as_transform(name, soft_cap, temperature)
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        return top_k_classes(int(k), head, transform, chunk_size)
+
+
+def linear_sample(
+    key: jax.Array,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    top_k: int | None = None,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> Sample:
+    name = "linear_sample"
+    key = _checks.as_key(name, "key", key)
+    head = as_head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+    _checks.check_whole_classes(name, head.axis_name, {"key": key})
+    if top_k is not None:
+        _checks.check_classes(name, "top_k", top_k, head.classes)
+        top_k = int(top_k)
+    transform = as_transform(name, soft_cap, temperature)
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        return sample(top_k, head, transform, key, chunk_size)

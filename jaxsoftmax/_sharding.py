@@ -187,6 +187,11 @@ def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
     return lax.pmax(lax.stop_gradient(x), axis_name)
 
 
+def all_devices(axis_name: AxisName, x: jax.Array) -> jax.Array:
+    """`x` of all devices along manual mesh axes, one after the other along the last axis."""
+    return lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True, to="invarying")
+
+
 def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
     """`vector[index]`, sharded as the index is."""
     sharding, of_vector = (jax.typeof(x).sharding for x in (index, vector))

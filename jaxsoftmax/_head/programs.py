@@ -137,6 +137,16 @@ def _log_probs(with_entropy, chunk_size, head, labels, transform):
 
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
+    operands = vocabulary_blocks.Operands(
+        head.hidden, head.kernel, head.bias, transform, of_spread, index
+    )
+    return vocabulary_blocks.linear_statistics(block_plans(spec, chunk_size, head), operands)
+
+
+def block_plans(
+    spec: StatisticsSpec, chunk_size: int | None, head: Head, fewest: int = 1
+) -> ByPlatform:
+    """How a head goes over blocks of classes, of `fewest` each or of all of a shard."""
     sharding, blocks = _class_blocks(head, chunk_size)
     small = sizes.is_small(*_tokens_and_classes(head))
     # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
@@ -145,13 +155,10 @@ def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # 
 
     def plan(block, spec, in_bits):
         products, axis_name = head.products, head.axis_name
+        block = max(block, fewest)
         return vocabulary_blocks.Plan(block, products, spec, sharding, axis_name, in_bits)
 
-    plans = ByPlatform(plan(blocks.cpu, *on_cpu), plan(blocks.other, *elsewhere))
-    operands = vocabulary_blocks.Operands(
-        head.hidden, head.kernel, head.bias, transform, of_spread, index
-    )
-    return vocabulary_blocks.linear_statistics(plans, operands)
+    return ByPlatform(plan(blocks.cpu, *on_cpu), plan(blocks.other, *elsewhere))
 
 
 def _closed(
