@@ -23,7 +23,7 @@ from .._transform import Transform, transformed
 from .arguments import Head
 from .programs import block_plans
 from .sizes import by_platform
-from .vocabulary_blocks import Operands, merged, over_logits, row_zeros
+from .vocabulary_blocks import Operands, merged, over_logits
 
 
 class TopK(NamedTuple):
@@ -58,20 +58,11 @@ class Noise(NamedTuple):
 
 
 class Best(NamedTuple):
-    """Classes `[..., k]` by falling score; of equal ones the lower number first."""
+    """The best classes so far `[..., k]`, by falling score; of equal ones the lower number first."""
 
     scores: Any
     labels: Any
     logits: Any  # None where they are the scores
-
-    def top(self, k: int) -> "Best":
-        """The best of them, at most k."""
-        scores, at = lax.top_k(self.scores, min(k, self.scores.shape[-1]))
-        return Best(scores, *(_at(x, at) for x in self[1:]))
-
-
-def _at(x, index):
-    return None if x is None else jnp.take_along_axis(x, index, axis=-1, mode="clip")
 
 
 def top_k_classes(k: int, head: Head, transform: Transform, chunk_size: int | None) -> TopK:
@@ -86,7 +77,7 @@ def _top_k_classes(k, chunk_size, head, transform):
         sums, best = _best(k, plan, operands, None)
         return _log_probs(best.scores, sums), best.labels
 
-    return _constant("linear_top_k", function, k, chunk_size, head.rows(), transform, None)
+    return _constant("linear_top_k", function, chunk_size, head.rows(), transform, None)
 
 
 def sample(
@@ -122,19 +113,19 @@ def _sample(k, chunk_size, head, transform, key):
         labels, log_probs = (of_all if k is None else of_top_k)(*args)
         return jnp.where(jnp.isnan(log_probs), -1, labels), log_probs
 
-    return _constant("linear_sample", function, k or 1, chunk_size, rows, transform, noise)
+    return _constant("linear_sample", function, chunk_size, rows, transform, noise)
 
 
 def _log_probs(logits, sums):
     return (logits - sums.m[:, None]) - jnp.log1p(sums.r)[:, None]
 
 
-def _constant(name, function, k, chunk_size, head, transform, noise):  # noqa: PLR0917
+def _constant(name, function, chunk_size, head, transform, noise):  # noqa: PLR0917
     """The results `[N, …]` of `function(plan, operands, noise)` as `[*tokens, …]`.
 
     They have no derivative: to ask for one is an error.
     """
-    plans = block_plans(StatisticsSpec(), chunk_size, head, k)
+    plans = block_plans(StatisticsSpec(), chunk_size, head)
     operands = Operands(head.hidden, head.kernel, head.bias, transform, None, None)
     leaves, tree = jax.tree.flatten((operands, noise))
 
@@ -156,52 +147,56 @@ def _best(k, plan, operands, noise):
     sharding, axis_name = plan.sharding, plan.axis_name
     operands = operands._replace(kernel=sharding.gathered(operands.kernel))
 
-    def step(carry, raw, first, _):
-        sums, best = carry
-        own = block_sums(plan.spec, raw, operands.transform, None, 0, None)
-        both = jax.tree.map(lambda *pair: jnp.stack(pair), sums, own)
-        return merged(both, 0), _better(best, _of_block(k, operands, noise, raw, first))
+    def step(found, raw, first, _):
+        sums = block_sums(plan.spec, raw, operands.transform, None, 0, None)
+        z = upcast(transformed(raw, operands.transform))
+        first = jnp.asarray(first, jnp.int32)
+        first = jnp.expand_dims(first, tuple(range(first.ndim, z.ndim)))
+        if found is None:
+            return sums, _with_block(k, None, z, first, noise)
+        both = jax.tree.map(lambda *pair: jnp.stack(pair), found[0], sums)
+        return merged(both, 0), _with_block(k, found[1], z, first, noise)
 
-    zeros = partial(row_zeros, plan, operands.hidden.shape[0], (operands, noise))
-    none = zeros(min(k, _classes_of_shard(plan, operands.kernel)))
-    best = Best(none, none.astype(jnp.int32) - 1, None if noise is None else none)
-    sums = BlockSums(zeros() - jnp.inf, zeros())
-    sums, best = over_logits(plan, operands, step, (sums, best))
+    sums, best = over_logits(plan, operands, step, None, apart=max(k, plan.block))
     if sharding.class_shards > 1:
         sums = merged(sums, 1)
         best = jax.tree.map(lambda x: sharding.merge_classes(x, sharding.token_axes), best)
-        best = jax.tree.map(lambda x: sharding.resharded(x, sharding.token_axes, None), best).top(k)
+        best = jax.tree.map(lambda x: sharding.resharded(x, sharding.token_axes, None), best)
+        best = _best_of_parts(k, best)
     if axis_name is not None:
         sums = merge_shards(axis_name, sums)
-        best = jax.tree.map(partial(all_devices, axis_name), best).top(k)
+        best = _best_of_parts(k, jax.tree.map(partial(all_devices, axis_name), best))
     return sums, best
 
 
-def _classes_of_shard(plan, kernel):
-    return kernel.shape[plan.products.class_axis] // plan.sharding.class_shards
-
-
-def _of_block(k, operands, noise, raw, first):
-    """The best k classes of a block, or all of them if they are fewer."""
-    z = upcast(transformed(raw, operands.transform))
-    first = jnp.asarray(first, jnp.int32)
-    first = jnp.expand_dims(first, tuple(range(first.ndim, z.ndim)))
+def _with_block(k, best, z, first, noise):
+    """The best k, or all, of those so far (None at first) and of a block of higher numbers."""
     scores = z
     if noise is not None:
         numbers = jnp.arange(z.shape[-1], dtype=jnp.int32)
         numbers = first + jnp.expand_dims(numbers, tuple(range(z.ndim - 1)))
         scores = z + gumbel(noise, numbers, z.dtype)
-    scores, at = lax.top_k(scores, min(k, z.shape[-1]))
-    return Best(scores, at + first, None if noise is None else _at(z, at))
+    if best is None:
+        scores, at = lax.top_k(scores, min(k, z.shape[-1]))
+        return Best(scores, first + at, None if noise is None else _at(z, at))
+    # Those so far come first, so they stay first among equal ones.
+    count = best.scores.shape[-1]
+    scores, at = lax.top_k(jnp.concatenate([best.scores, scores], axis=-1), count)
+    kept, own = at < count, at - count
+    labels = jnp.where(kept, _at(best.labels, at), first + own)
+    logits = None if noise is None else jnp.where(kept, _at(best.logits, at), _at(z, own))
+    return Best(scores, labels, logits)
 
 
-def _better(best, own):
-    """The best of those so far, if there are any, and of a block of higher numbers."""
-    k = best.labels.shape[-1]
-    both = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=-1), best, own).top(k)
-    if own.labels.shape[-1] < k:
-        return both  # only the last block is smaller than k
-    return jax.tree.map(partial(jnp.where, best.labels < 0), own, both)
+def _best_of_parts(k, parts):
+    """The best k of those of all parts of the classes, one after the other."""
+    scores, at = lax.top_k(parts.scores, min(k, parts.scores.shape[-1]))
+    return Best(scores, *(None if x is None else _at(x, at) for x in parts[1:]))
+
+
+def _at(x, index):
+    """The entries of each row at the nearest index that there is."""
+    return jnp.take_along_axis(x, index, axis=-1, mode="clip")
 
 
 # Of one counter for each token and class, so that nothing depends on how the classes are cut.

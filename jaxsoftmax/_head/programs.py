@@ -143,10 +143,8 @@ def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # 
     return vocabulary_blocks.linear_statistics(block_plans(spec, chunk_size, head), operands)
 
 
-def block_plans(
-    spec: StatisticsSpec, chunk_size: int | None, head: Head, fewest: int = 1
-) -> ByPlatform:
-    """How a head goes over blocks of classes, of `fewest` each or of all of a shard."""
+def block_plans(spec: StatisticsSpec, chunk_size: int | None, head: Head) -> ByPlatform:
+    """How a head goes over blocks of classes."""
     sharding, blocks = _class_blocks(head, chunk_size)
     small = sizes.is_small(*_tokens_and_classes(head))
     # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
@@ -155,7 +153,6 @@ def block_plans(
 
     def plan(block, spec, in_bits):
         products, axis_name = head.products, head.axis_name
-        block = max(block, fewest)
         return vocabulary_blocks.Plan(block, products, spec, sharding, axis_name, in_bits)
 
     return ByPlatform(plan(blocks.cpu, *on_cpu), plan(blocks.other, *elsewhere))

@@ -214,24 +214,23 @@ def _summed(plan, operands, of_block, merge, least):
     def step(sums, raw, first, weights):
         return merge(sums, of_block(raw, operands.transform, labels, first, weights))
 
-    zeros = row_zeros(plan, operands.hidden.shape[0], operands)
+    sharding = plan.sharding
+    axes = manual_axes(*jax.tree.leaves(operands))
+    shards = (sharding.class_shards,) if sharding.class_shards > 1 else ()
+    shape = (operands.hidden.shape[0], *shards)
+    zeros = varying(jnp.zeros(shape, accumulation_dtype(plan.products.dtype)), axes)
+    zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
     none = BlockSums(*(zeros if wanted else None for wanted in _wanted(plan.spec)))
     return over_logits(plan, operands, step, none._replace(m=zeros + least))
 
 
-def row_zeros(plan: Plan, n: Any, of: Any, *more: int) -> jax.Array:
-    """Zeros `[n, *more]`, or `[n, shards, *more]`, that vary over what the arrays `of` vary."""
-    sharding = plan.sharding
-    shards = (sharding.class_shards,) if sharding.class_shards > 1 else ()
-    zeros = jnp.zeros((n, *shards, *more), accumulation_dtype(plan.products.dtype))
-    zeros = varying(zeros, manual_axes(*jax.tree.leaves(of)))
-    return sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan), *[None] * len(more))
-
-
-def over_logits(plan: Plan, operands: Operands, step: Callable[..., Any], carry: Any) -> Any:
+def over_logits(
+    plan: Plan, operands: Operands, step: Callable[..., Any], carry: Any, apart: int = 0
+) -> Any:
     """`step(carry, raw, first, weights)` of every block's raw logits, one after the other.
 
     `first` is the number of the block's first class (of each shard), `weights` its part of them.
+    The first `apart` classes of a shard, or all, are a block of their own, before the loop.
     """
     operands = _by_shard(plan, operands)
     hidden = plan.products.operand(operands.hidden)
@@ -241,7 +240,9 @@ def over_logits(plan: Plan, operands: Operands, step: Callable[..., Any], carry:
         weights = _part(operands.weights, start, size)
         return step(carry, raw, _first_class(plan, operands, start), weights)
 
-    return _over_blocks(plan, of_block, carry, operands)
+    apart = min(apart, operands.kernel.shape[_class_axis(plan)])
+    carry = of_block(carry, 0, apart) if apart else carry
+    return _over_blocks(plan, of_block, carry, operands, apart)
 
 
 def merged(sums: BlockSums, axis: int) -> BlockSums:
@@ -366,16 +367,16 @@ def _first_class(plan, operands, start):
     return first + plan.sharding.resharded(of_shards, None, plan.sharding.classes)
 
 
-def _over_blocks(plan, step, carry, operands):
+def _over_blocks(plan, step, carry, operands, begin=0):
     """`step(carry, start, size)` over a shard's classes: full blocks in a loop, then the rest."""
-    whole, rest = divmod(operands.kernel.shape[_class_axis(plan)], plan.block)
+    whole, rest = divmod(operands.kernel.shape[_class_axis(plan)] - begin, plan.block)
     if whole:
         carry = lax.scan(
-            lambda carry, i: (step(carry, i * plan.block, plan.block), None),
+            lambda carry, i: (step(carry, begin + i * plan.block, plan.block), None),
             carry,
             jnp.arange(whole, dtype=jnp.int32),
         )[0]
-    return step(carry, whole * plan.block, rest) if rest else carry
+    return step(carry, begin + whole * plan.block, rest) if rest else carry
 
 
 def _block_logits(plan, operands, hidden, start, size):
