@@ -15,8 +15,8 @@ from ._head.choices import Sample as Sample
 from ._head.choices import TopK as TopK
 from ._linear import linear_log_probs as linear_log_probs
 from ._linear import linear_loss as linear_loss
-from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from ._linear import linear_sample as linear_sample
+from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from ._linear import linear_top_k as linear_top_k
 from ._softmax import log_softmax as log_softmax
 from ._softmax import logsumexp as logsumexp

@@ -58,7 +58,7 @@ class Noise(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best classes so far `[..., k]`, by falling score; of equal ones the lower number first."""
+    """The best classes so far `[..., k]`, best first; of equal ones the lower number first."""
 
     scores: Any
     labels: Any
@@ -67,7 +67,6 @@ class Best(NamedTuple):
 
 def top_k_classes(k: int, head: Head, transform: Transform, chunk_size: int | None) -> TopK:
     """The k classes of the highest logits, for tokens `[*tokens]`."""
-
     return TopK(*_top_k_classes(k, chunk_size, head, transform))
 
 
