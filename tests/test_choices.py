@@ -142,9 +142,10 @@ def test_options_come_before_the_choice():
     z = 3 * np.tanh(logits_of(hidden, kernel) / 3) / 0.5
     found = js.linear_top_k(hidden, kernel, 4, soft_cap=3.0, temperature=0.5, chunk_size=50)
     want = np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True))
-    want = np.take_along_axis(want, np.asarray(found.labels), -1)
-    np.testing.assert_allclose(found.log_probs, want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found.log_probs, -np.sort(-want), rtol=0, atol=0)
+    # Of logits up to 6, with a handful of roundings each; three blocks are merged.
+    of_labels, highest = np.take_along_axis(want, np.asarray(found.labels), -1), -np.sort(-want)
+    for expected in (of_labels, highest[:, :4]):
+        np.testing.assert_allclose(found.log_probs, expected, rtol=0, atol=64 * U)
 
 
 # Samples
@@ -265,10 +266,9 @@ def test_the_noise_has_all_its_digits_at_both_ends(monkeypatch):
     words = np.array([[0, 0], [0, 2**32 - 1], [1, 0], [2**31, 5], [2**32 - 1] * 2], np.uint32)
     monkeypatch.setattr(choices, "_threefry", lambda *_: words.T)
     got = choices.gumbel(choices.Noise(*[jnp.zeros(1, jnp.uint32)] * 2), jnp.zeros(5), jnp.float32)
-    high, low = words.T.astype(Wide)
-    u = high / 2**32 + (low + 0.5) / Wide(2) ** 64
-    want = -np.log(-np.log1p(-u))
-    np.testing.assert_allclose(got[:4], want[:4].astype(float), rtol=4 * U, atol=4 * U)
+    high, low = words[:4].T.astype(Wide)
+    want = -np.log(-np.log1p(-(high / 2**32 + (low + 0.5) / Wide(2) ** 64)))
+    np.testing.assert_allclose(got[:4], want.astype(float), rtol=4 * U, atol=4 * U)
     np.testing.assert_allclose(got[4], -np.log(24 * np.log(2)), rtol=4 * U)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from .._merge import BlockSums, merge_shards
 from .._numerics import upcast
 from .._rules import with_derivative
-from .._sharding import all_devices
+from .._sharding import all_devices, top_k
 from .._statistics import StatisticsSpec, block_sums
 from .._transform import Transform, transformed
 from .arguments import Head
@@ -58,11 +58,11 @@ class Noise(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best classes so far `[..., k]`, best first; of equal ones the lower number first."""
+    """Classes `[..., k]`: the best first, of equal ones the lower number first."""
 
     scores: Any
     labels: Any
-    logits: Any  # None where they are the scores
+    logits: Any = None  # where they are not the scores
 
 
 def top_k_classes(k: int, head: Head, transform: Transform, chunk_size: int | None) -> TopK:
@@ -73,7 +73,7 @@ def top_k_classes(k: int, head: Head, transform: Transform, chunk_size: int | No
 @partial(jax.jit, static_argnums=(0, 1))
 def _top_k_classes(k, chunk_size, head, transform):
     def function(plan, operands, _):
-        sums, best = _best(k, plan, operands, None)
+        sums, best = _highest(k, plan, operands)
         return _log_probs(best.scores, sums), best.labels
 
     return _constant("linear_top_k", function, chunk_size, head.rows(), transform, None)
@@ -94,19 +94,22 @@ def _sample(k, chunk_size, head, transform, key):
     noise = Noise(jax.random.bits(key, (2,), jnp.uint32), rows.sharding.merge_tokens(tokens))
 
     def of_all(plan, operands, noise):
-        sums, best = _best(1, plan, operands, noise)
+        def with_block(best, z, first):
+            numbers = jnp.arange(z.shape[-1], dtype=jnp.int32)
+            numbers = first + jnp.expand_dims(numbers, tuple(range(z.ndim - 1)))
+            # Made once, not by each of the reductions.
+            scores = lax.optimization_barrier(z + gumbel(noise, numbers, z.dtype))
+            own = _first(Best(scores, numbers, z))
+            return own if best is None else _first(_joined(best, own))
+
+        sums, best = _over_classes(plan, operands, with_block, _first, apart=plan.block)
         return best.labels[:, 0], _log_probs(best.logits, sums)[:, 0]
 
     def of_top_k(plan, operands, noise):
-        _, best = _best(k, plan, operands, None)
-        m, logits = best.scores[:, :1], best.scores
-        sums = BlockSums(m[:, 0], jnp.sum(jnp.exp(logits[:, 1:] - m), axis=-1))
-        noisy = logits + gumbel(noise, best.labels, logits.dtype)
-        first = jnp.iinfo(jnp.int32).max
-        at_top = noisy == jnp.max(noisy, axis=-1, keepdims=True)
-        label = jnp.min(jnp.where(at_top, best.labels, first), axis=-1)
-        drawn = jnp.where(best.labels == label[:, None], logits, -jnp.inf)
-        return label, _log_probs(jnp.max(drawn, axis=-1, keepdims=True), sums)[:, 0]
+        _, (z, labels, _) = _highest(k, plan, operands)
+        sums = BlockSums(z[:, 0], jnp.sum(jnp.exp(z[:, 1:] - z[:, :1]), axis=-1))
+        best = _first(Best(z + gumbel(noise, labels, z.dtype), labels, z))
+        return best.labels[:, 0], _log_probs(best.logits, sums)[:, 0]
 
     def function(*args):
         labels, log_probs = (of_all if k is None else of_top_k)(*args)
@@ -141,9 +144,13 @@ def _constant(name, function, chunk_size, head, transform, noise):  # noqa: PLR0
     return [head.sharding.split_tokens(x, head.shape) for x in results]
 
 
-def _best(k, plan, operands, noise):
-    """The `BlockSums` of whole rows, and the best k classes by logits, or by noisy logits."""
-    sharding, axis_name = plan.sharding, plan.axis_name
+def _over_classes(plan, operands, with_block, of_parts, apart):
+    """The `BlockSums` of whole rows, and the best classes.
+
+    `with_block(best, z, first)`: those so far (None at first) and of a block of higher numbers.
+    `of_parts(best)`: of those of all parts of the classes, one after the other.
+    """
+    sharding = plan.sharding
     operands = operands._replace(kernel=sharding.gathered(operands.kernel))
 
     def step(found, raw, first, _):
@@ -152,50 +159,63 @@ def _best(k, plan, operands, noise):
         first = jnp.asarray(first, jnp.int32)
         first = jnp.expand_dims(first, tuple(range(first.ndim, z.ndim)))
         if found is None:
-            return sums, _with_block(k, None, z, first, noise)
+            return sums, with_block(None, z, first)
         both = jax.tree.map(lambda *pair: jnp.stack(pair), found[0], sums)
-        return merged(both, 0), _with_block(k, found[1], z, first, noise)
+        return merged(both, 0), with_block(found[1], z, first)
 
-    sums, best = over_logits(plan, operands, step, None, apart=max(k, plan.block))
+    sums, best = over_logits(plan, operands, step, None, apart)
     if sharding.class_shards > 1:
+        tokens = sharding.token_axes
         sums = merged(sums, 1)
-        best = jax.tree.map(lambda x: sharding.merge_classes(x, sharding.token_axes), best)
-        best = jax.tree.map(lambda x: sharding.resharded(x, sharding.token_axes, None), best)
-        best = _best_of_parts(k, best)
-    if axis_name is not None:
-        sums = merge_shards(axis_name, sums)
-        best = _best_of_parts(k, jax.tree.map(partial(all_devices, axis_name), best))
+        best = jax.tree.map(lambda x: sharding.merge_classes(x, tokens), best)
+        best = of_parts(jax.tree.map(lambda x: sharding.resharded(x, tokens, None), best))
+    if plan.axis_name is not None:
+        sums = merge_shards(plan.axis_name, sums)
+        best = of_parts(jax.tree.map(partial(all_devices, plan.axis_name), best))
     return sums, best
 
 
-def _with_block(k, best, z, first, noise):
-    """The best k, or all, of those so far (None at first) and of a block of higher numbers."""
-    scores = z
-    if noise is not None:
-        numbers = jnp.arange(z.shape[-1], dtype=jnp.int32)
-        numbers = first + jnp.expand_dims(numbers, tuple(range(z.ndim - 1)))
-        scores = z + gumbel(noise, numbers, z.dtype)
-    if best is None:
-        scores, at = lax.top_k(scores, min(k, z.shape[-1]))
-        return Best(scores, first + at, None if noise is None else _at(z, at))
-    # Those so far come first, so they stay first among equal ones.
-    count = best.scores.shape[-1]
-    scores, at = lax.top_k(jnp.concatenate([best.scores, scores], axis=-1), count)
-    kept, own = at < count, at - count
-    labels = jnp.where(kept, _at(best.labels, at), first + own)
-    logits = None if noise is None else jnp.where(kept, _at(best.logits, at), _at(z, own))
-    return Best(scores, labels, logits)
+def _highest(k, plan, operands):
+    """The `BlockSums` of whole rows, and the k classes of the highest logits."""
 
+    def with_block(best, z, first):
+        if best is None:
+            scores, at = top_k(z, min(k, z.shape[-1]))
+            return Best(scores, first + at)
+        # Those so far come first, so they stay first among equal ones.
+        count = best.scores.shape[-1]
+        scores, at = top_k(jnp.concatenate([best.scores, z], axis=-1), count)
+        labels = jnp.where(at < count, _at(best.labels, at), first + (at - count))
+        return Best(scores, labels)
 
-def _best_of_parts(k, parts):
-    """The best k of those of all parts of the classes, one after the other."""
-    scores, at = lax.top_k(parts.scores, min(k, parts.scores.shape[-1]))
-    return Best(scores, *(None if x is None else _at(x, at) for x in parts[1:]))
+    def of_parts(best):
+        scores, at = top_k(best.scores, min(k, best.scores.shape[-1]))
+        return Best(scores, _at(best.labels, at))
+
+    return _over_classes(plan, operands, with_block, of_parts, apart=max(k, plan.block))
 
 
 def _at(x, index):
     """The entries of each row at the nearest index that there is."""
     return jnp.take_along_axis(x, index, axis=-1, mode="clip")
+
+
+def _joined(*parts):
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *parts)
+
+
+def _first(best):
+    """The one of the highest score; of equal ones that of the lowest number.
+
+    By plain reductions, of which XLA makes several at once where an array is sharded. (Of a row
+    with NaN there is none: its r is NaN.)
+    """
+    score = jnp.max(best.scores, axis=-1, keepdims=True)
+    last = jnp.iinfo(jnp.int32).max
+    labels = jnp.where(best.scores == score, best.labels, last)
+    label = jnp.min(labels, axis=-1, keepdims=True)
+    logits = jnp.where(best.labels == label, best.logits, -jnp.inf)
+    return Best(score, label, jnp.max(logits, axis=-1, keepdims=True))
 
 
 # Of one counter for each token and class, so that nothing depends on how the classes are cut.
