@@ -399,12 +399,11 @@ def linear_top_k(
     Not differentiable, in any mode: give it `jax.lax.stop_gradient` of its arguments, and take
     `linear_log_probs` of the labels found.
 
-    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes
-    (on a CPU a smaller last block counts half as much again: N·(b + V mod b / 2) for N·b):
+    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes:
 
-        float32 or half precision   8·N·b + 8·N·k
+        any operands   8·N·b + 8·N·k
 
-    A TPU sorts a block for large k, and takes up to `32·N·b`.
+    On a CPU a smaller last block adds `4·N·(V mod b)`. A TPU sorts, and takes up to `32·N·b`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -493,12 +492,12 @@ def linear_sample(
     Not differentiable, in any mode: give it `jax.lax.stop_gradient` of its arguments, and take
     `linear_log_probs` of the labels drawn.
 
-    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes
-    (on a CPU a smaller last block counts as well: N·(b + V mod b) for N·b):
+    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes:
 
-        float32 or half precision   12·N·b
+        any operands   12·N·b
 
-    With `top_k` it is at most that of `linear_top_k`, with V mod b in place of its half.
+    On a CPU a smaller last block adds `8·N·(V mod b)`. With `top_k` it is that of `linear_top_k`,
+    and as much for the last block.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax
