@@ -2,7 +2,8 @@
 """The temporary memory of our heads as a formula: what the docstrings of the library say, computed.
 
 It is that of value and gradient (of top-k and samples, of a call), beyond arguments and results, in
-bytes, for float32 and bfloat16; float16 may take more. `tests/test_memory.py` compares it with the compilers and the docstrings.
+bytes, for float32 and bfloat16; float16 may take more. `tests/test_memory.py` compares it with the
+compilers and the docstrings.
 """
 
 import jax

@@ -45,6 +45,7 @@ def measured(target: str, heads: list[Head], orders: int = 2) -> dict[tuple[Head
     with pytest.MonkeyPatch.context() as patch, one_device("one CPU device"):
         patch.setattr(contenders, "HEAD", ORDERS[:orders])
         patch.setattr(contenders, "VARIANTS", ())
+        patch.setattr(contenders, "CHOICES", ())
         section = memory.measure(heads, [target])
     return {
         (head_of(case), row["name"]): row["temp_bytes"]
@@ -150,7 +151,7 @@ def test_the_formula_of_choices_is_that_of_the_docstrings():
         (jaxsoftmax.linear_top_k, formula.top_k(head, k, "gpu")),
         (jaxsoftmax.linear_sample, formula.sample(head, "gpu")),
     ):
-        (terms,) = re.findall(r"^ +any operands +(\d.*)$", function.__doc__, re.MULTILINE)
+        (terms,) = re.findall(r"^ +any operands +(\d.*)$", function.__doc__ or "", re.MULTILINE)
         factors = [term.split("·") for term in terms.split(" + ")]
         stated = sum(
             math.prod(sizes[f] if f in sizes else int(f) for f in term) for term in factors

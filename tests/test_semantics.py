@@ -293,7 +293,7 @@ def test_order_of_top_k():
 def test_what_a_sample_is_drawn_from():
     n = 4000
     x = jnp.broadcast_to(X[1], (n, 4))
-    draw = partial(jaxsoftmax.linear_sample, jax.random.key(0), x, jnp.eye(4))
+    draw: Any = partial(jaxsoftmax.linear_sample, jax.random.key(0), x, jnp.eye(4))
     for options, z in (
         ({}, Z[1]),
         ({"temperature": 4.0}, Z[1] / 4),
@@ -312,10 +312,11 @@ def test_what_a_sample_is_drawn_from():
 
 @row("derivative of `linear_top_k` and `linear_sample`")
 def test_derivative_of_top_k_and_sample():
-    for call in (
+    calls: list[Any] = [
         partial(jaxsoftmax.linear_top_k, k=2),
         partial(jaxsoftmax.linear_sample, jax.random.key(0)),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(TypeError, match="linear_log_probs"):
             jax.grad(lambda x, call=call: call(x, jnp.eye(4)).log_probs.sum())(X)
 
