@@ -198,7 +198,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if not any(sharding.spec):
         return lax.top_k(x, k)
     spec = PartitionSpec(*sharding.spec[:-1], None)
-    local = jax.shard_map(
+    local: Any = jax.shard_map(
         lambda x: tuple(lax.top_k(x, k)), mesh=sharding.mesh, in_specs=spec, out_specs=(spec, spec)
     )
     return local(x)
