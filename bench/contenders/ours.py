@@ -5,6 +5,8 @@ import jax
 
 import jaxsoftmax
 
+TOP = 64  # classes of each token
+
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 dense_labels = jaxsoftmax.softmax_cross_entropy
 
@@ -53,7 +55,7 @@ def head_of_parameters(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) 
 def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jaxsoftmax.TopK:
     """Find the most probable classes."""
     del labels
-    return jaxsoftmax.linear_top_k(hidden, kernel, 64)
+    return jaxsoftmax.linear_top_k(hidden, kernel, min(TOP, kernel.shape[1]))
 
 
 def sample(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jaxsoftmax.Sample:

@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+TOP = 64  # classes of each token
+
 
 def integer_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Pick minus the label's log-probability."""
@@ -20,7 +22,7 @@ def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.
     """Find the most probable classes."""
     del labels
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    highest, classes = jax.lax.top_k(logits, 64)
+    highest, classes = jax.lax.top_k(logits, min(TOP, kernel.shape[1]))
     return highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True), classes
 
 
