@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The temporary memory of our heads as a formula: what the docstrings of the library say, computed.
 
-It is that of value and gradient, beyond arguments and results, in bytes, for float32 and bfloat16;
-float16 may take more. `tests/test_memory.py` compares it with the compilers and the docstrings.
+It is that of value and gradient (of top-k and samples, of a call), beyond arguments and results, in
+bytes, for float32 and bfloat16; float16 may take more. `tests/test_memory.py` compares it with the
+compilers and the docstrings.
 """
 
 import jax
@@ -47,6 +48,20 @@ def recompute(head: Head, platform: str) -> int:
         # d_kernel as integers is a copy; about half of the rest shares the memory of d_kernel.
         return max(size, 2 * H * V + size // 2)
     return size
+
+
+def top_k(head: Head, k: int, platform: str) -> int:
+    """The k most probable classes, forward alone: the docstring of `linear_top_k`."""
+    N, _, V, _ = head
+    b = block(head, platform)
+    return 8 * N * b + 8 * N * k + (4 * N * (V % b) if platform == "cpu" else 0)
+
+
+def sample(head: Head, platform: str) -> int:
+    """A class for each token, forward alone: the docstring of `linear_sample`."""
+    N, _, V, _ = head
+    b = block(head, platform)
+    return 12 * N * b + (8 * N * (V % b) if platform == "cpu" else 0)
 
 
 def chunk(head: Head, platform: str) -> tuple[int, int]:

@@ -114,7 +114,8 @@ def command(
 
 def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
     """Compile every JAX contender for every case and target: a section of the results file."""
-    found, left_out = contenders.load(contenders.HEAD + contenders.VARIANTS, Dtype.BFLOAT16)
+    entries = contenders.HEAD + contenders.VARIANTS + contenders.CHOICES
+    found, left_out = contenders.load(entries, Dtype.BFLOAT16)
     found = [contender for contender in found if contender.entry.jax]
     measured = []
     with tables.progress(len(targets) * len(cases) * len(found)) as now:
@@ -140,7 +141,8 @@ def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
 
 def _compile(contender: contenders.Contender, case: Head, device: Any) -> dict[str, Any]:
     inputs = contenders.abstract_inputs(contender, case, SingleDeviceSharding(device))
-    program = contenders.program(contender, Mode.VALUE_AND_GRAD, case.parameters)
+    mode = Mode.FORWARD if contender.entry.forward else Mode.VALUE_AND_GRAD
+    program = contenders.program(contender, mode, case.parameters)
     try:
         compiled = timing.compile_for(device.platform, program, inputs)
     except Exception as error:  # too large for the device, or not for it at all

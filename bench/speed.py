@@ -191,7 +191,7 @@ def measure(
             "confident": first.confident,
         }
     else:
-        entries = contenders.HEAD + contenders.OPTIONS
+        entries = contenders.HEAD + contenders.OPTIONS + contenders.CHOICES
         what = {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}
     found = {dtype: contenders.load(entries, dtype) for dtype in dtypes}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
@@ -234,6 +234,7 @@ class Ready(NamedTuple):
     """A contender's program for a case."""
 
     program: timing.Program
+    beside: str
     compile_s: float | None = None  # not by JAX
     temp_bytes: int | None = None
 
@@ -254,15 +255,15 @@ def _prepare(
     ready = {}
     for contender in found:
         name, _, entry = contender
-        if entry.whole and mode is Mode.FORWARD:
+        if entry.whole if mode is Mode.FORWARD else entry.forward:
             continue
         with contenders.may_fail(contender, f"{case} {mode}", left_out):
             program = contenders.program(contender, mode, case.parameters)
-            one = Ready(program)
+            one = Ready(program, entry.beside)
             if entry.jax:
                 donated = _donated(case, mode)
                 program, compile_s = timing.compile_ahead(program, arguments, donated=donated)
-                one = Ready(program, compile_s, timing.temporary_bytes(program))
+                one = Ready(program, entry.beside, compile_s, timing.temporary_bytes(program))
             first_s = call(program)
             if entry.module != "ours" and first_s > PATIENCE_S:
                 left_out.append(f"{case} {mode}: {name}: {first_s:.0f} s a call")
@@ -280,7 +281,7 @@ def _row(
 ) -> dict[str, Any]:
     nbytes, flops = case.bytes(mode), case.flops(mode)
     least_s = timing.least_seconds(roofs, case.dtype, nbytes=nbytes, flops=flops)
-    ours = timings[contenders.OURS].median_s
+    beside = {name: one.beside for name, one in ready.items()}
     return {
         "shape": case.shape,
         "tokens": case.tokens,
@@ -297,7 +298,7 @@ def _row(
                 "compile_s": ready[name].compile_s,
                 "temp_bytes": ready[name].temp_bytes,
                 "of_roof": least_s / taken.median_s,
-                "ratio": ours / taken.median_s,
+                "ratio": timings[beside[name]].median_s / taken.median_s,
             }
             for name, taken in timings.items()
         ],

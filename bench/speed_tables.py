@@ -34,7 +34,8 @@ def in_terminal(section: dict[str, Any]) -> list[Table]:
     notes = (
         f"{'tokens x hidden x classes' if head else 'tokens x classes'}. ms: the median of calls, "
         "all contenders in turn; ±: the quartile farther from it. "
-        f"ours ÷: the median of {OURS} over this one: below 1, {OURS} is faster.",
+        f"ours ÷: the median of {OURS} over this one: below 1, {OURS} is faster "
+        "(of choices of classes, the same choice by ours).",
         f"{rate}: what must be done at least, over the time. {_model(section)}",
         timing.roofs_in_words(section["roofs"]),
         "temp MB: what the compiled program allocates beyond its arguments and results.",

@@ -11,9 +11,13 @@ from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from ._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from ._head.choices import Sample as Sample
+from ._head.choices import TopK as TopK
 from ._linear import linear_log_probs as linear_log_probs
 from ._linear import linear_loss as linear_loss
+from ._linear import linear_sample as linear_sample
 from ._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
+from ._linear import linear_top_k as linear_top_k
 from ._softmax import log_softmax as log_softmax
 from ._softmax import logsumexp as logsumexp
 from ._softmax import softmax as softmax
@@ -23,11 +27,15 @@ __version__ = _version("jaxsoftmax")
 
 __all__ = [
     "LogProbs",
+    "Sample",
+    "TopK",
     "check_labels",
     "label_log_probs",
     "linear_log_probs",
     "linear_loss",
+    "linear_sample",
     "linear_softmax_cross_entropy",
+    "linear_top_k",
     "log_softmax",
     "logsumexp",
     "softmax",

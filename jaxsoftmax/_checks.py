@@ -390,6 +390,30 @@ def check_count(function: str, name: str, value: object) -> None:
         raise ValueError(f"{function}: {name} must be at least 1; got {value}")
 
 
+def check_classes(function: str, name: str, value: object, classes: int) -> None:
+    """`value` is a number of classes, of so many."""
+    check_count(function, name, value)
+    if value > classes:  # pyright: ignore[reportOperatorIssue] - an integer
+        raise ValueError(
+            f"{function}: {name} must be at most the number of classes, {classes}; got {value}"
+        )
+
+
+def as_key(function: str, name: str, value: Any) -> jax.Array:
+    """One key of `jax.random`, typed or of the old kind, as a typed one."""
+    array = as_array(function, name, value)
+    typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    if not typed and array.dtype != jnp.uint32:
+        raise TypeError(f"{function}: {name} must be a key of jax.random; got {_describe(array)}")
+    try:
+        key = array if typed else jax.random.wrap_key_data(array)
+    except TypeError:
+        key = None
+    if key is None or key.ndim:
+        raise ValueError(f"{function}: {name} must be one key; got {_describe(array)}")
+    return key
+
+
 def check_labels(labels: ArrayLike, num_classes: int, *, ignore_index: int | None = None) -> None:
     """Refuse labels out of range [0, num_classes), for which the losses would be NaN.
 

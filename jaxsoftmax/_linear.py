@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from . import _checks
 from ._cross_entropy import LogProbs
 from ._head.arguments import Reduction, as_head, as_per_token, as_token_labels
+from ._head.choices import Sample, TopK, sample, top_k_classes
 from ._head.programs import any_loss, cross_entropy, log_probs
 from ._options import as_options
 from ._rules import OF_HEADS, scope
@@ -357,3 +358,179 @@ def linear_log_probs(
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
         return log_probs(with_entropy, head, labels, where, transform, chunk_size)
+
+
+def linear_top_k(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    k: int,
+    *,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> TopK:
+    r"""The k most probable classes of each token under `hidden @ kernel + bias`, highest first.
+
+    The classes are those of `jax.lax.top_k` of these logits, in its order: of equal logits the
+    lower class number comes first. `log_probs = (z − m) − log1p(r)` are normalized over all
+    classes. Only one block of logits exists at a time; there is one matrix product.
+
+    Args:
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
+      k: how many classes, from 1 to V (on all devices).
+      bias: `[V]`; −inf excludes a class: it comes last, with the log-probability −inf.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      temperature: divides the (capped) logits; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
+        `linear_softmax_cross_entropy`); the labels found are global class numbers.
+      transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
+      chunk_size: classes in a block (see `linear_log_probs`); the first block has k at least.
+      precision: of the matrix product, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix product (see `linear_loss`).
+
+    Returns:
+      `TopK` of arrays `[*tokens, k]`: `log_probs` in float32 (float64 for float64 products), and
+      `labels` in int32. A token with NaN or +inf among its logits, or all of them at −inf, has the
+      labels of `jax.lax.top_k` (which takes NaN for the highest) and the log-probabilities NaN.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype, or a derivative is asked for.
+      ValueError: an argument of the wrong shape or value.
+
+    Not differentiable, in any mode: give it `jax.lax.stop_gradient` of its arguments, and take
+    `linear_log_probs` of the labels found.
+
+    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes:
+
+        any operands   8·N·b + 8·N·k
+
+    On a CPU a smaller last block adds `4·N·(V mod b)`. A TPU sorts, and takes up to `32·N·b`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel = jnp.ones((1, 1)), jnp.log(jnp.array([[1.0, 4.0, 2.0, 1.0]]))
+      >>> found = jaxsoftmax.linear_top_k(hidden, kernel, 3)
+      >>> print(found.labels, jnp.exp(found.log_probs))
+      [[1 2 0]] [[0.5   0.25  0.125]]
+    """
+    name = "linear_top_k"
+    head = as_head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+    _checks.check_classes(name, "k", k, head.classes)
+    transform = as_transform(name, soft_cap, temperature)
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        return top_k_classes(int(k), head, transform, chunk_size)
+
+
+def linear_sample(
+    key: ArrayLike,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *,
+    top_k: int | None = None,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> Sample:
+    r"""One class for each token, drawn from the softmax of `hidden @ kernel + bias`.
+
+    The class of the highest logit with Gumbel noise, `argmax_k z_k − log E_k` with exponentially
+    distributed `E_k`: class k comes out with its probability. Only one block of logits exists at a
+    time; there is one matrix product.
+
+    The noise of a class is a function of the key, the token's number in `[*tokens]` (row by row)
+    and the class number, on any mesh and however the work is cut: `E_k = −log1p(−u)`, where u
+    consists of the 64 bits that Threefry-2x32 makes of (token, class) under two words drawn from
+    the key. So a key gives the same sample for any chunk size, layout and platform, unless two
+    classes are so near to each other that the rounding of their logits decides. The probability of
+    a class is right to the rounding of `z_k − log E_k`, about 1e-7 times its size, as long as it is
+    above 2⁻⁶⁴.
+
+    Args:
+      key: one key of `jax.random`, of any kind. Inside `jax.shard_map` tokens are numbered from 0
+        on every device: where it shards tokens, give each device a key of its own, such as
+        `jax.random.fold_in(key, jax.lax.axis_index("data"))`; along `axis_name` the key must be the
+        same. Under `jax.vmap` too, each call needs its own key.
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
+      top_k: draw from this many most probable classes (those of `linear_top_k`) alone; None for
+        all.
+      bias: `[V]`; −inf excludes a class: it is never drawn.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      temperature: divides the (capped) logits; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
+        `linear_softmax_cross_entropy`); the labels drawn are global class numbers.
+      transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
+      chunk_size: classes in a block (see `linear_log_probs`).
+      precision: of the matrix product, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix product (see `linear_loss`).
+
+    Returns:
+      `Sample` of arrays `[*tokens]`: `labels` in int32, and their `log_probs` in float32 (float64
+      for float64 products) in the distribution they are drawn from: with the soft cap, the
+      temperature and, with `top_k`, normalized over those classes. A token with NaN or +inf among
+      its logits, or all of them at −inf, has no distribution: label −1, log-probability NaN.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype, or a derivative is asked for.
+      ValueError: an argument of the wrong shape or value.
+
+    Not differentiable, in any mode: give it `jax.lax.stop_gradient` of its arguments, and take
+    `linear_log_probs` of the labels drawn.
+
+    Temporary memory, beyond arguments and results, in bytes, with N tokens and blocks of b classes:
+
+        any operands   12·N·b
+
+    On a CPU a smaller last block adds `8·N·(V mod b)`. With `top_k` it is that of `linear_top_k`,
+    and as much for the last block.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel = jnp.ones((4, 1)), jnp.log(jnp.array([[0.5, 0.0, 0.5]]))
+      >>> drawn = jaxsoftmax.linear_sample(jax.random.key(0), hidden, kernel)
+      >>> print(drawn.labels, jnp.exp(drawn.log_probs))
+      [2 0 0 2] [0.5 0.5 0.5 0.5]
+    """
+    name = "linear_sample"
+    key = _checks.as_key(name, "key", key)
+    head = as_head(
+        name,
+        hidden,
+        kernel,
+        bias=bias,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+    _checks.check_whole_classes(name, head.axis_name, {"key": key})
+    if top_k is not None:
+        _checks.check_classes(name, "top_k", top_k, head.classes)
+        top_k = int(top_k)
+    transform = as_transform(name, soft_cap, temperature)
+    with jax.named_scope(f"jaxsoftmax.{name}"):
+        return sample(top_k, head, transform, key, chunk_size)

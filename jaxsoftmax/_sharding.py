@@ -187,6 +187,23 @@ def maximum_over(axis_name: AxisName, x: jax.Array) -> jax.Array:
     return lax.pmax(lax.stop_gradient(x), axis_name)
 
 
+def all_devices(axis_name: AxisName, x: jax.Array) -> jax.Array:
+    """`x` of all devices along manual mesh axes, one after the other along the last axis."""
+    return lax.all_gather(x, axis_name, axis=x.ndim - 1, tiled=True, to="invarying")
+
+
+def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of rows that are whole on their device; XLA for CPUs would gather them all."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return lax.top_k(x, k)
+    spec = PartitionSpec(*sharding.spec[:-1], None)
+    local: Any = jax.shard_map(
+        lambda x: tuple(lax.top_k(x, k)), mesh=sharding.mesh, in_specs=spec, out_specs=(spec, spec)
+    )
+    return local(x)
+
+
 def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
     """`vector[index]`, sharded as the index is."""
     sharding, of_vector = (jax.typeof(x).sharding for x in (index, vector))

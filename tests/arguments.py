@@ -43,8 +43,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "linear_softmax_cross_entropy": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
     "linear_log_probs": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
+    "linear_top_k": {"hidden": HIDDEN, "kernel": KERNEL, "k": 3},
+    "linear_sample": {"key": KEY, "hidden": HIDDEN, "kernel": KERNEL},
     "check_labels": {"labels": LABELS, "num_classes": 16},
 }
+# Those whose results are class numbers have no derivative.
+CHOICES = ("linear_top_k", "linear_sample")
+DIFFERENTIABLE = [name for name in RIGHT if name not in {*CHOICES, "check_labels"}]
 # The first of its arrays.
 ARRAY = {
     name: next(a for a in ("x", "a", "logits", "hidden", "labels") if a in least)
@@ -101,6 +106,12 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
     "linear_log_probs": [
         {**_head, **_transform, "with_entropy": True},
         {**_embedding, "compute_dtype": jnp.dtype(jnp.bfloat16)},
+    ],
+    "linear_top_k": [{**_head, **_transform, "k": 16}, _embedding],
+    "linear_sample": [
+        {**_head, **_transform, "top_k": 16},
+        {**_embedding, "key": jax.random.PRNGKey(0), "top_k": 1},
+        {"key": jax.random.key(0, impl="rbg"), "top_k": None},
     ],
     "check_labels": [{"labels": LABELS - 100, "ignore_index": -100}, {"labels": 3}],
 }
@@ -472,6 +483,25 @@ def _axis_name() -> Iterator[Wrong]:
         yield Wrong("axis_name", value, ValueError, f"{said} {value!r}")
 
 
+def _number_of_classes(name: str, *, optional: bool = False) -> Iterator[Wrong]:
+    yield from _count(name, optional=optional)
+    expected = f"{name} must be at most the number of classes, 16; got 17"
+    yield Wrong(name, 17, ValueError, expected)
+
+
+def _key() -> Iterator[Wrong]:
+    yield from _array("key")
+    yield from _integer_of_any_size("key")
+    said = "key must be a key of jax.random; got"
+    for value, came in ((0, "int32[]"), (X, "float32[8,16]"), (LABELS, "int32[8]")):
+        yield Wrong("key", value, TypeError, f"{said} {came}")
+    said = "key must be one key; got"
+    yield Wrong("key", jax.random.split(KEY), ValueError, f"{said} key<fry>[2]")
+    yield Wrong("key", np.zeros((3, 2), np.uint32), ValueError, f"{said} uint32[3,2]")
+    yield Wrong("key", np.uint32(7), ValueError, f"{said} uint32[]")
+    yield Wrong("key", np.zeros(3, np.uint32), ValueError, f"{said} uint32[3]")
+
+
 _of_tokens = list(_token_labels("the tokens of hidden"))
 _of_classes = [*_ignore_index(), *_class_weights()]
 _of_head = [*_linear(), *_of_tokens]
@@ -492,5 +522,13 @@ WRONG: dict[str, list[Wrong]] = {
     "linear_loss": [*_linear(), *_reduction(), *_loss_fn(), *_token_args(), *_axis_name()],
     HEAD: [*_of_head, *_reduction(), *_options(), *_of_classes, *_gradients(), *_axis_name()],
     "linear_log_probs": [*_of_head, *_transforms(), *_flag("with_entropy"), *_axis_name()],
+    "linear_top_k": [*_linear(), *_transforms(), *_number_of_classes("k"), *_axis_name()],
+    "linear_sample": [
+        *_linear(),
+        *_transforms(),
+        *_number_of_classes("top_k", optional=True),
+        *_key(),
+        *_axis_name(),
+    ],
     "check_labels": [*_check_labels()],
 }

@@ -26,6 +26,8 @@ TOKEN, WIDTH, CLASS = 13, 7, 11
 ROLES = ("logits", "hidden", "kernel", "numbers")
 SMALL = (8, 4 * TOKEN, 8 * WIDTH, 64 * CLASS)  # batch, sequence, H, V
 LARGE = (8, 512 * TOKEN, 128 * WIDTH, 4096 * CLASS)
+# XLA for TPUs takes minutes to compile a large sort.
+MIDDLE = (8, 64 * TOKEN, 128 * WIDTH, 512 * CLASS)
 PASSES = {"in_forward": 1, "recompute": 2}
 both_ways = pytest.mark.parametrize("gradients", PASSES)
 # Each kind of axis at least once; the others are left to the wide run.
@@ -61,6 +63,50 @@ def specs(layout):
 def found_in(mesh, layout, function, sizes):
     dtype = jnp.bfloat16 if mesh.devices.flat[0].platform == "tpu" else jnp.float32
     return collectives(compiled_for(mesh, layout, function, sizes, dtype).as_text() or "")
+
+
+def found_in_choices(mesh, layout, sizes, name):
+    """Of `CHOICES[name]` of hidden and kernel, which has no gradient."""
+    dtype = jnp.bfloat16 if mesh.devices.flat[0].platform == "tpu" else jnp.float32
+    batch, sequence, width, classes = sizes
+    with jax.set_mesh(mesh):
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, spec in zip(
+                ((batch, sequence, width), (width, classes)), specs(layout)[:2], strict=True
+            )
+        ]
+        traced = jax.jit(CHOICES[name]).trace(*arguments)
+        program = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)).compile()
+    return collectives(program.as_text() or "")
+
+
+CHOICES: dict[str, Any] = {
+    "top-k": functools.partial(jaxsoftmax.linear_top_k, k=3),
+    "sample": functools.partial(jaxsoftmax.linear_sample, np.zeros(2, np.uint32)),
+    "sample of the top-k": functools.partial(
+        jaxsoftmax.linear_sample, np.zeros(2, np.uint32), top_k=3
+    ),
+}
+every_choice = pytest.mark.parametrize("choice", CHOICES)
+
+
+def check_choices(mesh, name, sizes, choice):
+    """The kernel gathered once where it must be; of tokens no more than a few numbers, once."""
+    layout = LAYOUTS[name]
+    found = found_in_choices(mesh, layout, sizes, choice)
+    listed = "\n".join(map(str, found))
+    found = [one for one in found if one.kind != "collective-permute" or one.bytes > 16]
+    assert not any(one.in_loop for one in found), listed
+    roles = [role(dims) for one in found for dims in one.dims]
+    width, classes = layout.kernel
+    assert roles.count("kernel") <= bool(width or classes != layout.classes), listed
+    assert set(roles) <= {"kernel", "numbers"}, listed
+    tokens, shards = math.prod(sizes[:2]), mesh.size
+    most = 4 * tokens * 3 * shards  # k candidates of each shard
+    assert all(one.bytes <= 3 * most for one in found if role(one.dims[0]) != "kernel"), listed
+    # Sums and candidates, where the classes are sharded; nothing at all of tokens elsewhere.
+    assert ("numbers" in roles) == bool(layout.classes), listed
 
 
 def role(dims: tuple[int, ...]) -> str:
@@ -137,6 +183,12 @@ def test_shard_map_on_cpus(name, gradients):
     check_head(mesh, layout, gradients, chunk=TOKEN, sizes=SMALL, by_hand=True)
 
 
+@every_choice
+@pytest.mark.parametrize("name", over(LAYOUTS))
+def test_choices_on_an_explicit_mesh_of_cpus(name, choice):
+    check_choices(mesh_of(AxisType.Explicit), name, SMALL, choice)
+
+
 @functools.cache
 def tpu_mesh(topology, kind=AxisType.Explicit):
     devices = tpu_devices(topology)
@@ -149,6 +201,17 @@ def tpu_mesh(topology, kind=AxisType.Explicit):
 def test_an_explicit_mesh_of_tpus(name, gradients):
     topology = "v5e:4x4" if name == "hybrid" else "v5e:2x4"
     check_head(tpu_mesh(topology), LAYOUTS[name], gradients, chunk=32 * TOKEN, sizes=LARGE)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [pytest.param(c, marks=[pytest.mark.wide] * (c != "sample of the top-k")) for c in CHOICES],
+)
+@pytest.mark.parametrize("name", over(FEW, {"fsdp and vocabulary"}))
+def test_choices_on_meshes_of_tpus(name, choice):
+    """Explicit and automatic."""
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        check_choices(tpu_mesh("v5e:2x4", kind), name, MIDDLE, choice)
 
 
 def test_data_and_vocabulary_on_an_automatic_mesh_of_tpus():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arguments import ARRAY, HEAD, INTEGER, LABELS, MORE_RIGHT, RIGHT, WRONG, X, call
+from arguments import ARRAY, CHOICES, HEAD, INTEGER, LABELS, MORE_RIGHT, RIGHT, WRONG, X, call
 
 import jaxsoftmax
 from jaxsoftmax import forward_mode
@@ -125,6 +125,8 @@ def test_no_rows_are_no_error(name):
         (HEAD, "chunk_size", 3),
         ("linear_log_probs", "with_entropy", True),
         ("linear_loss", "transpose_kernel", False),
+        ("linear_top_k", "k", 3),
+        ("linear_sample", "top_k", 3),
     ],
 )
 def test_what_decides_what_is_computed_cannot_be_traced(name, argument, value):
@@ -134,7 +136,8 @@ def test_what_decides_what_is_computed_cannot_be_traced(name, argument, value):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in RIGHT if name not in {"softmax_jacobian", "check_labels"}]
+    "name",
+    [name for name in RIGHT if name not in {"softmax_jacobian", "check_labels", *CHOICES}],
 )
 def test_forward_mode_alone_says_what_to_do(name):
     f = lambda x: call(name, **{ARRAY[name]: x})  # noqa: E731

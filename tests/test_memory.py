@@ -9,6 +9,7 @@ import re
 import heads
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import on_device
 from heads import both_ways
@@ -44,6 +45,7 @@ def measured(target: str, heads: list[Head], orders: int = 2) -> dict[tuple[Head
     with pytest.MonkeyPatch.context() as patch, one_device("one CPU device"):
         patch.setattr(contenders, "HEAD", ORDERS[:orders])
         patch.setattr(contenders, "VARIANTS", ())
+        patch.setattr(contenders, "CHOICES", ())
         section = memory.measure(heads, [target])
     return {
         (head_of(case), row["name"]): row["temp_bytes"]
@@ -102,6 +104,59 @@ def test_for_tpu(head):
     if head == TPU[0]:  # plain optax: 8.4 GB
         assert in_forward <= 6e9
         assert recompute[0] <= 0.36e9  # a v5p's holds d_hidden twice
+
+
+def choices_compiled(head: Head, k: int, device=None) -> dict[str, int]:
+    """The temporary bytes of top-k, of a sample, and of a sample of the top-k."""
+    calls = {
+        "top-k": functools.partial(jaxsoftmax.linear_top_k, k=k),
+        "sample": functools.partial(jaxsoftmax.linear_sample, np.zeros(2, np.uint32)),
+        "both": functools.partial(jaxsoftmax.linear_sample, np.zeros(2, np.uint32), top_k=k),
+    }
+    placed = device and jax.sharding.SingleDeviceSharding(device)
+    shapes = (head.tokens, head.hidden), (head.hidden, head.classes)
+    arguments = [jax.ShapeDtypeStruct(s, head.dtype.value, sharding=placed) for s in shapes]
+    platform = device.platform if device else "cpu"
+    with one_device("one CPU device"):
+        lowered = {
+            name: jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,))
+            for name, f in calls.items()
+        }
+        return {name: timing.temporary_bytes(one.compile()) for name, one in lowered.items()}
+
+
+@pytest.mark.parametrize("head", [CPU[1], *every_other_wide(CPU)[3:]], ids=str)
+def test_choices_on_cpu(head):
+    k = 100
+    found = choices_compiled(head, k)
+    of_top_k, of_sample = formula.top_k(head, k, "cpu"), formula.sample(head, "cpu")
+    rest = 4 * head.tokens * (head.classes % formula.block(head, "cpu"))
+    for name, expected in (("top-k", of_top_k), ("sample", of_sample), ("both", of_top_k + rest)):
+        assert found[name] == pytest.approx(expected, rel=0.1), name
+
+
+@pytest.mark.wide
+def test_choices_for_tpu():
+    head = Head(4096, 2048, 131072, Dtype.BFLOAT16)
+    (device,) = tpu_devices(memory.TPUS["v5p"])[:1]
+    most = 32 * head.tokens * formula.block(head, "tpu")
+    assert all(size <= most for size in choices_compiled(head, 256, device).values())
+
+
+def test_the_formula_of_choices_is_that_of_the_docstrings():
+    """Where there is no CPU."""
+    head, k = CPU[1], 100
+    sizes = {"N": head.tokens, "b": formula.block(head, "gpu"), "k": k}
+    for function, expected in (
+        (jaxsoftmax.linear_top_k, formula.top_k(head, k, "gpu")),
+        (jaxsoftmax.linear_sample, formula.sample(head, "gpu")),
+    ):
+        (terms,) = re.findall(r"^ +any operands +(\d.*)$", function.__doc__ or "", re.MULTILINE)
+        factors = [term.split("·") for term in terms.split(" + ")]
+        stated = sum(
+            math.prod(sizes[f] if f in sizes else int(f) for f in term) for term in factors
+        )
+        assert stated == expected
 
 
 def test_logits_made_inside_a_program_are_overwritten_by_their_gradient():

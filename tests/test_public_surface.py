@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arguments import ARRAY, RIGHT, call
+from arguments import ARRAY, CHOICES, DIFFERENTIABLE, RIGHT, call
 from programs import run
 
 import jaxsoftmax
@@ -42,12 +42,11 @@ DROP_INS = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
     "softmax_cross_entropy_with_integer_labels": optax.softmax_cross_entropy_with_integer_labels,
 }
-FUNCTIONS = [name for name in jaxsoftmax.__all__ if name != "LogProbs"]
-DIFFERENTIABLE = [name for name in FUNCTIONS if name != "check_labels"]
+FUNCTIONS = [n for n in jaxsoftmax.__all__ if inspect.isfunction(getattr(jaxsoftmax, n))]
 HEADS = [name for name in FUNCTIONS if name.startswith("linear")]
 
 public = pytest.mark.parametrize("name", FUNCTIONS)
-differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
+computed = pytest.mark.parametrize("name", [*DIFFERENTIABLE, *CHOICES])
 on_logits = pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if n not in HEADS])
 source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -82,7 +81,9 @@ def test_the_document_is_a_contract(name):
     sections = ["Args:", "Returns:", "Raises:", "Differentiable in", "Example:"]
     if "log_probs" in name:
         sections[3] = "Every field is differentiable in"
-    if name not in DIFFERENTIABLE:
+    if name in CHOICES:
+        sections[3] = "Not differentiable, in any mode:"
+    elif name not in DIFFERENTIABLE:
         del sections[3]
     positions = [document.find(f"\n{section}") for section in sections]
     assert -1 not in positions
@@ -227,7 +228,7 @@ def test_an_import_has_no_side_effects():
     assert done.returncode == 0, done.stderr
 
 
-@differentiable
+@computed
 def test_named_scope_in_the_lowered_program(name):
     f, x = of_array(name)
     text = jax.jit(f).lower(x).as_text(debug_info=True)

@@ -275,6 +275,58 @@ def test_which_options_may_be_traced_and_differentiated():
         jax.jit(lambda i: integer(X, LABELS, ignore_index=i))(3)
 
 
+@row("order of `linear_top_k`")
+def test_order_of_top_k():
+    found = jaxsoftmax.linear_top_k(X, jnp.eye(4), 4)
+    np.testing.assert_array_equal(found.labels, [[3, 0, 2, 1], [1, 2, 0, 3]])
+    want = np.stack([-truth(labels=found.labels[:, i]) for i in range(4)], axis=-1)
+    np.testing.assert_allclose(found.log_probs, want, rtol=ULPS)
+    left_out = jaxsoftmax.linear_top_k(X, jnp.eye(4), 4, bias=jnp.array([0, -INF, -INF, 0]))
+    np.testing.assert_array_equal(left_out.labels, [[3, 0, 1, 2], [0, 3, 1, 2]])
+    assert (left_out.log_probs[:, 2:] == -INF).all()
+    for bad in (INF, math.nan):
+        bias = jnp.array([0, 0, 0, bad])
+        assert np.isnan(jaxsoftmax.linear_top_k(X, jnp.eye(4), 2, bias=bias).log_probs).all()
+
+
+@row("what `linear_sample` draws from")
+def test_what_a_sample_is_drawn_from():
+    n = 4000
+    x = jnp.broadcast_to(X[1], (n, 4))
+    draw: Any = partial(jaxsoftmax.linear_sample, jax.random.key(0), x, jnp.eye(4))
+    for options, z in (
+        ({}, Z[1]),
+        ({"temperature": 4.0}, Z[1] / 4),
+        ({"top_k": 2}, np.where([False, True, True, False], Z[1], -INF)),
+    ):
+        p = np.exp(z) / np.exp(z).sum()
+        drawn = draw(**options)
+        share = np.bincount(drawn.labels, minlength=4) / n
+        assert (np.abs(share - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()  # one key in 5000 fails
+        np.testing.assert_allclose(drawn.log_probs, np.log(p[drawn.labels]), rtol=ULPS, atol=ULPS)
+    for bad in (jnp.array([0, 0, 0, INF]), jnp.array([math.nan, 0, 0, 0]), jnp.full(4, -INF)):
+        drawn = draw(bias=bad)
+        assert (drawn.labels == -1).all()
+        assert np.isnan(drawn.log_probs).all()
+
+
+@row("derivative of `linear_top_k` and `linear_sample`")
+def test_derivative_of_top_k_and_sample():
+    calls: list[Any] = [
+        partial(jaxsoftmax.linear_top_k, k=2),
+        partial(jaxsoftmax.linear_sample, jax.random.key(0)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="linear_log_probs"):
+            jax.grad(lambda x, call=call: call(x, jnp.eye(4)).log_probs.sum())(X)
+
+        def log_prob(x, call=call):
+            labels = call(jax.lax.stop_gradient(x), jnp.eye(4)).labels.reshape(2, -1)[:, 0]
+            return jaxsoftmax.linear_log_probs(x, jnp.eye(4), labels).log_probs.sum()
+
+        assert (jax.grad(log_prob)(X) != 0).all()
+
+
 @row("dense labels")
 def test_dense_labels():
     y = np.array([0.5, 0.0, 1.0, 2.0])  # for both examples

@@ -44,6 +44,10 @@ class Entry(NamedTuple):
     """Left out in float32, where another row computes the same."""
     whole: bool = False
     """The function returns value and gradients itself: it is left out of a forward pass."""
+    forward: bool = False
+    """The function has no gradient: it is left out elsewhere than in a forward pass."""
+    beside: str = OURS
+    """Whose time is divided by its own."""
     jax: bool = True
     """The function can be compiled by JAX."""
     kernel: Kernel = Kernel.KERNEL
@@ -92,6 +96,14 @@ HEAD = (
 # Ours again with options: what they cost.
 OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
 
+# Which classes: the 64 most probable of each token, and one drawn.
+CHOICES = (
+    Entry("jaxsoftmax, top-k", "ours", "top_k", forward=True),
+    Entry("top-k of logits", "with_jax_nn", "top_k", forward=True, beside="jaxsoftmax, top-k"),
+    Entry("jaxsoftmax, sample", "ours", "sample", forward=True),
+    Entry("sample of logits", "with_jax_nn", "sample", forward=True, beside="jaxsoftmax, sample"),
+)
+
 # Ours again, where programs are only compiled: the other order, and kernels of another form.
 VARIANTS = (
     Entry("jaxsoftmax, in forward", "ours", "head_in_forward"),
@@ -110,6 +122,10 @@ NOTES = {
     "jaxsoftmax, tied": "with an embedding [V, H] as the kernel",
     "jaxsoftmax, float32 kernel": "multiplied in the dtype of hidden",
     "jaxsoftmax, three options": "with label smoothing, a z-loss and a soft cap",
+    "jaxsoftmax, top-k": "the 64 most probable classes, which have no gradient",
+    "top-k of logits": "lax.top_k of all logits, and their log-sum-exp",
+    "jaxsoftmax, sample": "a class drawn for each token, which has no gradient",
+    "sample of logits": "jax.random.categorical of all logits, and its log-probability",
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",

@@ -5,6 +5,8 @@ import jax
 
 import jaxsoftmax
 
+TOP = 64  # classes of each token
+
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 dense_labels = jaxsoftmax.softmax_cross_entropy
 
@@ -48,3 +50,14 @@ def head_of_parameters(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) 
     return jaxsoftmax.linear_softmax_cross_entropy(
         hidden, kernel, labels, compute_dtype=hidden.dtype
     )
+
+
+def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jaxsoftmax.TopK:
+    """Find the most probable classes."""
+    del labels
+    return jaxsoftmax.linear_top_k(hidden, kernel, min(TOP, kernel.shape[1]))
+
+
+def sample(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jaxsoftmax.Sample:
+    """Draw a class by a key that is made of a label, so that nothing is known before the call."""
+    return jaxsoftmax.linear_sample(jax.random.key(labels[0]), hidden, kernel)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users write with jax.nn alone: the log-softmax, then the labels' share of it."""
+"""What users write with JAX alone: the log-softmax, then the labels' share of it; a choice."""
 
 import jax
 import jax.numpy as jnp
+
+TOP = 64  # classes of each token
 
 
 def integer_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -14,3 +16,18 @@ def integer_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def dense_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Sum minus the log-probabilities weighted by the labels."""
     return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
+
+
+def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Find the most probable classes."""
+    del labels
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+    highest, classes = jax.lax.top_k(logits, min(TOP, kernel.shape[1]))
+    return highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True), classes
+
+
+def sample(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw a class by a key that is made of a label."""
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+    drawn = jax.random.categorical(jax.random.key(labels[0]), logits)
+    return drawn, -integer_labels(logits, drawn)

@@ -154,11 +154,19 @@ def _log_probs(with_entropy, chunk_size, head, labels, where, transform):  # noq
 
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
+    plans = block_plans(spec, chunk_size, head)
+    counted = _order(head, _pieces(head), [plan.rows for plan in plans], uniform=False)
+    operands = vocabulary_blocks.Operands(
+        head.hidden, head.kernel, head.bias, transform, of_spread, index
+    )
+    return vocabulary_blocks.linear_statistics(plans, operands, counted)
+
+
+def block_plans(spec: StatisticsSpec, chunk_size: int | None, head: Head) -> ByPlatform:
+    """How a head goes over blocks of classes."""
     sharding, blocks = _class_blocks(head, chunk_size)
-    pieces = _pieces(head)
-    rows = sizes.rows(_tokens_and_classes(head)[0], pieces or 1)
-    counted = _order(head, pieces, rows, uniform=False)
-    small = sizes.is_small(*_tokens_and_classes(head))
+    tokens, classes = _tokens_and_classes(head)
+    rows, small = sizes.rows(tokens, _pieces(head) or 1), sizes.is_small(tokens, classes)
     # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
     on_cpu = spec._replace(from_label=False), in_bits(head.kernel.dtype)
     elsewhere = on_cpu if small else (spec, False)
@@ -167,14 +175,10 @@ def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # 
         of_spec = head.products, spec, sharding, head.axis_name, in_bits
         return vocabulary_blocks.Plan(block, rows, in_rows, *of_spec)
 
-    plans = ByPlatform(
+    return ByPlatform(
         plan(blocks.cpu, rows.cpu, True, *on_cpu),
         plan(blocks.other, rows.other, small, *elsewhere),
     )
-    operands = vocabulary_blocks.Operands(
-        head.hidden, head.kernel, head.bias, transform, of_spread, index
-    )
-    return vocabulary_blocks.linear_statistics(plans, operands, counted)
 
 
 def _closed(

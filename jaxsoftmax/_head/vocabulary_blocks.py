@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear head by blocks of classes: the statistics of each token, for any cotangents."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ def _forward(plan, operands, counted):
     if few is not None:
         sums = _again(plan, operands, sums, far)
     if plan.sharding.class_shards > 1:
-        sums = _merged(sums, 1)
+        sums = merged(sums, 1)
     return sums if plan.axis_name is None else merge_shards(plan.axis_name, sums)
 
 
@@ -218,7 +219,7 @@ def _from_maximum(plan, operands):
 
     def merge(sums, own):
         both = jax.tree.map(lambda *pair: jnp.stack(pair), sums, own)
-        return _merged(both, 0)
+        return merged(both, 0)
 
     def of_block(raw, transform, labels, first, weights):
         return block_sums(spec, raw, transform, labels, first, weights)
@@ -244,26 +245,43 @@ def _summed_at(plan, operands, m, *, beside_label):
 
 def _summed(plan, operands, of_block, merge, least):
     """`of_block` of every block's raw logits, merged one after the other; m begins with `least`."""
-    sharding = plan.sharding
-    operands = _by_shard(plan, operands)
-    hidden = plan.products.operand(operands.hidden)
     labels = _per_row(plan, operands.labels)
-    axes = manual_axes(*jax.tree.leaves(operands))
-    shape = (hidden.shape[0], *((sharding.class_shards,) if sharding.class_shards > 1 else ()))
-    zeros = varying(jnp.zeros(shape, accumulation_dtype(plan.products.dtype)), axes)
-    zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
 
-    def step(sums, start, size):
-        raw = _block_logits(plan, operands, hidden, start, size)
-        weights = _part(operands.weights, start, size)
-        first = _first_class(plan, operands, start)
+    def step(sums, raw, first, weights):
         return merge(sums, of_block(raw, operands.transform, labels, first, weights))
 
+    sharding = plan.sharding
+    axes = manual_axes(*jax.tree.leaves(operands))
+    shards = (sharding.class_shards,) if sharding.class_shards > 1 else ()
+    shape = (operands.hidden.shape[0], *shards)
+    zeros = varying(jnp.zeros(shape, accumulation_dtype(plan.products.dtype)), axes)
+    zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
     none = BlockSums(*(zeros if wanted else None for wanted in _wanted(plan.spec)))
-    return _over_blocks(plan, step, none._replace(m=zeros + least), operands)
+    return over_logits(plan, operands, step, none._replace(m=zeros + least))
 
 
-def _merged(sums, axis):
+def over_logits(
+    plan: Plan, operands: Operands, step: Callable[..., Any], carry: Any, apart: int = 0
+) -> Any:
+    """`step(carry, raw, first, weights)` of every block's raw logits, one after the other.
+
+    `first` is the number of the block's first class (of each shard), `weights` its part of them.
+    The first `apart` classes of a shard, or all, are a block of their own, before the loop.
+    """
+    operands = _by_shard(plan, operands)
+    hidden = plan.products.operand(operands.hidden)
+
+    def of_block(carry, start, size):
+        raw = _block_logits(plan, operands, hidden, start, size)
+        weights = _part(operands.weights, start, size)
+        return step(carry, raw, _first_class(plan, operands, start), weights)
+
+    apart = min(apart, operands.kernel.shape[_class_axis(plan)])
+    carry = of_block(carry, 0, apart) if apart else carry
+    return _over_blocks(plan, of_block, carry, operands, apart)
+
+
+def merged(sums: BlockSums, axis: int) -> BlockSums:
     """Merges the blocks along an axis of the sums."""
     max_over = partial(jnp.max, axis=axis, keepdims=True)
     return merge_blocks(sums, max_over, partial(jax.tree.map, partial(jnp.sum, axis=axis)))
@@ -450,16 +468,16 @@ def _first_class(plan, operands, start):
     return first + plan.sharding.resharded(of_shards, None, plan.sharding.classes)
 
 
-def _over_blocks(plan, step, carry, operands):
+def _over_blocks(plan, step, carry, operands, begin=0):
     """`step(carry, start, size)` over a shard's classes: full blocks in a loop, then the rest."""
-    whole, rest = divmod(operands.kernel.shape[_class_axis(plan)], plan.block)
+    whole, rest = divmod(operands.kernel.shape[_class_axis(plan)] - begin, plan.block)
     if whole:
         carry = lax.scan(
-            lambda carry, i: (step(carry, i * plan.block, plan.block), None),
+            lambda carry, i: (step(carry, begin + i * plan.block, plan.block), None),
             carry,
             jnp.arange(whole, dtype=jnp.int32),
         )[0]
-    return step(carry, whole * plan.block, rest) if rest else carry
+    return step(carry, begin + whole * plan.block, rest) if rest else carry
 
 
 def _block_logits(plan, operands, hidden, start, size):
