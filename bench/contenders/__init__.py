@@ -92,6 +92,14 @@ HEAD = (
 # Ours again with options: what they cost.
 OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
 
+# Those that leave out the tokens that are labelled `cases.IGNORED`, and ours without that.
+WITHOUT_IGNORING = HEAD[:2]
+IGNORING = (
+    Entry(OURS, "ours", "head_ignoring"),
+    Entry("jaxsoftmax, recompute", "ours", "head_recompute_ignoring"),
+    Entry(BASELINE, "with_optax", "head_ignoring"),
+)
+
 # Ours again, where programs are only compiled: the other order, and kernels of another form.
 VARIANTS = (
     Entry("jaxsoftmax, in forward", "ours", "head_in_forward"),
