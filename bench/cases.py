@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 ROTATION_BYTES = 256 * 2**20
 MOST_COPIES = 512
 LEARNING_RATE = 0.1  # of a training step
+IGNORED = -100  # the label of a token that is ignored
 LEAD, LED = 20, 3  # of confident logits: what is added to the label's, in one of LED rows
 
 
@@ -235,6 +236,13 @@ HEADS = (
     Head(2048, 768, 50257, Dtype.FLOAT32),
     Head(2048, 512, 131072, Dtype.BFLOAT16),
 )
+
+
+def with_ignored(labels: jax.Array, fraction: float) -> jax.Array:
+    """Set the labels of that fraction of the tokens, chosen at random, to `IGNORED`."""
+    tokens = len(labels)
+    chosen = np.random.default_rng(0).permutation(tokens)[: round(fraction * tokens)]
+    return labels.at[chosen].set(IGNORED)
 
 
 def _copies(draw: Callable[[], tuple[Any, ...]], size: int) -> list[tuple[Any, ...]]:

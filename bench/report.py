@@ -37,6 +37,7 @@ SPEED_OF_MODELS = (
     "speed --op linear --dtype bfloat16 --model llama-3 --model gemma-2 --model gemma-3 "
     "--mode value-and-grad"
 )
+SPEED_OF_IGNORED = "speed --op linear --ignored 0 --ignored 0.5 --ignored 0.9"
 SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
 ON_TPUS = f"speed {' '.join(f'--target {target}' for target in cycles.CHIPS)}"
@@ -51,6 +52,7 @@ DOCUMENTS: dict[Path, Blocks] = {
         "accuracy": (ACCURACY, accuracy_tables.in_readme),
         "speed": ("speed/integer", speed_tables.ratios),
         "speed --op linear": ("speed/linear", speed_tables.over_baseline),
+        SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_readme),
         HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_readme),
         "memory": (memory.KEY, memory.in_readme),
     },
@@ -72,6 +74,7 @@ DOCUMENTS: dict[Path, Blocks] = {
         "speed --op linear": ("speed/linear", speed_tables.details),
         SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
         SPEED_OF_MODELS: (SPEED_OF_MODELS, speed_tables.details),
+        SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_docs),
         HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_docs),
         ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
         "speed --calibrate": (calibration.KEY, calibration.in_docs),
@@ -145,10 +148,14 @@ def committed() -> list[dict[str, Any]]:
 def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks) -> str:
     """Replace every block of a document by the section of each device that has it.
 
+    A block without a line stays so until a file has its section.
+
     Raises:
         ValueError: no file has a block's section, or a marker is not there exactly once.
     """
     for name, (key, lay_out) in blocks.items():
+        if replace(text, name, None) == text and not any(key in file for file in files):
+            continue
         sections = sections_of(files, key, name)
         parts = []
         for section in sections:
@@ -171,8 +178,8 @@ def sections_of(files: Sequence[dict[str, Any]], key: str, name: str) -> list[di
     return found
 
 
-def replace(text: str, name: str, content: str) -> str:
-    """Put `content` between a block's markers.
+def replace(text: str, name: str, content: str | None) -> str:
+    """Put `content` between a block's markers; None for no line at all.
 
     Raises:
         ValueError: the markers are not there once each, in order.
@@ -182,4 +189,5 @@ def replace(text: str, name: str, content: str) -> str:
     _, closed, after = rest.partition(end)
     if not closed or text.count(begin) > 1 or text.count(end) > 1:
         raise ValueError(f"expected once each, in this order: {begin} and {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
+    inside = "" if content is None else f"{content}\n"
+    return f"{before}{begin}\n{inside}{end}{after}"

@@ -30,7 +30,7 @@ PROGRAM = "python -m bench"
 # The keys that tell two rows of a section apart, where present; `name` is the contender.
 _ROW = (
     *("target", "devices", "shape", "tokens", "hidden", "classes", "dtype", "mode", "offset"),
-    *("gradients", "layout", "name"),
+    *("ignored", "gradients", "layout", "name"),
 )
 
 

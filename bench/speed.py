@@ -22,7 +22,21 @@ from bench import (
     timing,
 )
 from bench import targets as by_target
-from bench.cases import DTYPES, HEADS, LEAD, SHAPES, Case, Labels, Logits, Mode, Op, Size, choose
+from bench.cases import (
+    DTYPES,
+    HEADS,
+    LEAD,
+    SHAPES,
+    Case,
+    Head,
+    Labels,
+    Logits,
+    Mode,
+    Op,
+    Size,
+    choose,
+    with_ignored,
+)
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 PROFILED_CALLS = 3
@@ -59,6 +73,16 @@ def command(
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds a case.", show_default="by --size")
+    ] = None,
+    ignored: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--ignored",
+            min=0,
+            max=1,
+            help="With --op linear: what a head takes if this fraction of the tokens is ignored, "
+            "over the same call without ignore_index; repeatable.",
+        ),
     ] = None,
     targets: Annotated[
         list[str] | None,
@@ -130,8 +154,12 @@ def command(
         raise typer.BadParameter(
             "expected integer labels, forward or value-and-grad with it", param_hint="--target"
         )
+    if ignored:
+        _check_with_ignored(op, alone=not (modes or targets or profile))
     path = results.destination(output, by_target.FILE if targets else None)
     default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
+    if ignored:
+        default = HEADS[:1]
     if targets:
         default = by_target.HEADS if op is Op.LINEAR else by_target.LOGITS
     cases = choose(
@@ -144,6 +172,12 @@ def command(
         complete = given.keys() <= {"op", "target"} and {*targets} == {*cycles.CHIPS}
         results.keep(path, section, by_target.KEY.format(op) if complete else None)
         return
+    if ignored:
+        section = measure_ignored(cases, ignored, repeats=repeats, seconds=size.seconds)
+        section["command"] = results.command_line("speed", given)
+        tables.show(*speed_tables.ignored_in_docs(section))
+        results.keep(path, section, None)
+        return
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
     )
@@ -152,6 +186,16 @@ def command(
     complete = given.keys() <= {"op", "labels", "confident"}
     kind = op if op is Op.LINEAR else "confident" if confident else labels
     results.keep(path, section, f"speed/{kind}" if complete else None)
+
+
+def _check_with_ignored(op: Op, *, alone: bool) -> None:
+    if op is not Op.LINEAR:
+        raise typer.BadParameter("expected --op linear with it", param_hint="--ignored")
+    if not alone:
+        raise typer.BadParameter(
+            "value and gradient is timed with --ignored, and nothing else",
+            param_hint="--mode, --target, --profile",
+        )
 
 
 def logits(labels: Labels, *, confident: bool = False) -> list[Logits]:
@@ -228,6 +272,93 @@ def measure(
         "cases": timed,
         "geometric_means": compare(timed),
     }
+
+
+def measure_ignored(
+    cases: Sequence[Head],
+    fractions: Sequence[float],
+    *,
+    repeats: int | None = None,
+    seconds: float = Size.REGULAR.seconds,
+) -> dict[str, Any]:
+    """Time value and gradient of heads, without `ignore_index` and with some tokens ignored.
+
+    Args:
+        cases: what is measured.
+        fractions: of the tokens, that are ignored.
+        repeats: rounds a case; None for as many as fit in `seconds`.
+        seconds: time for a case when `repeats` is None.
+
+    Returns:
+        A section of the results file; its first cases are those without `ignore_index`.
+    """
+    timed, left_out = [], []
+    with tables.progress(len(cases)) as now:
+        for case in cases:
+            now(str(case))
+            timed += _time_ignored(case, list(dict.fromkeys(fractions)), repeats, seconds, left_out)
+            now(done=1)
+    left_out = list(dict.fromkeys(left_out))
+    tables.say(*left_out)
+    return {
+        "environment": environment.describe(),
+        "op": Op.LINEAR.value,
+        "left_out": left_out,
+        "cases": timed,
+    }
+
+
+def _time_ignored(
+    case: Head,
+    fractions: list[float],
+    repeats: int | None,
+    seconds: float,
+    left_out: list[str],
+) -> list[dict[str, Any]]:
+    mode, rotation = Mode.VALUE_AND_GRAD, case.inputs()
+    call = timing.caller(rotation)
+
+    def ready(entries: Sequence[contenders.Entry]) -> dict[str, Ready]:
+        found, lines = contenders.load(entries, case.dtype)
+        left_out.extend(lines)
+        return _prepare(case, mode, found, rotation[0], call, left_out=left_out)
+
+    ignoring = ready(contenders.IGNORING)
+    named = {None: ready(contenders.WITHOUT_IGNORING), **dict.fromkeys(fractions, ignoring)}
+    programs = {
+        f"{fraction} {name}": _of_labels(place, one.program)
+        for place, (fraction, of_fraction) in enumerate(named.items())
+        for name, one in of_fraction.items()
+    }
+    for i, (hidden, kernel, labels) in enumerate(rotation):
+        rotation[i] = hidden, kernel, labels, *(with_ignored(labels, one) for one in fractions)
+    timings = timing.interleave(programs, call, rounds=repeats, seconds=seconds)
+    base = {name: timings[f"{None} {name}"].median_s for name in named[None]}
+
+    def row(fraction: float | None, name: str, one: Ready) -> dict[str, Any]:
+        taken = timings[f"{fraction} {name}"]
+        return {
+            "name": name,
+            **taken._asdict(),
+            "compile_s": one.compile_s,
+            "temp_bytes": one.temp_bytes,
+            "of_base": taken.median_s / base.get(name, base[contenders.OURS]),
+        }
+
+    of_case = {**case._asdict(), "shape": case.shape, "mode": mode.value}
+    return [
+        {
+            **of_case,
+            "ignored": fraction,
+            "contenders": [row(fraction, name, one) for name, one in of_fraction.items()],
+        }
+        for fraction, of_fraction in named.items()
+    ]
+
+
+def _of_labels(place: int, program: timing.Program) -> timing.Program:
+    """The program of `(hidden, kernel, labels)`, that takes its labels from several."""
+    return lambda hidden, kernel, *labels: program(hidden, kernel, labels[place])
 
 
 class Ready(NamedTuple):

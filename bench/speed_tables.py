@@ -121,6 +121,41 @@ def over_baseline(section: dict[str, Any]) -> list[Table]:
     return [Table(headings, tables.by_contender(cases, cell), notes, words=1)]
 
 
+def ignored_in_readme(section: dict[str, Any]) -> list[Table]:
+    """Lay out for the README what heads take whose tokens are ignored, without the times."""
+    return _of_ignored(section, times=False)
+
+
+def ignored_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay out for the terminal and docs/benchmarks.md what heads take whose tokens are ignored."""
+    return _of_ignored(section, times=True)
+
+
+def _of_ignored(section: dict[str, Any], *, times: bool) -> list[Table]:
+    def cell(row: dict[str, Any], _: dict[str, Any]) -> str:
+        taken = f"{milliseconds(row['median_s'])} ± {_spread(row)}, " if times else ""
+        return f"{taken}{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
+
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for case in section["cases"]:
+        fraction = case["ignored"]
+        column = "no ignore_index" if fraction is None else f"{100 * fraction:g} % ignored"
+        groups.setdefault(f"{case['shape']} {case['dtype']}", {})[column] = case
+    rows = [
+        ["" if place else head, *row]
+        for head, columns in groups.items()
+        for place, row in enumerate(tables.by_contender([*columns.values()], cell))
+    ]
+    notes = (
+        f"Each cell: {'the median in ms, the quartile farther from it, ' * times}the time of value "
+        f"and gradient over that without ignore_index (of {BASELINE}: over that of {OURS}), "
+        "temporary memory. The ignored tokens are chosen at random.",
+        contenders.explain(contenders.names(section["cases"])),
+        tables.origin(section),
+    )
+    return [Table(["head", "by", *next(iter(groups.values()))], rows, notes)]
+
+
 def details(section: dict[str, Any]) -> list[Table]:
     """Lay a section out for docs/benchmarks.md: every median, with its fraction of the roof."""
     modes = list(dict.fromkeys(case["mode"] for case in section["cases"]))

@@ -63,7 +63,9 @@ def linear_loss(
         infinity in its `hidden`, `token_args`, loss or gradient never enters a sum. The derivative
         by that weight is the token's loss, or 0 if anything of the token is not finite. (The
         gradient of what `loss_fn` closes over is summed over tokens by `loss_fn`'s own derivative:
-        where `hidden` and `token_args` are finite, the loss and that derivative must be too.)
+        where `hidden` and `token_args` are finite, the loss and that derivative must be too.) Such
+        tokens cost nothing: chunks without a token that counts are not computed, unless the
+        weights are differentiated.
       reduction: "mean" is Σ weights·loss / Σ weights (0 if every weight is 0), "sum", or None for
         the weighted losses `[*tokens]`.
       denominator: a scalar that replaces Σ weights in the mean.
@@ -75,7 +77,8 @@ def linear_loss(
       chunk_size: the most tokens in a chunk, `c`; chunks have equal sizes, and any number of tokens
         fits. By default as many as keep a chunk's float32 logits under 56 MiB where the program is
         lowered for a CPU, and 512 MiB elsewhere, but from 256 to 4096; elsewhere several chunks are
-        multiples of 256, or of a smaller power of two where that would add 1/32 to the tokens.
+        multiples of 256, or of a smaller power of two where that would add 1/32 to the tokens. With
+        `weights`, an eighth of the tokens at most, unless that is less than 256 (512 elsewhere).
         Where an explicit mesh shards tokens or classes, `c` counts the tokens, and V the classes,
         of one device. Where an automatic mesh may shard them, `c` counts the tokens of all devices,
         and is a multiple of the number of devices, unless `chunk_size` is smaller or one chunk
@@ -183,9 +186,11 @@ def linear_softmax_cross_entropy(
       bias: `[V]`; −inf excludes a class.
       weights: `[*tokens]`, the factor of each loss. A token of weight 0 contributes nothing,
         whatever its `hidden` and label are. The derivative by that weight is the token's loss, or 0
-        if anything of the token is not finite.
+        if anything of the token is not finite. Such tokens cost nothing, as ignored ones, unless
+        the weights are differentiated.
       ignore_index: a Python integer: tokens with this label have loss 0 and gradient exactly 0,
-        whatever their `hidden` holds, and do not count in the mean.
+        whatever their `hidden` holds, and do not count in the mean. Such tokens cost nothing:
+        chunks without a token that counts are not computed (docs/performance.md).
       class_weights: `[V]`, the factor of the loss of each class, as in PyTorch.
       label_smoothing: ε in [0, 1]: the target becomes `(1 − ε)·y + ε/C` over the C classes that
         are not at −inf.
@@ -208,8 +213,8 @@ def linear_softmax_cross_entropy(
         `bias` and `class_weights` are this device's part, in the order of the devices; labels are
         global class numbers.
       transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
-      chunk_size: tokens in a chunk (see `linear_loss`), or in "recompute" classes in a block (see
-        `linear_log_probs`).
+      chunk_size: tokens in a chunk (see `linear_loss`; smaller with `ignore_index` as with
+        `weights`), or in "recompute" classes in a block (see `linear_log_probs`).
       precision: of the matrix products, as in `jax.lax.dot_general`.
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 

@@ -96,6 +96,7 @@ def sections() -> dict[str, Any]:
         patch.setattr(contenders, "HEAD", contenders.HEAD[:3] + contenders.HEAD[-1:])
         patch.setattr(contenders, "VARIANTS", contenders.VARIANTS[1:2])
         patch.setattr(contenders, "OPTIONS", ())
+        ignored = speed.measure_ignored(heads[:1], [0.0, 0.5], repeats=2)
         timed = speed.measure(heads, modes, repeats=2)
         compiled = memory.measure(heads, [memory.HERE])
     everything = list(Dtype), INTEGER, [1.0, 30.0], [0.0, 1e4]
@@ -106,6 +107,7 @@ def sections() -> dict[str, Any]:
             ("accuracy/integer", "accuracy", accuracy.measure(*everything, tokens=1, classes=5)),
             ("speed/linear", "speed --op linear", timed),
             ("memory", "memory", compiled),
+            (report.SPEED_OF_IGNORED, report.SPEED_OF_IGNORED, ignored),
             (report.SPEED_BY_MODEL, report.SPEED_BY_MODEL, timed),
             (report.MEMORY_BY_MODEL, report.MEMORY_BY_MODEL, compiled),
             ("cycles/linear", report.HEADS_ON_TPUS, estimated(Op.LINEAR, heads[1])),
@@ -403,6 +405,13 @@ WRONG = {
     "speed --size huge": "'huge' is not one of 'fast', 'regular', 'large'",
     "speed --op linear --labels dense": "takes integer labels",
     "speed --op linear --confident": "expected logits and integer labels with it",
+    "speed --ignored 0.5": "expected --op linear with it",
+    "speed --op linear --ignored 1.5": "1.5 is not in the range 0<=x<=1",
+    "speed --op linear --ignored 0.5 --mode forward": "is timed with --ignored, and nothing else",
+    "speed --op linear --ignored 0.5 --target v5e": "is timed with --ignored, and nothing else",
+    "speed --op linear --ignored 0.5 --profile x": "is timed with --ignored, and nothing else",
+    "speed --op linear --ignored 0.5 --detail": "expected --target with it",
+    "speed --calibrate --ignored 0.5": "expected no more than --target",
     "speed --target v9": "expected v5e, v5p, v6e, tpu7x; got 'v9'",
     "speed --target v5e --labels dense": "expected integer labels",
     "speed --target v5e --repeats 3": "nothing is run with --target",
@@ -529,6 +538,22 @@ def test_the_heads_of_all_contenders_agree():
     by_jax = [entry for entry in contenders.HEAD if entry.jax and not entry.whole]
     optax_first = sorted(by_jax, key=lambda entry: entry.name != "optax")
     assert_all_agree(Head(6, 5, 37, FLOAT32), optax_first, Mode.VALUE_AND_GRAD, 2e-4, 1e-6)
+
+
+def test_the_heads_that_ignore_tokens_compute_what_the_others_compute():
+    """All of them value and gradients of optax's head over the tokens that are left."""
+    hidden, kernel, labels = Head(6, 5, 37, FLOAT32).inputs()[0]
+    labels = cases.with_ignored(labels, 0.5)
+    left = np.flatnonzero(labels != cases.IGNORED)
+    assert len(left) == 3
+    plain, *_ = contenders.load(contenders.HEAD[2:3], FLOAT32)[0]
+    of_left = contenders.program(plain, Mode.VALUE_AND_GRAD, 2)
+    loss, (d_hidden, d_kernel) = of_left(hidden[left], kernel, labels[left])
+    d_hidden = jnp.zeros_like(hidden).at[left].set(d_hidden)
+    for one in contenders.load(contenders.IGNORING, FLOAT32)[0]:
+        got = contenders.program(one, Mode.VALUE_AND_GRAD, 2)(hidden, kernel, labels)
+        for mine, theirs in zip(jax.tree.leaves(got), (loss, d_hidden, d_kernel), strict=True):
+            np.testing.assert_allclose(f64(mine), f64(theirs), 2e-4, 1e-6, err_msg=one.name)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
@@ -757,6 +782,7 @@ def test_tables_print_again_from_a_file(capsys, monkeypatch):
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "accuracy": accuracy_tables.in_terminal,
+    report.SPEED_OF_IGNORED: speed_tables.ignored_in_docs,
     "speed": speed_tables.in_terminal,
     "memory/peak": memory.peaks_in_docs,
     "memory --mesh": sharding.in_docs,
@@ -845,6 +871,67 @@ def test_the_detailed_tables_hold_every_median_and_the_roof(sections):
         assert sorted(found) == sorted(expected)
         assert any("Of the roof: " in note for note in table.notes)
         assert section["command"] in table.notes[-1]
+
+
+def test_ignored_tokens_are_timed_by_their_fraction(bench, monkeypatch, tmp_path):
+    """Of one program each, on labels of which that fraction is ignored; over ours without."""
+    seen: list[int] = []
+
+    def compile_ahead(program, arguments, **_: Any):
+        def run(*inputs: Any) -> Any:
+            seen.append(int(jnp.sum(inputs[2] == cases.IGNORED)))
+            return program(*inputs)
+
+        return run, 1.0
+
+    def interleave(programs, call, **_: Any):
+        seen.clear()
+        for program in programs.values():
+            call(program)
+        return {name: timing.Timing(2.0 + i, 2.0, 3.0) for i, name in enumerate(programs)}
+
+    monkeypatch.setattr(timing, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(timing, "temporary_bytes", lambda _: 3e6)
+    monkeypatch.setattr(timing, "interleave", interleave)
+    labels = jnp.arange(40)
+    for fraction, count in ((0.0, 0), (0.5, 20), (0.9, 36), (1.0, 40)):
+        assert jnp.sum(cases.with_ignored(labels, fraction) == cases.IGNORED) == count
+    chosen = (
+        "--op linear --tokens 8 --hidden 4 --vocab 16 --dtype float32 --ignored 0 --ignored 0.5"
+    )
+    done = bench(f"speed {chosen}")
+    ((key, section),) = sections_in(tmp_path / results.DEFAULT).items()
+    assert key == f"speed {chosen}"
+    assert [case["ignored"] for case in section["cases"]] == [None, 0.0, 0.5]
+    assert seen == [0] * 2 + [0] * 3 + [4] * 3
+    ours = ["jaxsoftmax", "jaxsoftmax, recompute"]
+    assert [names_of(case) for case in section["cases"]] == [ours, *[[*ours, "optax"]] * 2]
+    over = [[row["of_base"] for row in case["contenders"]] for case in section["cases"]]
+    assert over == [[1, 1], [4 / 2, 5 / 3, 6 / 2], [7 / 2, 8 / 3, 9 / 2]]
+    for words in ("no ignore_index", "50 % ignored", "4.50, 3 MB", "2000 ± 50 %, 1.00, 3 MB"):
+        assert words in done.stdout
+
+
+def test_the_tables_of_ignored_tokens(sections):
+    section = sections[report.SPEED_OF_IGNORED]
+    (short,), (full,) = (
+        lay_out(section)
+        for lay_out in (speed_tables.ignored_in_readme, speed_tables.ignored_in_docs)
+    )
+    columns = ["no ignore_index", "0 % ignored", "50 % ignored"]
+    assert short.headings == full.headings == ["head", "by", *columns]
+    assert [row[:2] for row in short.rows] == [
+        ["8x4x16 float32", "jaxsoftmax"],
+        *(["", name] for name in ("jaxsoftmax, recompute", "optax")),
+    ]
+    for place, case in enumerate(section["cases"]):
+        for row, *both in zip(case["contenders"], short.rows, full.rows, strict=False):
+            shown = f"{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
+            assert both[0][2 + place] == shown
+            taken = f"{speed_tables.milliseconds(row['median_s'])} ± "
+            assert both[1][2 + place].startswith(taken)
+            assert both[1][2 + place].endswith(shown)
+    assert short.rows[-1][2] == "–"
 
 
 def test_the_tables_of_estimates(sections):
@@ -1001,7 +1088,7 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
         return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
 
     before = outside()
-    assert len(before) == 6
+    assert len(before) == 7
     readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
     with pytest.raises(typer.Exit, match="1"):
         report.command(check=True)
@@ -1021,12 +1108,21 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
     device = one["speed/integer"]["environment"]["device"]
     render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
     both = render(readme, [one, other])
-    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 4
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 5
     alone = render(readme, [one, {}])
     assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
     assert render(both, [one]) == alone
     with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
         render(readme, [{"speed/integer": one["speed/integer"]}])
+    ignored = report.SPEED_OF_IGNORED
+    without = [{name: section for name, section in one.items() if name != ignored}]
+    with pytest.raises(ValueError, match=f"no {ignored} in bench/results"):
+        render(both, without)
+    empty = report.replace(both, ignored, None)
+    assert report.replace(render(empty, without), ignored, "x") == report.replace(
+        alone, ignored, "x"
+    )
+    assert f"{ignored} -->\n<!-- /" in render(empty, without)
 
 
 def test_markers_that_are_not_there_once_are_refused():

@@ -104,6 +104,14 @@ CHOICES = (
     Entry("sample of logits", "with_jax_nn", "sample", forward=True, beside="jaxsoftmax, sample"),
 )
 
+# Those that leave out the tokens that are labelled `cases.IGNORED`, and ours without that.
+WITHOUT_IGNORING = HEAD[:2]
+IGNORING = (
+    Entry(OURS, "ours", "head_ignoring"),
+    Entry("jaxsoftmax, recompute", "ours", "head_recompute_ignoring"),
+    Entry(BASELINE, "with_optax", "head_ignoring"),
+)
+
 # Ours again, where programs are only compiled: the other order, and kernels of another form.
 VARIANTS = (
     Entry("jaxsoftmax, in forward", "ours", "head_in_forward"),

@@ -4,6 +4,7 @@
 import jax
 
 import jaxsoftmax
+from bench.cases import IGNORED
 
 TOP = 64  # classes of each token
 
@@ -24,6 +25,18 @@ def head_in_forward(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> 
 def head_recompute(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Recompute the logits, block by block, in the backward pass."""
     return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, gradients="recompute")
+
+
+def head_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Leave ignored tokens out of the mean."""
+    return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, ignore_index=IGNORED)
+
+
+def head_recompute_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Leave ignored tokens out of the mean, block by block."""
+    return jaxsoftmax.linear_softmax_cross_entropy(
+        hidden, kernel, labels, ignore_index=IGNORED, gradients="recompute"
+    )
 
 
 def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:

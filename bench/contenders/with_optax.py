@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bench.cases import IGNORED
+
 CHUNK = 512
 
 integer_labels = optax.softmax_cross_entropy_with_integer_labels
@@ -28,6 +30,13 @@ def dense_labels_upcast(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Materialise the logits in float32."""
     return jnp.mean(_losses(hidden, kernel, labels))
+
+
+def head_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Materialise all logits, and leave the losses of ignored tokens out of the mean."""
+    counted = labels != IGNORED
+    losses = _losses(hidden, kernel, jnp.where(counted, labels, 0))
+    return jnp.sum(losses, where=counted) / jnp.maximum(jnp.sum(counted, dtype=losses.dtype), 1)
 
 
 def head_in_chunks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
