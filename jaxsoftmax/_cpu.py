@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._axes import per_label
 from ._numerics import (
     NEAR,
     UNLABELLED,
@@ -27,6 +28,7 @@ from ._numerics import (
     shifted_exp,
     upcast,
 )
+from ._sharding import gathered
 
 # Rows of up to _FEW classes go column by column; from _SOME on by whole blocks, if they divide the
 # classes; the rest a chunk of rows at a time, from _MANY on by block (see `shift_and_remainder`).
@@ -306,13 +308,13 @@ def _written_sums(terms, *rows):
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit of each row at its label."""
+    """The logit of each row at its label, or at its K labels."""
     classes = x.shape[-1]
     if x.dtype.itemsize < 4 and isinstance(classes, int) and classes <= _FEW:
         # XLA:CPU gathers from half precision through a float32 copy, half the time at few classes.
-        own = [jnp.where(labels == k, z, 0) for k, z in enumerate(_columns(x))]
+        own = [jnp.where(labels == k, per_label(z, labels), 0) for k, z in enumerate(_columns(x))]
         return functools.reduce(jnp.add, own)
-    return upcast(jnp.take_along_axis(x, labels[..., None], axis=-1, mode="clip")[..., 0])
+    return upcast(gathered(x, labels))
 
 
 def row_sums(

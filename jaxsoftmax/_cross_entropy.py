@@ -29,7 +29,7 @@ from ._options import (
     token_losses,
 )
 from ._rules import ON_LOGITS, in_forward_mode, scope
-from ._sharding import AxisName, in_one_sharding, shard_count
+from ._sharding import AxisName, in_one_sharding, shard_count, whole_last
 from ._statistics import Statistics, StatisticsSpec, target_statistics, token_statistics
 from ._transform import as_transform
 
@@ -287,7 +287,7 @@ def label_log_probs(
       [-1.3862944] [1.3862944] [1.3862944]
     """
     name = "label_log_probs"
-    logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
+    logits, labels, axes = _logits_and_labels(name, logits, labels, axis, several=True)
     axis_name = _checks.as_axis_name(name, axis_name)
     _checks.check_sharded_classes(name, axis_name, {"logits": logits})
     _checks.check_whole_classes(name, axis_name, {"labels": labels})
@@ -304,7 +304,12 @@ def label_log_probs(
 def _label_log_probs(  # noqa: PLR0917
     forward_mode, with_entropy, axis_name, axes, logits, labels, transform
 ):
-    logits, labels = in_one_sharding(logits, jnp.expand_dims(labels, axes))
+    if labels.ndim == logits.ndim:  # K for each row
+        labels = jnp.expand_dims(whole_last(labels), axes)
+        logits, labels = in_one_sharding(logits[..., None], labels)
+        logits = logits[..., 0]
+    else:
+        logits, labels = in_one_sharding(logits, jnp.expand_dims(labels, axes))
     labels = jnp.squeeze(labels, axes)
     rows = to_rows(logits, axes)
     index = to_index(labels, rows.shape[-1] * shard_count(axis_name))
@@ -318,14 +323,15 @@ def as_log_probs(statistics: Statistics) -> LogProbs:
     return LogProbs(-statistics.loss, statistics.lse, statistics.entropy)
 
 
-def _logits_and_labels(name, logits, labels, axis):
+def _logits_and_labels(name, logits, labels, axis, *, several=False):
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_labels(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim, _checks.SOME_AXES)
     _checks.check_has_classes(name, "logits", logits.shape, axes)
     _checks.check_labels_fit(name, logits.shape, axes)
     meaning = f"the shape of logits without axis {axis}"
-    _checks.check_shape(name, "labels", labels.shape, _batch_shape(logits.shape, axes), meaning)
+    batch = _batch_shape(logits.shape, axes)
+    _checks.check_label_shape(name, labels.shape, batch, meaning, several=several)
     return logits, labels, axes
 
 

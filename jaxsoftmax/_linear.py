@@ -345,7 +345,7 @@ def linear_log_probs(
         precision=precision,
         compute_dtype=compute_dtype,
     )
-    labels = as_token_labels(name, labels, head)
+    labels = as_token_labels(name, labels, head, several=True)
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
         return log_probs(with_entropy, head, labels, transform, chunk_size)

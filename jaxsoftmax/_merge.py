@@ -20,7 +20,7 @@ class BlockSums(NamedTuple):
 
     m: Any
     r: Any
-    z_label: Any = None  # z_t; 0 where the label is in another block
+    z_label: Any = None  # z_t, or those of K labels, [..., K]; 0 for a label in another block
     gaps: Any = None  # Σ e (m − z), for the entropy
     classes: Any = None  # the number of those not at −inf, for the spread
     mass: Any = None  # Σ u over those

@@ -138,7 +138,7 @@ mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_r
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit z_t at each row's label (from `label_index`); 0 for a negative one."""
+    """The logit z_t at each row's label, or at its K labels `[..., K]`; 0 for a negative one."""
     z = _cpu.or_plain(_cpu.pick, _gathered, x, jnp.maximum(labels, 0), local=is_local(x, labels))
     return jnp.where(labels < 0, 0, z)
 
@@ -150,7 +150,8 @@ def _gathered(x, index):
 
 @_gathered.defjvp
 def _(primals, tangents):
-    return _gathered(*primals), selected(tangents[0], primals[1])
+    (x, index), dx = primals, tangents[0]
+    return _gathered(x, index), selected(dx, index) if index.ndim < x.ndim else _gathered(dx, index)
 
 
 def row_sums(

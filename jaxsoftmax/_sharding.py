@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
@@ -198,20 +199,57 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The entry of each row of `x [..., C]` at its index; C may be sharded."""
+    """The entries of each row of `x [..., C]` at its index, or its K `[..., K]`; C may be sharded.
+
+    """
+    one = index.ndim < x.ndim
 
     def rows(x, index):
-        return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+        if one:
+            return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+        return jnp.take_along_axis(x, index, axis=-1, mode="clip")
 
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return rows(x, index)
-    of_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
-    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_rows)
-    return automatic(x, resharded(index, of_rows))
+    of_index = _whole_rows(sharding, index)
+    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_index)
+    return automatic(x, resharded(index, of_index))
+
+
+def add_at(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """`x [..., C]`, `values [..., K]` added at each row's indices but the negative; as `gathered`.
+
+    """
+
+    def rows(x, index, values):
+        add = lambda x, index, values: x.at[index].add(values, mode="drop")  # noqa: E731
+        for _ in x.shape[:-1]:
+            add = jax.vmap(add)
+        return add(x, jnp.where(index < 0, x.shape[-1], index), values)
+
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return rows(x, index, values)
+    of_index = _whole_rows(sharding, index)
+    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=sharding)
+    return automatic(x, *(resharded(a, of_index) for a in (index, values)))
+
+
+def _whole_rows(sharding, index):
+    """The sharding of `index` beside an array in `sharding`, whose last axis is the classes."""
+    spec = (*sharding.spec[:-1], *(None,) * (index.ndim - len(sharding.spec) + 1))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:
-    """The sums, over devices along manual mesh axes, of arrays of one shape: one collective."""
+    """The sums, over devices along manual mesh axes, of `[...]` or `[..., K]`: one collective."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))
+    ndim = max(leaf.ndim for leaf in leaves)
+    if all(leaf.ndim == ndim for leaf in leaves):
+        return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))
+    columns = [leaf if leaf.ndim == ndim else leaf[..., None] for leaf in leaves]
+    ends = np.cumsum([column.shape[-1] for column in columns])[:-1]
+    sums = jnp.split(lax.psum(jnp.concatenate(columns, axis=-1), axis_name), ends, axis=-1)
+    pairs = zip(sums, leaves, strict=True)
+    return treedef.unflatten([s.reshape(leaf.shape) for s, leaf in pairs])

@@ -26,6 +26,7 @@ from .._sharding import (
     manual_axes,
     unseen_devices,
     varying,
+    whole_last,
 )
 from .._statistics import StatisticsSpec, token_statistics
 from .._transform import Transform
@@ -75,7 +76,7 @@ def log_probs(
     transform: Transform,
     chunk_size: int | None,
 ) -> LogProbs:
-    """The log-probabilities of labels `[*tokens]`, with log-normalizers and entropies."""
+    """The log-probabilities of labels `[*tokens]` or `[*tokens, K]`, with log-normalizers and entropies."""
     return _log_probs(with_entropy, chunk_size, head, labels, transform)
 
 
@@ -130,6 +131,8 @@ def _of_spread(options):
 @partial(jax.jit, static_argnums=(0, 1))
 def _log_probs(with_entropy, chunk_size, head, labels, transform):
     head = head.rows(labels)
+    if labels.ndim > len(head.shape):
+        labels = whole_last(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
     spec = StatisticsSpec(lse=True, entropy=with_entropy)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)

@@ -26,6 +26,7 @@ from .._sharding import (
 from .._statistics import (
     StatisticsSpec,
     block_sums,
+    known_rows,
     label_cotangents,
     nan_where_invalid,
     none_if_zero,
@@ -70,7 +71,7 @@ class Operands(NamedTuple):
     bias: Any  # [V] or None
     transform: Any
     weights: Any  # [V] or None, of the spread
-    labels: Any  # [N], from `label_index`
+    labels: Any  # [N], from `label_index`, or [N, K] where rows are measured from their maximum
 
 
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
@@ -224,6 +225,9 @@ def _summed(plan, operands, of_block, merge, least):
         return merge(sums, of_block(raw, operands.transform, labels, first, weights))
 
     none = BlockSums(*(zeros if wanted else None for wanted in _wanted(plan.spec)))
+    if labels.ndim > zeros.ndim:
+        several = (*zeros.shape, labels.shape[-1])
+        none = none._replace(z_label=jnp.broadcast_to(zeros[..., None], several))
     return _over_blocks(plan, step, none._replace(m=zeros + least), operands)
 
 
@@ -242,7 +246,7 @@ def _linear_statistics_fwd(plans, operands):
 def _linear_statistics_bwd(plans, residuals, cotangents):
     given, sums, flags = residuals
     g = nan_where_invalid(none_if_zero(cotangents), given.labels)
-    unused = rows_without_cotangent(g, jnp.isfinite(sums.r) & (given.labels >= 0))
+    unused = rows_without_cotangent(g, known_rows(sums, given.labels))
     return (by_platform(_gradients, plans, given, sums, g, unused, flags),)
 
 
