@@ -46,6 +46,7 @@ class StatisticsSpec(NamedTuple):
     entropy: bool = False
     spread: bool = False
     from_label: bool = False  # whether rows may be measured from their labels
+    prediction: bool = False
 
 
 class Statistics(NamedTuple):
@@ -55,6 +56,7 @@ class Statistics(NamedTuple):
     lse: Any
     entropy: Any
     spread: Any
+    prediction: Any = None  # an integer, which has no cotangent
 
 
 # Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `label_index`,
@@ -70,7 +72,7 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
     if axis_name is not None:
         sums = merge_shards(axis_name, sums)
     out = with_label(outputs(spec, sums), labels)
-    return out, (x, labels, transform, weights, sums._replace(costs=None))
+    return out, (x, labels, transform, weights, sums._replace(costs=None, top=None))
 
 
 def _token_bwd(axis_name, residuals, cotangents):
@@ -171,8 +173,11 @@ def block_sums(  # noqa: PLR0917
 ) -> BlockSums:
     """The sums of raw logits `x [..., C]`, a block of classes that begins at number `start`."""
     of, scalars = as_function(transform)
-    m, r = shift_and_remainder(x, labels if spec.from_label else None, of, *scalars)
+    of_label = labels if spec.from_label else None
+    m, r, *top = shift_and_remainder(x, of_label, of, *scalars, argmax=spec.prediction)
     sums = BlockSums(m, r)
+    if top:
+        sums = sums._replace(top=jnp.where(top[0] < 0, top[0], start + top[0]))
     if labels is not None:
         # From the label rows are whole, and XLA finds that it is picked already.
         index = labels if spec.from_label else labels_in_block(labels, start, x.shape[-1])
@@ -224,7 +229,7 @@ def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
 
 def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
     """The statistics of whole rows; the loss of a label, where there is one."""
-    m, r, z_label, gaps, classes, mass, costs = sums
+    m, r, z_label, gaps, classes, mass, costs, top = sums
     log1p_r = jnp.log1p(r)
     loss = None
     if z_label is not None:
@@ -234,12 +239,14 @@ def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
         log_sum_exp(m, r) if spec.lse else None,
         None if gaps is None else log1p_r + gaps / (1 + r),
         None if classes is None else (costs + mass * log1p_r) / classes,
+        top,
     )
 
 
 def none_if_zero(cotangents: Statistics) -> Statistics:
     """The cotangents, with None in place of a symbolic zero."""
-    return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
+    real = cotangents._replace(prediction=None)
+    return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in real))
 
 
 def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:

@@ -70,14 +70,14 @@ def cross_entropy(  # noqa: PLR0917
 
 
 def log_probs(
-    with_entropy: bool,
+    spec: StatisticsSpec,
     head: Head,
     labels: jax.Array,
     transform: Transform,
     chunk_size: int | None,
 ) -> LogProbs:
-    """The log-probabilities of labels `[*tokens]` or `[*tokens, K]`, with log-normalizers and entropies."""
-    return _log_probs(with_entropy, chunk_size, head, labels, transform)
+    """The log-probabilities of labels `[*tokens]` or `[*tokens, K]`, with what `spec` asks for."""
+    return _log_probs(spec, chunk_size, head, labels, transform)
 
 
 # A loss with a custom derivative is a new one in every call: its programs must be dropped again.
@@ -129,12 +129,11 @@ def _of_spread(options):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _log_probs(with_entropy, chunk_size, head, labels, transform):
+def _log_probs(spec, chunk_size, head, labels, transform):
     head = head.rows(labels)
     if labels.ndim > len(head.shape):
         labels = whole_last(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
-    spec = StatisticsSpec(lse=True, entropy=with_entropy)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 

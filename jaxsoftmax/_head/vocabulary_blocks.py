@@ -10,7 +10,7 @@ from jax import lax
 
 from .._axes import labels_in_block
 from .._cpu import as_bits, from_bits, slice_in_loop
-from .._merge import BlockSums, merge_blocks, merge_shards
+from .._merge import NO_CLASS, BlockSums, merge_blocks, merge_shards
 from .._numerics import NEAR, accumulation_dtype, one_hot
 from .._rules import with_derivative
 from .._sharding import (
@@ -88,14 +88,11 @@ def _results(plans, operands):
     spec = plans.cpu.spec
     names = [name for name, wanted in _wanted(spec)._asdict().items() if wanted]
 
-    def flat(sums):
-        return tuple(getattr(sums, name) for name in names)
-
     def function(*leaves):
-        return flat(by_platform(_forward, plans, tree.unflatten(leaves)))
+        return tuple(jax.tree.leaves(by_platform(_forward, plans, tree.unflatten(leaves))))
 
     def at_m(m, *leaves):
-        return flat(by_platform(_at_m, plans, tree.unflatten(leaves), m))
+        return tuple(jax.tree.leaves(by_platform(_at_m, plans, tree.unflatten(leaves), m)))
 
     # m may be held constant: what is computed from (z, m, r) does not depend on it.
     sums = with_derivative(function, lambda found, *leaves: at_m(found[0], *leaves), *leaves)
@@ -106,7 +103,7 @@ def _results(plans, operands):
 def _wanted(spec):
     """Which of the sums there are."""
     spread = (spec.spread,) * 3
-    return BlockSums(True, True, True, spec.entropy, *spread)
+    return BlockSums(True, True, True, spec.entropy, *spread, spec.prediction)
 
 
 def _forward(plan, operands):
@@ -193,6 +190,7 @@ def _from_maximum(plan, operands):
 
 def _at_m(plan, operands, m):
     """The sums over every class, from a shift m `[N]`; a derivative of them holds m constant."""
+    plan = plan._replace(spec=plan.spec._replace(prediction=False))
     sums = _summed_at(plan, operands, _per_row(plan, m), beside_label=False)
     if plan.sharding.class_shards > 1:
         sums = jax.tree.map(partial(jnp.sum, axis=1), sums)
@@ -228,6 +226,8 @@ def _summed(plan, operands, of_block, merge, least):
     if labels.ndim > zeros.ndim:
         several = (*zeros.shape, labels.shape[-1])
         none = none._replace(z_label=jnp.broadcast_to(zeros[..., None], several))
+    if plan.spec.prediction:
+        none = none._replace(top=zeros.astype(jnp.int32) + NO_CLASS)
     return _over_blocks(plan, step, none._replace(m=zeros + least), operands)
 
 
@@ -240,7 +240,7 @@ def _merged(sums, axis):
 def _linear_statistics_fwd(plans, operands):
     operands, flags = split_perturbed(operands)
     out, sums = _results(plans, operands)
-    return out, (operands, sums._replace(costs=None), flags)
+    return out, (operands, sums._replace(costs=None, top=None), flags)
 
 
 def _linear_statistics_bwd(plans, residuals, cotangents):
