@@ -363,7 +363,8 @@ def _cotangents(z, targets, weights, sums, g):
     if g.entropy is not None:
         _, gap, _ = _inside(z, m, None)
         mean_gap = sums.gaps * scale
-        terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
+        # In this order the product with a cotangent below 1 does not underflow before it must.
+        terms.append((g.entropy * scale)[..., None] * (gap - mean_gap[..., None]) * e)
     if not terms:
         return jnp.zeros_like(upcast(z)), d_weights
     return functools.reduce(jnp.add, terms), d_weights
