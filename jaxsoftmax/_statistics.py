@@ -316,12 +316,12 @@ def label_cotangents(  # noqa: PLR0917
 
 # Several labels per row: with G = Σ_k g_k, and Γ_i the sum over the labels that are class i,
 #
-#     dz_i = G ŷ_i − Γ_i = R ŷ_i + (T ŷ_i − Γ_i)
+#     dz_i = G ŷ_i − Γ_i = R ŷ_i + (T ŷ_i − Γ_i)        minus equation (65)
 #
 # where T is the part of the labels at the row's maximum, if that holds more than half of the
-# probability, and R that of all others. At the maximum Γ_i is T, and T (ŷ_i − 1) comes from r; any
-# other ŷ_i is at most 1/2, and Γ_i may be subtracted as it is: equation (65). That is K entries per
-# row: work of the logits' size does not grow with K.
+# probability, and R that of all others. At the maximum Γ_i is T, and T (ŷ_i − 1) comes from r,
+# equation (66); any other ŷ_i is at most 1/2, and Γ_i may be subtracted as it is. That is K entries
+# per row: work of the logits' size does not grow with K.
 def _several_cotangents(z, labels, weights, sums, g):
     if g.loss is None:
         return _cotangents(z, [], weights, sums, g)

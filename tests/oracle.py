@@ -162,7 +162,7 @@ def nll_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
 
 
 def several_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
-    """Of Σ_k g_k nll_k with `labels` and g `[R, K]`: R ŷ_i − Γ_i (1 − ŷ_i), equation (65).
+    """Of Σ_k g_k nll_k with `labels` and g `[R, K]`: R ŷ_i − Γ_i (1 − ŷ_i), equation (66).
 
     Γ_i sums g over the labels that are class i, and R over the others. Where an entry is at most
     1/2, ŷ_i − 1 may be formed by subtraction; K terms are added in any order, twice.
