@@ -52,7 +52,11 @@ def or_plain(form: Callable[..., Any], plain: Callable[..., Any], *args: Any, lo
 
 
 def shift_and_remainder(
-    of: Elementwise, argmax: bool, x: jax.Array, labels: jax.Array | None, *scalars: jax.Array
+    of: Elementwise,
+    x: jax.Array,
+    labels: jax.Array | None,
+    *scalars: jax.Array,
+    argmax: bool = False,
 ) -> tuple[jax.Array, ...]:
     """(m, r) of each row of of(x, *scalars) `[..., C]`, from the label if `labels [...]` are given.
 

@@ -301,9 +301,7 @@ def label_log_probs(
     spec = of_log_probs(name, with_entropy, with_predictions)
     with scope(name, ON_LOGITS):
         (logits,), axes = _one_axis(axes, logits)
-        return _label_log_probs(
-            in_forward_mode(), spec, axis_name, axes, logits, labels, transform
-        )
+        return _label_log_probs(in_forward_mode(), spec, axis_name, axes, logits, labels, transform)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

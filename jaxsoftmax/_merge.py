@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from . import _sharding
 from ._sharding import AxisName
 
-
 # The `top` of a block that does not reach the maximum: more than any class's number.
 NO_CLASS = jnp.iinfo(jnp.int32).max
 

@@ -66,7 +66,8 @@ _shift_and_remainder.multiple_results = True
 @partial(jax.jit, static_argnames=("of", "labelled", "local", "argmax"))
 def _compute(x, *rest, of, labelled, local, argmax):
     scalars, labels = (rest[:-1], rest[-1]) if labelled else (rest, None)
-    plain, on_cpu = (partial(form, of, argmax) for form in (_plain, _cpu.shift_and_remainder))
+    forms = _plain, _cpu.shift_and_remainder
+    plain, on_cpu = (partial(form, of, argmax=argmax) for form in forms)
     m, r, *index = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row whose maximum is
     # infinite has a log-sum-exp, m, but no probabilities: its r is NaN.
@@ -81,7 +82,7 @@ def _compute(x, *rest, of, labelled, local, argmax):
 _MANY = 1 << 25
 
 
-def _plain(of, argmax, x, labels, *scalars):
+def _plain(of, x, labels, *scalars, argmax):
     """(m, r) from the label in one pass, in two more where a row is far; or from the maximum.
 
     Far rows are not gathered: rows may be sharded. All are recomputed, and what is near stays. A

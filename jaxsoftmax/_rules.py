@@ -116,7 +116,9 @@ def with_derivative(
 ) -> tuple[jax.Array, ...]:
     """`function(*args)`, with the derivative of `same(results, *args)` for constant results.
 
-    It has that of the first results; any more are integers. A primitive: JAX's transformations never look inside, so there may be loops of any length.
+    It has that of the first results; any more are integers.
+
+    A primitive: JAX's transformations never look inside, so there may be loops of any length.
     (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
     """
     return tuple(_with_derivative.bind(*args, function=function, same=same))

@@ -199,9 +199,7 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The entries of each row of `x [..., C]` at its index, or its K `[..., K]`; C may be sharded.
-
-    """
+    """The entry of each row of `x [..., C]` at its index, or those at its K; C may be sharded."""
     one = index.ndim < x.ndim
 
     def rows(x, index):
@@ -218,9 +216,7 @@ def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def add_at(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """`x [..., C]`, `values [..., K]` added at each row's indices but the negative; as `gathered`.
-
-    """
+    """`x [..., C]` and, at each row's indices but the negative, `values [..., K]`."""
 
     def rows(x, index, values):
         add = lambda x, index, values: x.at[index].add(values, mode="drop")  # noqa: E731

@@ -258,7 +258,7 @@ def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
 
 
 def known_rows(sums: BlockSums, labels: jax.Array) -> jax.Array:
-    """Which rows have finite sums: without its label, (m, r) from the label say nothing of a row."""
+    """Which rows have finite sums. From a label that is not there, (m, r) say nothing of a row."""
     finite = jnp.isfinite(sums.r)
     return finite if labels.ndim > finite.ndim else finite & (labels >= 0)
 

@@ -200,7 +200,7 @@ def _at_one(f):
     return lambda t, y, *g: f(t, y.argmax(-1), *g)
 
 
-def several(y, classes):
+def several(y: Any, classes: int) -> Any:
     """Labels beside `y [*tokens]`, of which one is repeated: `[*tokens, 3]`."""
     of = jnp if isinstance(y, jax.Array) else np
     return of.stack([of.asarray(y), (of.asarray(y) + 1) % classes, of.asarray(y)], -1)
@@ -223,7 +223,6 @@ LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
 def functions_of(module: Any, prefix: str = "") -> list[Function]:
     """Every function on logits that `jaxsoftmax` and `forward_mode` have."""
     dense, integer = module.softmax_cross_entropy, "softmax_cross_entropy_with_integer_labels"
-
 
     def log_probs(z, labels):
         return stacked(module.label_log_probs(z, labels, with_entropy=True))

@@ -168,7 +168,7 @@ def several_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
     1/2, ŷ_i − 1 may be formed by subtraction; K terms are added in any order, twice.
     """
     g, (n, count) = g.astype(Wide), labels.shape
-    own, size = np.zeros((2, *t.p.value.shape), Wide)
+    own, size = np.zeros_like(t.p.value), np.zeros_like(t.p.value)
     at = np.arange(n)[:, None], labels
     np.add.at(own, at, g)
     np.add.at(size, at, np.abs(g))

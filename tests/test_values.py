@@ -118,8 +118,8 @@ def test_the_promise(device, classes):
         "dense": lambda z: js.softmax_cross_entropy(z, y),
         "log_softmax": lambda z: -js.log_softmax(z)[at, labels],
         # The same label twice, and one that is not used.
-        "several labels": lambda z: -jnp.mean(
-            js.label_log_probs(z, several(labels, classes)).log_probs[:, ::2], axis=-1
+        "several labels": lambda z: (
+            -jnp.mean(js.label_log_probs(z, several(labels, classes)).log_probs[:, ::2], axis=-1)
         ),
     }
 

@@ -103,7 +103,7 @@ def _results(plans, operands):
 def _wanted(spec):
     """Which of the sums there are."""
     spread = (spec.spread,) * 3
-    return BlockSums(True, True, True, spec.entropy, *spread, spec.prediction)
+    return BlockSums(True, True, True, spec.entropy, *spread)._replace(top=spec.prediction)
 
 
 def _forward(plan, operands):
