@@ -18,6 +18,7 @@ CANNOT_BE = {
     ("keepdims", ValueError): "True and False are both right",
     ("return_sign", ValueError): "likewise",
     ("with_entropy", ValueError): "likewise",
+    ("with_predictions", ValueError): "likewise",
     ("transpose_kernel", ValueError): "likewise",
     ("ignore_index", ValueError): "any integer may mark what is ignored",
     ("reduction", TypeError): "a choice: what is none of them is a wrong value, whatever its type",
@@ -124,6 +125,7 @@ def test_no_rows_are_no_error(name):
         (HEAD, "ignore_index", 3),
         (HEAD, "chunk_size", 3),
         ("linear_log_probs", "with_entropy", True),
+        ("label_log_probs", "with_predictions", True),
         ("linear_loss", "transpose_kernel", False),
     ],
 )
