@@ -210,15 +210,16 @@ def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return rows(x, index)
-    of_index = _whole_rows(sharding, index)
-    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_index)
-    return automatic(x, resharded(index, of_index))
+    of_rows = _of_rows(x, index)
+    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_rows)
+    return automatic(x, resharded(index, of_rows))
 
 
 def add_at(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """`x [..., C]` and, at each row's indices but the negative, `values [..., K]`."""
 
     def rows(x, index, values):
+        values = jnp.broadcast_to(values, index.shape)
         add = lambda x, index, values: x.at[index].add(values, mode="drop")  # noqa: E731
         for _ in x.shape[:-1]:
             add = jax.vmap(add)
@@ -227,15 +228,15 @@ def add_at(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return rows(x, index, values)
-    of_index = _whole_rows(sharding, index)
     automatic: Any = jax.sharding.auto_axes(rows, out_sharding=sharding)
-    return automatic(x, *(resharded(a, of_index) for a in (index, values)))
+    return automatic(x, *(resharded(a, _of_rows(x, a)) for a in (index, values)))
 
 
-def _whole_rows(sharding, index):
-    """The sharding of `index` beside an array in `sharding`, whose last axis is the classes."""
-    spec = (*sharding.spec[:-1], *(None,) * (index.ndim - len(sharding.spec) + 1))
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+def _of_rows(x, index):
+    """The sharding of `index [...]` or `[..., K]` beside `x [..., C]`: that of each row."""
+    axes = zip(jax.typeof(x).sharding.spec[:-1], x.shape, index.shape, strict=False)
+    spec = (axis if size == count else None for axis, size, count in axes)
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
 
 
 def sum_over(axis_name: AxisName, tree: Any) -> Any:

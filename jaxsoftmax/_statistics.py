@@ -328,11 +328,12 @@ def _several_cotangents(z, labels, weights, sums, g):
     top = (sums.z_label == sums.m[..., None]) & (sums.r < 1)[..., None]
     of_top = jnp.sum(jnp.where(top, g.loss, 0), axis=-1)
     of_others = jnp.sum(jnp.where(top, 0, g.loss), axis=-1)
-    at_top = one_hot(jnp.max(jnp.where(top, labels, -1), axis=-1, initial=-1), z.shape[-1])
+    class_of_top = jnp.max(jnp.where(top, labels, -1), axis=-1, initial=-1)
+    at_top = one_hot(class_of_top, z.shape[-1]).astype(of_top.dtype)
 
     def beside_top(e, r):
-        # e is 1 at the maximum, up to how z was computed anew; its derivative is e.
-        return jnp.where(at_top, (e - lax.stop_gradient(e)) - r[..., None], e)
+        # −r at the top, where e is 1, up to how z was recomputed; the derivative is that of e.
+        return (e - at_top * lax.stop_gradient(e)) - at_top * r[..., None]
 
     targets = [(of_top, beside_top), (of_others, lambda e, _: e)]
     dz, d_weights = _cotangents(z, targets, weights, sums, g)
