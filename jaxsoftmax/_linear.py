@@ -271,6 +271,7 @@ def linear_log_probs(
     labels: ArrayLike,
     *,
     bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
@@ -293,6 +294,9 @@ def linear_log_probs(
       labels: `[*tokens]`, integers in [0, V), or `[*tokens, K]`, K for each token. A label out of
         range makes that log-probability and its token's gradient NaN.
       bias: `[V]`; −inf excludes a class.
+      where: `[*tokens]`, boolean: the tokens to include. Those of others are 0 in every field, −1
+        in `predictions`, with gradient exactly 0, whatever their `hidden` and labels are, and cost
+        nothing (see `linear_softmax_cross_entropy`).
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
       with_entropy: also compute the entropies.
@@ -317,8 +321,9 @@ def linear_log_probs(
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
-    any cotangents, in reverse mode to any order. Gradients that are not asked for are not computed.
+    Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`
+    (predictions are integers), with any cotangents, in reverse mode to any order. Gradients that
+    are not asked for are not computed.
 
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
     and blocks of b classes (on a CPU a smaller last block counts as well: N·(b + V mod b) for N·b):
@@ -349,6 +354,10 @@ def linear_log_probs(
         compute_dtype=compute_dtype,
     )
     labels = as_token_labels(name, labels, head, several=True)
+    if where is not None:
+        where = _checks.as_mask(name, "where", where)
+        _checks.check_shape(name, "where", where.shape, head.shape, "the tokens of hidden")
+        _checks.check_whole_classes(name, head.axis_name, {"where": where})
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
-        return log_probs(spec, head, labels, transform, chunk_size)
+        return log_probs(spec, head, labels, where, transform, chunk_size)

@@ -14,6 +14,7 @@ from .. import _checks
 from .._numerics import accumulation_dtype
 from .._options import Options, ignored_tokens, label_weights
 from .._sharding import AxisName, axis_names, manual_axes, shard_count, varying
+from .counted import may_count
 from .layout import HeadSharding, sharding_of_head
 from .products import Products, finite_if_counted
 
@@ -22,7 +23,7 @@ Reduction = Literal["mean", "sum"] | None
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("hidden", "kernel", "bias", "weights", "denominator", "counts"),
+    data_fields=("hidden", "kernel", "bias", "weights", "denominator", "counts", "live"),
     meta_fields=("shape", "reduction", "sharding", "axis_name", "products"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Head:
     axis_name: AxisName | None
     products: Products
     counts: jax.Array | None = None  # [N], what each token counts in the mean beside its weight
+    live: jax.Array | None = None  # [N], which tokens count at all; None for all
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -71,7 +73,9 @@ class Head:
         weight of 0 is enough by itself, and the derivative by the weight is that of the real loss.
         """
         out, weights = ignored, self.weights
+        live = None if ignored is None else ~ignored
         if weights is not None:
+            live = may_count(weights) if live is None else live & may_count(weights)
             floating = _real(self.hidden, *args)
             finite = [jnp.all(jnp.isfinite(a), tuple(range(1, a.ndim))) for a in floating]
             broken = (weights == 0) & ~reduce(jnp.logical_and, finite)
@@ -84,7 +88,7 @@ class Head:
             return jnp.where(jnp.expand_dims(out, tuple(range(1, x.ndim))), 0, x) if _real(x) else x
 
         hidden, *args = map(zeroed, (self.hidden, *args))
-        return dataclasses.replace(self, hidden=hidden, weights=weights), tuple(args)
+        return dataclasses.replace(self, hidden=hidden, weights=weights, live=live), tuple(args)
 
     def labelled_rows(
         self, labels: jax.Array, ignore_index: int | None, options: Options

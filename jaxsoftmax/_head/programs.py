@@ -15,10 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _checks
-from .._axes import to_index
+from .._axes import IGNORED, per_label, to_index
 from .._cpu import in_bits
 from .._cross_entropy import LogProbs, as_log_probs
-from .._options import Options, in_loop, label_index, required_statistics, token_losses
+from .._options import (
+    Options,
+    ignored_tokens,
+    in_loop,
+    label_index,
+    required_statistics,
+    token_losses,
+)
 from .._sharding import (
     devices_of_automatic_mesh,
     is_local,
@@ -28,11 +35,12 @@ from .._sharding import (
     varying,
     whole_last,
 )
-from .._statistics import StatisticsSpec, token_statistics
+from .._statistics import Statistics, StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import sizes, token_chunks, vocabulary_blocks
 from .arguments import Head
 from .closures import closed
+from .counted import counted_first
 from .sizes import ByPlatform
 
 
@@ -42,7 +50,7 @@ def any_loss(
     """The losses of `loss_fn`, or their sum or mean."""
     if 0 in head.shape:
         return _any_loss(None, None)(head, (), ())
-    chunks = _chunks(head, chunk_size)
+    chunks = _chunks(head, chunk_size, in_parts=head.weights is not None)
     losses, consts, args = _closed(loss_fn, chunks, head, args, _rows)
     return _any_loss(losses, chunks)(head, args, consts)
 
@@ -59,7 +67,8 @@ def cross_entropy(  # noqa: PLR0917
     recompute = partial(_recomputed, chunk_size, ignore_index)
     if gradients == "recompute" or head.reduction is None:
         return recompute(head, labels, options)
-    chunks = None if 0 in head.shape else _chunks(head, chunk_size)
+    in_parts = head.weights is not None or ignored_tokens(labels, ignore_index) is not None
+    chunks = None if 0 in head.shape else _chunks(head, chunk_size, in_parts=in_parts)
     in_forward = partial(_in_forward, chunks, ignore_index)
     small = sizes.is_small(*_tokens_and_classes(head))
     # Classes that are sharded unseen would be gathered, block by block.
@@ -69,15 +78,16 @@ def cross_entropy(  # noqa: PLR0917
     return lax.platform_dependent(head, labels, options, tpu=recompute, default=in_forward)
 
 
-def log_probs(
+def log_probs(  # noqa: PLR0917
     spec: StatisticsSpec,
     head: Head,
     labels: jax.Array,
+    where: jax.Array | None,
     transform: Transform,
     chunk_size: int | None,
 ) -> LogProbs:
     """The log-probabilities of labels `[*tokens]` or `[*tokens, K]`, with what `spec` asks for."""
-    return _log_probs(spec, chunk_size, head, labels, transform)
+    return _log_probs(spec, chunk_size, head, labels, where, transform)
 
 
 # A loss with a custom derivative is a new one in every call: its programs must be dropped again.
@@ -86,7 +96,8 @@ def _any_loss(losses, chunks):
     @jax.jit
     def linear_loss(head, args, consts):
         head, args = _rows(head, args)
-        return _over_tokens(losses, chunks, head, args, consts)
+        # The loss may send something, in every chunk.
+        return _over_tokens(losses, chunks, head, args, consts, uniform=True)
 
     return linear_loss
 
@@ -100,7 +111,7 @@ def _rows(head, args):
 def _in_forward(chunks, ignore_index, head, labels, options):
     head, labels, options = head.labelled_rows(labels, ignore_index, options)
     if chunks is None:
-        return _over_tokens(None, chunks, head, (), ())
+        return _over_tokens(None, chunks, head, (), (), uniform=False)
 
     def loss_fn(logits, labels, weights=None):
         summed = token_statistics(required_statistics(options), head.axis_name).reverse
@@ -110,7 +121,7 @@ def _in_forward(chunks, ignore_index, head, labels, options):
 
     args = (labels,) if options.class_weights is None else (labels, head.counts)
     losses, consts, args = _closed(loss_fn, chunks, head, args, lambda *rows: rows)
-    return _over_tokens(losses, chunks, head, args, consts)
+    return _over_tokens(losses, chunks, head, args, consts, uniform=head.axis_name is not None)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -129,31 +140,49 @@ def _of_spread(options):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _log_probs(spec, chunk_size, head, labels, transform):
-    head = head.rows(labels)
+def _log_probs(spec, chunk_size, head, labels, where, transform):  # noqa: PLR0917
+    head = head.rows((labels, where))
     if labels.ndim > len(head.shape):
         labels = whole_last(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
+    if where is not None:
+        where = head.sharding.merge_tokens(where)
+        index = jnp.where(per_label(where, index), index, IGNORED)
+        head, _ = head.without_uncounted(~where)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)
+    if where is not None:
+        outside = Statistics(0, 0, 0, 0, -1)
+        statistics = Statistics(
+            *(
+                None if s is None else jnp.where(per_label(where, s), s, other)
+                for s, other in zip(statistics, outside, strict=True)
+            )
+        )
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
     sharding, blocks = _class_blocks(head, chunk_size)
+    pieces = _pieces(head)
+    rows = sizes.rows(_tokens_and_classes(head)[0], pieces or 1)
+    counted = _order(head, pieces, rows, uniform=False)
     small = sizes.is_small(*_tokens_and_classes(head))
     # A CPU reads a block's logits from its cache again: a maximum costs it nothing.
     on_cpu = spec._replace(from_label=False), in_bits(head.kernel.dtype)
     elsewhere = on_cpu if small else (spec, False)
 
-    def plan(block, spec, in_bits):
-        products, axis_name = head.products, head.axis_name
-        return vocabulary_blocks.Plan(block, products, spec, sharding, axis_name, in_bits)
+    def plan(block, rows, in_rows, spec, in_bits):
+        of_spec = head.products, spec, sharding, head.axis_name, in_bits
+        return vocabulary_blocks.Plan(block, rows, in_rows, *of_spec)
 
-    plans = ByPlatform(plan(blocks.cpu, *on_cpu), plan(blocks.other, *elsewhere))
+    plans = ByPlatform(
+        plan(blocks.cpu, rows.cpu, True, *on_cpu),
+        plan(blocks.other, rows.other, small, *elsewhere),
+    )
     operands = vocabulary_blocks.Operands(
         head.hidden, head.kernel, head.bias, transform, of_spread, index
     )
-    return vocabulary_blocks.linear_statistics(plans, operands)
+    return vocabulary_blocks.linear_statistics(plans, operands, counted)
 
 
 def _closed(
@@ -190,9 +219,9 @@ def _closed(
     return losses, consts, tuple(args)
 
 
-def _plan(loss, chunks, head, rounded=False):
+def _plan(loss, chunks, head, pieces=1, rounded=False):
     weighted = head.weights is not None
-    return token_chunks.Plan(loss, chunks, head.products, head.sharding, weighted, rounded)
+    return token_chunks.Plan(loss, chunks, head.products, head.sharding, pieces, weighted, rounded)
 
 
 def _is_rounded(chunks, head):
@@ -211,40 +240,74 @@ def _operands(head, args, consts):
     return token_chunks.Operands(head.hidden, head.kernel, head.bias, tuple(args), consts)
 
 
-def _over_tokens(losses, chunks, head, args, consts):
+def _over_tokens(losses, chunks, head, args, consts, *, uniform):
     if losses is None:  # no tokens
         none = jnp.zeros(0, head.dtype)
         return head.unreduced(none) if head.reduction is None else head.reduced(none)
+    pieces = _pieces(head)
+    if pieces is not None and any(chunk.size % pieces for chunk in chunks):
+        pieces = None
+    parts = [chunk.size // (pieces or 1) for chunk in chunks]
+    counted = _order(head, pieces, parts, uniform=uniform)
+    pieces = pieces if counted is not None else 1
     rounded = _is_rounded(chunks, head)
-    plans = ByPlatform(*(_plan(*pair, head, rounded) for pair in zip(losses, chunks, strict=True)))
+    pairs = zip(losses, chunks, strict=True)
+    plans = ByPlatform(*(_plan(*pair, head, pieces, rounded) for pair in pairs))
     operands = _operands(head, args, consts)
     if head.reduction is None:
-        return head.unreduced(token_chunks.losses(plans, operands))
+        return head.unreduced(token_chunks.losses(plans, operands, counted))
     everywhere = losses.cpu.varying
     if any(_is_real(c) and not everywhere <= manual_axes(c) for c in consts):
         # Inside `shard_map`, the loss closes over a value that is the same on all devices: in the
         # forward pass its gradient would be summed over them, before each device's own cotangent.
-        return head.reduced(token_chunks.losses(plans, operands))
+        return head.reduced(token_chunks.losses(plans, operands, counted))
     weights = head.weights
     if weights is None:
         ones = jnp.ones(head.hidden.shape[:1], head.dtype)
         weights = head.sharding.resharded(ones, head.sharding.token_axes)
     # The weights are divided first: so the loop's d_kernel is the result, with no pass after it.
-    return token_chunks.weighted_sum(plans, operands, head.divided(weights))
+    return token_chunks.weighted_sum(plans, operands, head.divided(weights), counted)
+
+
+def _pieces(head):
+    """Into how many pieces the tokens of a shard are cut, each sorted by itself.
+
+    An automatic mesh may cut them so, unseen. None if it would cut them otherwise.
+    """
+    pieces = unseen_devices() if head.sharding.mesh is None else 1
+    tokens = _tokens_and_classes(head)[0]
+    return pieces if pieces == 1 or (isinstance(tokens, int) and tokens % pieces == 0) else None
+
+
+def _order(head, pieces, parts, *, uniform):
+    """The tokens that count first, where some may not and are in other chunks than those that do.
+
+    `parts`: the tokens of a piece in a chunk, by platform. `uniform`: all devices are to take as
+    many steps, for what they send each other in one.
+    """
+    tokens = _tokens_and_classes(head)[0]
+    if head.live is None or pieces is None:
+        return None
+    if isinstance(tokens, int) and min(parts) >= tokens // pieces:
+        return None
+    order = counted_first(head.live, head.sharding, pieces)
+    axes = tuple(sorted(manual_axes(order.number)))
+    number = lax.pmax(order.number, axes) if uniform and axes else order.number
+    return order._replace(number=number)
 
 
 def _is_real(x):
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _chunks(head, most):
+def _chunks(head, most, *, in_parts):
     """The chunks of a head's tokens."""
     sharding = head.sharding
     tokens, classes = _tokens_and_classes(head)
     width = head.kernel.shape[1 - sharding.class_axis]
     devices = unseen_devices() if sharding.mesh is None else 1
     itemsize = head.products.dtype.itemsize
-    return sizes.chunks(tokens, width, classes, itemsize, most, devices)
+    return sizes.chunks(tokens, width, classes, itemsize, most, devices, in_parts=in_parts)
 
 
 def _tokens_and_classes(head):

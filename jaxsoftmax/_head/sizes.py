@@ -22,6 +22,10 @@ FEWEST, MOST, MULTIPLE = 256, 4096, 256
 # logits allow, within bounds. Where an automatic mesh may shard them, each device has at least the
 # length that a TPU gives the last axis of an array.
 LEAST_BLOCK, MOST_BLOCK, BLOCK_BYTES, LEAST_PER_DEVICE = 2048, 8192, 256 * MIB, 128
+# Where some tokens may not count, there are so many chunks that an eighth of the tokens fill one,
+# but no chunk is cut to fewer tokens than these; and the rows that blocks of classes take at once,
+# each of which adds to the block of d_kernel, to no fewer than those.
+PARTS, FEWEST_IN_PARTS, FEWEST_ROWS = 8, {"cpu": 256, "other": 512}, {"cpu": 256, "other": 2048}
 # Of fewer float32 logits than these bytes every platform does as a CPU: nothing is gained, and one
 # program is traced in the time of two.
 SMALL_BYTES = 64 * MIB
@@ -55,17 +59,26 @@ class Chunks(NamedTuple):
 
 
 def chunks(  # noqa: PLR0917
-    tokens: Any, width: int, classes: int, itemsize: int, most: int | None, devices: int
+    tokens: Any,
+    width: int,
+    classes: int,
+    itemsize: int,
+    most: int | None,
+    devices: int,
+    *,
+    in_parts: bool = False,
 ) -> ByPlatform:
     """The chunks of so many tokens, of hidden width and classes of one device.
 
     As few as `most` allows, of equal size. `itemsize`: bytes of a number in the products. On an
     automatic mesh of `devices` that may spread the tokens a multiple of their number: otherwise XLA
-    gathers all of `hidden`, and every device computes the whole head.
+    gathers all of `hidden`, and every device computes the whole head. `in_parts`: some tokens may
+    not count, and chunks of such tokens are left out.
     """
 
     def budget(platform):
-        return _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST)
+        size = _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST)
+        return min(size, _part(tokens, devices, FEWEST_IN_PARTS[platform])) if in_parts else size
 
     cpu = Chunks(_equal(tokens, most or max(devices, budget("cpu")), devices))
     size = most or max(devices, _rounded(budget("other")))
@@ -83,6 +96,22 @@ def chunks(  # noqa: PLR0917
     group = _ceil(tokens, size) if tokens <= whole else max(1, min(whole // 2, MOST) // size)
     parts = _ceil(tokens, group * size) * group
     return ByPlatform(cpu, Chunks(_tiled(tokens, parts, devices, 1 if most else MULTIPLE), group))
+
+
+def rows(tokens: Any, devices: int) -> ByPlatform:
+    """The tokens of each device that blocks of classes take at once, if some may not count."""
+
+    def size(platform):
+        most = min(MOST, _part(tokens, devices, FEWEST_ROWS[platform]) // devices)
+        return _equal(tokens // devices, most, 1)
+
+    return ByPlatform(size("cpu"), size("other"))
+
+
+def _part(tokens, devices, fewest):
+    """As many tokens as are taken at once where some may not count."""
+    fewest *= devices
+    return max(fewest, _ceil(tokens, PARTS)) if isinstance(tokens, int) else fewest
 
 
 def blocks(tokens: Any, classes: int, most: int | None, devices: int) -> ByPlatform:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from .._rules import instantiated
+from .._rules import values as values_of
 from .._sharding import (
     hidden_axis_whole,
     manual_axes,
@@ -20,6 +21,7 @@ from .._sharding import (
     varying,
 )
 from .closures import Closed
+from .counted import Counted, chunked_in_order, first_steps, of_first, only_counted, restored
 from .layout import HeadSharding
 from .products import (
     Products,
@@ -42,8 +44,14 @@ class Plan(NamedTuple):
     chunks: Chunks
     products: Products
     sharding: HeadSharding
+    pieces: int = 1  # into which an automatic mesh may cut the tokens, if only some count
     weighted: bool = False  # weights may be 0, and the loss of weight 0 need not be finite
     rounded: bool = False  # d_kernel is rounded by its product, in the forward pass
+
+    @property
+    def size(self) -> int:
+        """The tokens of a shard in a chunk."""
+        return self.chunks.size // self.pieces
 
 
 class Operands(NamedTuple):
@@ -57,17 +65,17 @@ class Operands(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(plans: ByPlatform, operands, weights):
+def weighted_sum(plans: ByPlatform, operands, weights, counted: Counted | None):
     """Σ weights · loss over the tokens, with `weights [N]`: a scalar."""
-    losses = by_platform(_over_chunks, plans, operands)
+    losses = only_counted(partial(_values, plans, False), counted, operands)
     return jnp.sum(_counted(plans, losses, weights) * weights)
 
 
 # The forward pass computes the gradient: three products per chunk. The backward pass scales it.
-def _weighted_sum_fwd(plans, operands, weights):
+def _weighted_sum_fwd(plans, operands, weights, counted):
     operands, flags = split_perturbed(operands)
-    weights = weights.value
-    values, ds = by_platform(_gradients_over_chunks, plans, operands, weights, flags)
+    weights, counted = weights.value, values_of(counted)
+    values, ds = _gradients(plans, counted, operands, weights, flags)
     values = _counted(plans, values, weights)
     # The same tree, whatever is differentiated (`split_perturbed`).
     ds = jax.tree.map(lambda _, d: jnp.zeros(0) if d is None else d, operands, ds)
@@ -83,7 +91,7 @@ def _weighted_sum_bwd(plans, residuals, g):
         return g.astype(dtype) * d.astype(dtype) if flag else None
 
     ds = jax.tree.map(scaled, perturbed(flags, operands), ds)
-    return as_cotangents(ds, operands), psum_like(g * values, weights)
+    return as_cotangents(ds, operands), psum_like(g * values, weights), None
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -94,29 +102,39 @@ def _counted(plans, losses, weights):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses(plans: ByPlatform, operands):
-    """The losses `[N]`."""
-    return by_platform(_over_chunks, plans, operands)
+def losses(plans: ByPlatform, operands, counted: Counted | None):
+    """The losses `[N]`; 0 for tokens that do not count."""
+    return only_counted(partial(_values, plans, False), counted, operands)
 
 
-def _losses_fwd(plans, operands):
+def _losses_fwd(plans, operands, counted):
     operands, flags = split_perturbed(operands)
-    values = by_platform(partial(_over_chunks, differentiated=True), plans, operands)
-    return values, (operands, flags)
+    counted = values_of(counted)
+    values = only_counted(partial(_values, plans, True), counted, operands)
+    return values, (operands, counted, flags)
 
 
 # For any cotangent: the chunks are recomputed.
 def _losses_bwd(plans, residuals, g):
-    operands, flags = residuals
-    g = instantiated(g)
-    ds = by_platform(_gradients_over_chunks, plans, operands, g, flags)[1]
-    return (as_cotangents(ds, operands),)
+    operands, counted, flags = residuals
+    ds = _gradients(plans, counted, operands, instantiated(g), flags)[1]
+    return as_cotangents(ds, operands), None
 
 
 losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 
-def _over_chunks(plan, operands, *, differentiated=False):
+def _values(plans, differentiated, counted, operands):
+    return by_platform(partial(_over_chunks, differentiated), plans, counted, operands)
+
+
+def _gradients(plans, counted, operands, g, flags):
+    """`_gradients_over_chunks` by the platform, of the chunks with a token that counts."""
+    run = partial(by_platform, _gradients_over_chunks, plans)
+    return only_counted(run, counted, operands, g, flags)
+
+
+def _over_chunks(differentiated, plan, counted, operands):
     """The losses [N]: one product per chunk.
 
     If `differentiated`, they come from the loss's vjp: a loss with a `custom_vjp` has no jvp, but
@@ -131,14 +149,22 @@ def _over_chunks(plan, operands, *, differentiated=False):
         values = jax.vjp(loss, logits)[0] if differentiated else loss(logits)
         return None, values.astype(logits.dtype)
 
-    losses = lax.scan(body, None, chunked(plan, (operands.hidden, operands.args)))[1]
-    return _unchunked(plan, losses, operands.hidden.shape[0])
+    xs = chunked(plan, counted, (operands.hidden, operands.args))
+    losses = _scan(body, None, xs, None if counted is None else counted.steps(plan.size))[1]
+    return _unchunked(plan, counted, losses, operands.hidden.shape[0])
+
+
+def _scan(body, carry, xs, steps):
+    """`lax.scan`; of only so many `steps` unless that is None."""
+    return lax.scan(body, carry, xs) if steps is None else first_steps(body, carry, xs, steps)
 
 
 def first_chunk(plan: Plan, operands: Operands) -> list[jax.Array]:
     """What the loss is called with for the first chunk: logits `[c, V]`, its part of the args."""
     kernel, bias = _gathered(plan, operands)
-    hidden, args = jax.tree.map(lambda x: x[0], chunked(plan, (operands.hidden, operands.args)))
+    hidden, args = jax.tree.map(
+        lambda x: x[0], chunked(plan, None, (operands.hidden, operands.args))
+    )
     return [plan.products.logits(hidden, kernel, bias), *args]
 
 
@@ -149,7 +175,7 @@ def _gathered(plan, operands):
     return kernel, sharding.resharded(operands.bias, sharding.classes)
 
 
-def _gradients_over_chunks(plan, operands, g, flags):
+def _gradients_over_chunks(plan, counted, operands, g, flags):
     """The losses `[N]` and their gradients for the cotangents `g [N]`, None if not asked for.
 
     A chunk's d_logits is computed in float32 and then cast to the products' dtype. Those of a group
@@ -165,49 +191,68 @@ def _gradients_over_chunks(plan, operands, g, flags):
     of_kernel = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
     dtype = products.dtype if plan.rounded else g.dtype
 
-    def of_group(sums, xs):
+    steps = None if counted is None else counted.steps(plan.size)
+
+    def of_group(sums, xs, steps):
         """The sums with those of chunks `[group, c, …]`; their d_logits in one scale; the rest.
 
         The rest of a single chunk is `[c, …]`: d_hidden may be unreduced over the classes' devices,
         and JAX cannot differentiate the reverse of `d_hidden[None]` then.
         """
         of_chunk = partial(_gradients_of_chunk, plan, operands, gathered, wants)
-        if plan.chunks.group == 1:
+        if group == 1:
             sums, (kept, out) = of_chunk(sums, jax.tree.map(lambda x: x[0], xs))
             d_logits, scale = jax.tree.map(lambda x: x[None], kept)
         else:
-            sums, ((d_logits, scale), out) = lax.scan(of_chunk, sums, xs)
+            sums, ((d_logits, scale), out) = _scan(of_chunk, sums, xs, steps)
         return sums, (in_one_scale(d_logits, scale), out)
 
-    def add_group(carry, xs):
-        d_kernel, sums = carry
-        sums, (kept, out) = of_group(sums, xs)
+    def add_group(carry, xs_and_steps):
+        (d_kernel, sums), (xs, steps) = carry, xs_and_steps
+        sums, (kept, out) = of_group(sums, xs, steps)
         if wants.kernel:
             d_kernel = add_to_kernel(products, d_kernel, xs[0], *kept, of_kernel)
         return (d_kernel, sums), out
 
     d_kernel, *sums = _zeros(plan, operands, gathered, wants, g)
-    xs = chunked(plan, (operands.hidden, operands.args, g), zero_last=True)
+    xs = chunked(plan, counted, (operands.hidden, operands.args, g), zero_last=True)
     chunks, group = xs[0].shape[0], plan.chunks.group
     one_group = isinstance(chunks, int) and chunks == group
     if one_group:
-        sums, ((d_logits, scale), out) = of_group(sums, xs)
+        sums, ((d_logits, scale), out) = of_group(sums, xs, steps)
         if wants.kernel:
-            d_kernel = products.d_kernel(xs[0], d_logits, of_kernel, dtype)
+            of_first_chunks = partial(_product, products, of_kernel, dtype)
+            d_kernel = of_first(of_first_chunks, chunks, steps, xs[0], d_logits)
             d_kernel = undo_scale(d_kernel, scale)
     else:
-        (d_kernel, sums), out = lax.scan(add_group, (d_kernel, sums), _in_groups(plan, xs))
+        groups = _in_groups(plan, xs)
+        steps, of_each = _steps_of_groups(steps, group, groups[0].shape[0])
+        (d_kernel, sums), out = _scan(add_group, (d_kernel, sums), (groups, of_each), steps)
     d_bias, d_consts = sums
     values, d_hidden, d_args = out
     loops = (group > 1) + (not one_group)
     d_hidden = sharding.resharded(d_hidden, *[None] * loops, tokens, None)
-    unchunked = partial(_unchunked, plan, n=operands.hidden.shape[0], loops=loops)
+    n = operands.hidden.shape[0]
+    unchunked = partial(_unchunked, plan, counted, n=n, loops=loops)
     values, d_hidden, d_args = jax.tree.map(unchunked, (values, d_hidden, d_args))
     if d_kernel is not None:
         d_kernel = hidden_axis_whole(d_kernel, 1 - products.class_axis)
         d_kernel = resharded(d_kernel, sharding.of_summed_kernel(operands.kernel)).astype(dtype)
     d_bias = sharding.resharded(d_bias, classes)
     return values, Operands(d_hidden, d_kernel, d_bias, d_args, d_consts)
+
+
+def _steps_of_groups(steps, group, groups):
+    """How many groups hold a token that counts, and how many chunks of each."""
+    if steps is None:
+        return None, None
+    of_each = jnp.clip(steps - group * jnp.arange(groups, dtype=jnp.int32), 0, group)
+    return (steps + (group - 1)) // group, of_each
+
+
+def _product(products, spec, dtype, count, hidden, d_logits):  # noqa: PLR0917
+    """d_kernel of the first chunks."""
+    return products.d_kernel(hidden[:count], d_logits[:count], spec, dtype)
 
 
 def _zeros(plan, operands, gathered, wants, g):
@@ -283,10 +328,11 @@ def _pulled(plan, logits, args, consts, g, wanted):  # noqa: PLR0917
     return values, ds[0], tuple(ds[1:first]), tuple(ds[first:])
 
 
-def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
+def chunked(plan: Plan, counted: Counted | None, tree: Any, *, zero_last: bool = False) -> Any:
     """Arrays [N, …] as [chunks, c, …]: token i·chunks + j of each shard is the i-th of chunk j.
 
-    Strided, so that a token axis sharded on an automatic mesh stays where it is too. Padding
+    Strided, so that a token axis sharded on an automatic mesh stays where it is too. Or, if some of
+    them may not count, in order: in the first chunk the first of each shard that do. Padding
     repeats the last token, so that it gives nothing (a NaN, say) that a real token would not give.
     With `zero_last` the last array of the tree, the cotangents, is padded with 0.
     """
@@ -295,6 +341,8 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
 
     def split(x, of_last):
+        if counted is not None:
+            return chunked_in_order(sharding, counted, plan.size, group, x, last=of_last)
         n, rest = x.shape[0] // shards, x.shape[1:]
         chunks, of_rest = -(-n // (size * group)) * group, sharding.rest(x, 1)
         x = sharding.reshape(x, (shards, n, *rest), tokens, None, *of_rest)
@@ -312,8 +360,10 @@ def chunked(plan: Plan, tree: Any, *, zero_last: bool = False) -> Any:
     return treedef.unflatten(map(split, leaves, of_last))
 
 
-def _unchunked(plan, y, n, loops=1):
+def _unchunked(plan, counted, y, n, loops=1):
     """Undoes `chunked` for one array `[*loops, c, …]` of `n` tokens; `loops` axes count chunks."""
+    if counted is not None:
+        return restored(plan.sharding, counted, y, loops)
     sharding = plan.sharding
     shards, tokens = math.prod(sharding.token_shards), sharding.token_axes
     rest, of_rest = y.shape[loops + 1 :], sharding.rest(y, loops + 1)

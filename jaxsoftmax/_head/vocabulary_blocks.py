@@ -12,7 +12,7 @@ from .._axes import labels_in_block
 from .._cpu import as_bits, from_bits, slice_in_loop
 from .._merge import NO_CLASS, BlockSums, merge_blocks, merge_shards
 from .._numerics import NEAR, accumulation_dtype, one_hot
-from .._rules import with_derivative
+from .._rules import values, with_derivative
 from .._sharding import (
     AxisName,
     is_local,
@@ -36,6 +36,17 @@ from .._statistics import (
     with_label,
 )
 from .._transform import transformed
+from .counted import (
+    Counted,
+    chunk,
+    chunked_in_order,
+    first_in_order,
+    first_steps,
+    of_first,
+    only_counted,
+    restored,
+    zeros_of,
+)
 from .layout import HeadSharding
 from .products import (
     Products,
@@ -56,6 +67,8 @@ class Plan(NamedTuple):
     """What is fixed while tracing."""
 
     block: int  # classes in a block, of each shard of the classes
+    rows: int  # tokens of each shard that are taken at once, if only some count
+    in_rows: bool  # so in the gradients as well, not the first that hold them all
     products: Products
     spec: StatisticsSpec
     sharding: HeadSharding
@@ -77,22 +90,22 @@ class Operands(NamedTuple):
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
 # [shards, V / shards]: each shard goes over its own blocks, and shards are merged once, at the end.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_statistics(plans: ByPlatform, operands):
-    """`token_statistics` of the rows of `hidden @ kernel + bias`."""
-    return _results(plans, operands)[0]
+def linear_statistics(plans: ByPlatform, operands, counted: Counted | None):
+    """`token_statistics` of the rows of `hidden @ kernel + bias`; any for those not counted."""
+    return _results(plans, operands, counted)[0]
 
 
-def _results(plans, operands):
+def _results(plans, operands, counted):
     """The statistics, and the `BlockSums` of whole rows, each `[N]`."""
-    leaves, tree = jax.tree.flatten(operands)
+    leaves, tree = jax.tree.flatten((operands, counted))
     spec = plans.cpu.spec
     names = [name for name, wanted in _wanted(spec)._asdict().items() if wanted]
 
     def function(*leaves):
-        return tuple(jax.tree.leaves(by_platform(_forward, plans, tree.unflatten(leaves))))
+        return tuple(jax.tree.leaves(by_platform(_forward, plans, *tree.unflatten(leaves))))
 
     def at_m(m, *leaves):
-        return tuple(jax.tree.leaves(by_platform(_at_m, plans, tree.unflatten(leaves), m)))
+        return tuple(jax.tree.leaves(by_platform(_at_m, plans, tree.unflatten(leaves)[0], m)))
 
     # m may be held constant: what is computed from (z, m, r) does not depend on it.
     sums = with_derivative(function, lambda found, *leaves: at_m(found[0], *leaves), *leaves)
@@ -106,24 +119,47 @@ def _wanted(spec):
     return BlockSums(True, True, True, spec.entropy, *spread)._replace(top=spec.prediction)
 
 
-def _forward(plan, operands):
+def _forward(plan, operands, counted):
     """The `BlockSums` of whole rows."""
-    # Once: what is gathered again in the loop over far rows would be sent again.
+    # Once: what is gathered again in a loop would be sent again.
     operands = operands._replace(kernel=plan.sharding.gathered(operands.kernel))
-    sums = (_from_few if plan.spec.from_label else _from_maximum)(plan, operands)
+    few = _highest_of_few(plan, operands) if plan.spec.from_label else None
+    sums, far = _of_counted(plan, counted, operands, few)
+    if few is not None:
+        sums = _again(plan, operands, sums, far)
     if plan.sharding.class_shards > 1:
         sums = _merged(sums, 1)
     return sums if plan.axis_name is None else merge_shards(plan.axis_name, sums)
 
 
-def _from_few(plan, operands):
+def _of_counted(plan, counted, operands, few):
+    """The sums, and which rows are far; 0 for rows in chunks without a token that counts."""
+
+    def of_rows(hidden, labels, few):
+        rows = operands._replace(hidden=hidden, labels=labels)
+        return (_from_maximum(plan, rows), None) if few is None else _from_few(plan, rows, *few)
+
+    rows = operands.hidden, operands.labels, few
+    if counted is None:
+        return of_rows(*rows)
+    chunks, steps = _in_chunks(plan, counted, rows), counted.steps(plan.rows)
+    found = first_steps(lambda _, rows: (None, of_rows(*rows)), None, chunks, steps)[1]
+    return jax.tree.map(partial(restored, plan.sharding, counted), found)
+
+
+def _in_chunks(plan, counted, tree):
+    """Arrays `[N, …]` as [chunks, rows, …], in order."""
+    split = partial(chunked_in_order, plan.sharding, counted, plan.rows, 1, last=True)
+    return jax.tree.map(split, tree)
+
+
+def _from_few(plan, operands, c, of_label):
     """The sums of each shard's classes, measured from the label or the first few classes.
 
     With c the highest of those but the label, s = Σ_{k≠t} exp(z_k − c) and z_t come from one pass,
-    which needs no block of logits after its sum: docs/derivation.md, section 14. Rows of which c is
-    far below the maximum are measured again.
+    which needs no block of logits after its sum: docs/derivation.md, section 14. And which rows are
+    to be measured again: those of which c is far below the maximum.
     """
-    c, of_label = _highest_of_few(plan, operands)
     sums = _summed_at(plan, operands, c, beside_label=True)
     s, z = sums.r, sums.z_label
     top = of_label & (z >= c)
@@ -133,7 +169,7 @@ def _from_few(plan, operands):
     sums = sums._replace(m=m, r=r)
     if sums.costs is not None:
         sums = sums._replace(costs=sums.costs + sums.mass * (m - c))
-    return _again(plan, operands, sums, ~(s < NEAR))  # NaN too
+    return sums, ~(s < NEAR)  # NaN too
 
 
 def _highest_of_few(plan, operands):
@@ -237,78 +273,139 @@ def _merged(sums, axis):
     return merge_blocks(sums, max_over, partial(jax.tree.map, partial(jnp.sum, axis=axis)))
 
 
-def _linear_statistics_fwd(plans, operands):
+def _linear_statistics_fwd(plans, operands, counted):
     operands, flags = split_perturbed(operands)
-    out, sums = _results(plans, operands)
-    return out, (operands, sums._replace(costs=None, top=None), flags)
+    counted = values(counted)
+    out, sums = _results(plans, operands, counted)
+    return out, (operands, counted, sums._replace(costs=None, top=None), flags)
 
 
 def _linear_statistics_bwd(plans, residuals, cotangents):
-    given, sums, flags = residuals
+    given, counted, sums, flags = residuals
     g = nan_where_invalid(none_if_zero(cotangents), given.labels)
     unused = rows_without_cotangent(g, known_rows(sums, given.labels))
-    return (by_platform(_gradients, plans, given, sums, g, unused, flags),)
+    run = partial(by_platform, _gradients, plans)
+    return only_counted(run, counted, given, sums, g, unused, flags), None
 
 
-def _gradients(plan, given, sums, g, unused, flags):  # noqa: PLR0917
+def _gradients(plan, counted, given, sums, g, unused, flags):  # noqa: PLR0917
     """The cotangents of the operands, block by block."""
-    wants, sharding, products = perturbed(flags, given), plan.sharding, plan.products
-    tokens, classes, axis = sharding.token_axes, sharding.classes, _class_axis(plan)
+    wants, sharding = perturbed(flags, given), plan.sharding
     operands = _by_shard(plan, given)
-    _, kernel, bias, transform, weights, labels = operands
-    hidden = products.operand(operands.hidden)
-    sums, g, unused, labels = _per_row(plan, (sums, g, unused, labels))
-    dtype = sums.m.dtype
     everywhere = partial(varying, axes=manual_axes(*jax.tree.leaves((operands, g))))
     # So its cotangents are summed over devices once, at the end, not by every block's derivative.
-    transform = jax.tree.map(everywhere, transform)
-    of_hidden = sharding.spec(tokens, None, unreduced=classes)
+    transform = jax.tree.map(everywhere, operands.transform)
+    per_row = _per_row(plan, (operands.labels, sums, g, unused))
+    rows = plan.products.operand(operands.hidden), *per_row
+    run = partial(_over_classes, plan, operands._replace(transform=transform), wants, everywhere)
+    if counted is None:
+        d_hidden, *sums = run(None, rows)
+    elif plan.in_rows or not isinstance(given.hidden.shape[0], int):
+        d_hidden, *sums = run(counted.steps(plan.rows), _in_chunks(plan, counted, rows))
+        d_hidden = None if d_hidden is None else restored(sharding, counted, d_hidden)
+    else:
+
+        def of_first_rows(count, rows):
+            first = jax.tree.map(partial(first_in_order, sharding, counted, count), rows)
+            d_hidden, *sums = run(None, first)
+            d_hidden = None if d_hidden is None else restored(sharding, counted, d_hidden, 0)
+            return d_hidden, *sums
+
+        n, number = counted.index.shape[1], counted.number
+        d_hidden, *sums = of_first(of_first_rows, n, number, rows)
+    return as_cotangents(Operands(d_hidden, *sums, None), given)
+
+
+def _over_classes(plan, operands, wants, everywhere, steps, rows):  # noqa: PLR0917
+    """The cotangents, but of labels, for these rows, or chunks of rows of which `steps` count."""
+    sharding, axis = plan.sharding, _class_axis(plan)
+    tokens, classes = sharding.token_axes, sharding.classes
+    kernel, bias, weights = operands.kernel, operands.bias, operands.weights
+    hidden, dtype = rows[0], rows[2].m.dtype
+    chunks = [None] * (hidden.ndim - 2)
     whole = sharding.of_kernel(None, *_of_shards(plan), None)
-    of_kernel = sharding.spec(*whole, unreduced=tokens)
-    of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
     # An unreduced array has no bits.
     as_slices = as_bits if plan.in_bits and sharding.mesh is None else lambda x: x
+    of_rows = partial(_of_rows, plan, operands, wants)
+    written = partial(lax.dynamic_update_slice_in_dim, axis=-1)
 
     def step(carry, start, size):
         d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
-        raw = _block_logits(plan, operands, hidden, start, size)
-        z, pull = jax.vjp(transformed, raw, transform)
-        index = labels_in_block(labels, _first_class(plan, operands, start), size)
-        dz, d = label_cotangents(z, index, _part(weights, start, size), sums, g, unused)
-        if d is not None:
-            d_weights = lax.dynamic_update_slice_in_dim(d_weights, d, start, axis=-1)
-        d_raw, d = pull(dz)
-        d_transform = jax.tree.map(jnp.add, d_transform, d)
-        if wants.bias:
-            d = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
-            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d.astype(bias.dtype), start, axis=-1)
-        d_raw, scale = scale_for_float16(d_raw, products.dtype)
-        d_raw = sharding.merge_classes(d_raw, tokens)
+        found = _of_block(steps, partial(of_rows, start, size), rows, d_hidden)
+        d_hidden, (of_kernel, of_bias, of_transform, of_weights) = found
         if wants.kernel:
-            spec = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
-            d = undo_scale(products.d_kernel(hidden, d_raw, spec), scale)
-            d = sharding.split_kernel(as_slices(d.astype(kernel.dtype)), unreduced=tokens)
+            d = as_slices(of_kernel.astype(kernel.dtype))
+            d = sharding.split_kernel(d, unreduced=tokens)
             d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, d, start, axis)
-        if wants.hidden:
-            block = sharding.merge_kernel(_block(plan, operands, start, size))
-            d_hidden = d_hidden + undo_scale(products.d_hidden(d_raw, block, of_hidden), scale)
+        if wants.bias:
+            d_bias = written(d_bias, of_bias.astype(bias.dtype), start)
+        if of_weights is not None:
+            d_weights = written(d_weights, of_weights, start)
+        d_transform = jax.tree.map(jnp.add, d_transform, of_transform)
         return d_hidden, d_kernel, d_bias, d_transform, d_weights
 
+    of_hidden = sharding.spec(*chunks, tokens, None, unreduced=classes)
+    of_kernel = sharding.spec(*whole, unreduced=tokens)
+    of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
     start = (
         resharded(jnp.zeros(hidden.shape, dtype), of_hidden) if wants.hidden else None,
         resharded(as_slices(jnp.zeros_like(kernel)), of_kernel) if wants.kernel else None,
         resharded(jnp.zeros_like(bias), of_bias) if wants.bias else None,
-        jax.tree.map(jnp.zeros_like, transform),
+        jax.tree.map(jnp.zeros_like, operands.transform),
         None if weights is None else resharded_like(jnp.zeros_like(weights), weights),
     )
     carry = _over_blocks(plan, step, jax.tree.map(everywhere, start), operands)
     d_hidden, d_kernel, d_bias, d_transform, d_weights = carry
-    d_hidden = sharding.resharded(d_hidden, tokens, None)  # summed in float32
+    d_hidden = sharding.resharded(d_hidden, *chunks, tokens, None)  # summed in float32
     d_kernel = None if d_kernel is None else from_bits(d_kernel, kernel.dtype)
     d_kernel = sharding.merge_kernel(d_kernel, unreduced=tokens)
     d_bias = sharding.merge_classes(d_bias, unreduced=tokens)
-    ds = Operands(d_hidden, d_kernel, d_bias, d_transform, sharding.merge_classes(d_weights), None)
-    return as_cotangents(ds, given)
+    return d_hidden, d_kernel, d_bias, d_transform, sharding.merge_classes(d_weights)
+
+
+def _of_block(steps, of_rows, rows, total):
+    """`total` with all rows' d_hidden by a block's classes, and what else `of_rows` sums."""
+    if steps is None:
+        d_hidden, sums = of_rows(rows)
+        return None if d_hidden is None else total + d_hidden, sums
+
+    def step(i, carry):
+        total, sums = carry
+        d_hidden, own = of_rows(chunk(rows, i))
+        if d_hidden is not None:
+            d_hidden = chunk(total, i) + d_hidden
+            total = lax.dynamic_update_index_in_dim(total, d_hidden, i, 0)
+        return total, jax.tree.map(jnp.add, sums, own)
+
+    sums = zeros_of(lambda: of_rows(chunk(rows, 0))[1])
+    return lax.fori_loop(0, steps, step, (total, sums))
+
+
+def _of_rows(plan, operands, wants, start, size, rows):  # noqa: PLR0917
+    """By a block's classes: some rows' d_hidden, and the block's part of the sums over rows."""
+    sharding, products, transform = plan.sharding, plan.products, operands.transform
+    tokens, classes = sharding.token_axes, sharding.classes
+    hidden, labels, sums, g, unused = rows
+    raw = _block_logits(plan, operands, hidden, start, size)
+    z, pull = jax.vjp(transformed, raw, transform)
+    index = labels_in_block(labels, _first_class(plan, operands, start), size)
+    weights = _part(operands.weights, start, size)
+    dz, d_weights = label_cotangents(z, index, weights, sums, g, unused)
+    d_raw, d_transform = pull(dz)
+    d_hidden, d_kernel, d_bias = None, None, None
+    if wants.bias:
+        of_bias = sharding.spec(*_of_shards(plan), None, unreduced=tokens)
+        d_bias = lax.reduce_sum(d_raw, (0,), out_sharding=of_bias)
+    d_raw, scale = scale_for_float16(d_raw, products.dtype)
+    d_raw = sharding.merge_classes(d_raw, tokens)
+    if wants.kernel:
+        spec = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
+        d_kernel = undo_scale(products.d_kernel(hidden, d_raw, spec), scale)
+    if wants.hidden:
+        block = sharding.merge_kernel(_block(plan, operands, start, size))
+        spec = sharding.spec(tokens, None, unreduced=classes)
+        d_hidden = undo_scale(products.d_hidden(d_raw, block, spec), scale)
+    return d_hidden, (d_kernel, d_bias, d_transform, d_weights)
 
 
 linear_statistics.defvjp(_linear_statistics_fwd, _linear_statistics_bwd, symbolic_zeros=True)
