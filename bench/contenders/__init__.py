@@ -89,8 +89,12 @@ HEAD = (
     Entry("three products", "products", "head", whole=True),
 )
 
-# Ours again with options: what they cost.
-OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
+# Ours again with options: what they cost. And several labels a token, beside the plain equivalent.
+OPTIONS = (
+    Entry("jaxsoftmax, three options", "ours", "head_with_options"),
+    Entry("jaxsoftmax, several labels", "ours", "head_of_several"),
+    Entry("jax.nn, several labels", "with_jax_nn", "head_of_several"),
+)
 
 # Ours again, where programs are only compiled: the other order, and kernels of another form.
 VARIANTS = (
@@ -110,6 +114,8 @@ NOTES = {
     "jaxsoftmax, tied": "with an embedding [V, H] as the kernel",
     "jaxsoftmax, float32 kernel": "multiplied in the dtype of hidden",
     "jaxsoftmax, three options": "with label smoothing, a z-loss and a soft cap",
+    "jaxsoftmax, several labels": "log-probabilities of 8 labels a token, and predictions",
+    "jax.nn, several labels": "the same of log_softmax and argmax of all logits",
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",

@@ -2,8 +2,10 @@
 """This library."""
 
 import jax
+import jax.numpy as jnp
 
 import jaxsoftmax
+from bench import cases
 
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 dense_labels = jaxsoftmax.softmax_cross_entropy
@@ -29,6 +31,14 @@ def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -
     return jaxsoftmax.linear_softmax_cross_entropy(
         hidden, kernel, labels, label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0
     )
+
+
+def head_of_several(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Take 8 labels a token, and the accuracy from the same pass."""
+    out = jaxsoftmax.linear_log_probs(
+        hidden, kernel, cases.several(labels, kernel.shape[1]), with_predictions=True
+    )
+    return jnp.mean(out.predictions == labels) - jnp.mean(out.log_probs)
 
 
 def tied_head(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
