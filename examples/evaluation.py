@@ -22,7 +22,8 @@ def evaluate(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Arr
     inside = jnp.where(counts, labels, 0)
     out = jaxsoftmax.linear_log_probs(hidden, kernel, inside, with_predictions=True)
     right = out.predictions == labels
-    return jnp.stack([jnp.sum(x, where=counts) for x in (-out.log_probs, right, counts)])
+    numbers = -out.log_probs, right, counts
+    return jnp.stack([jnp.sum(x, where=counts, dtype=jnp.float32) for x in numbers])
 
 
 @jax.jit
@@ -32,7 +33,8 @@ def on_logits(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Ar
     inside = jnp.where(counts, labels, 0)[:, None]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), inside, axis=-1)[:, 0]
     right = jnp.argmax(logits, axis=-1) == labels
-    return jnp.stack([jnp.sum(x, where=counts) for x in (nll, right, counts)])
+    numbers = nll, right, counts
+    return jnp.stack([jnp.sum(x, where=counts, dtype=jnp.float32) for x in numbers])
 
 
 def temporary_mb(function, *arguments: jax.Array) -> float:
