@@ -211,6 +211,11 @@ class Head(NamedTuple):
         ]
 
 
+def several(labels: jax.Array, classes: int) -> jax.Array:
+    """Labels `[tokens]` and seven more beside each: `[tokens, 8]`."""
+    return (labels[:, None] + 97 * jnp.arange(8, dtype=labels.dtype)[None]) % classes
+
+
 Case = Logits | Head
 
 

@@ -46,9 +46,14 @@ def to_index(labels: jax.Array, classes: int) -> jax.Array:
     return jnp.where(fits & (index < classes), index, OUT_OF_RANGE)
 
 
+def per_label(number: Any, labels: jax.Array) -> Any:
+    """A number, or one per row `[...]`, beside one label per row or several, `[..., K]`."""
+    return number[..., None] if 0 < jnp.ndim(number) < labels.ndim else number
+
+
 def labels_in_block(labels: jax.Array, start: Any, size: int) -> jax.Array:
     """Labels as indices into the block of `size` classes from `start`; −1 for those of others."""
-    shifted = labels - start
+    shifted = labels - per_label(start, labels)
     return jnp.where((labels >= 0) & (shifted >= 0) & (shifted < size), shifted, -1)
 
 

@@ -172,6 +172,18 @@ def check_shape(
         )
 
 
+def check_label_shape(
+    function: str, shape: Sequence[int], expected: Sequence[int], meaning: str, *, several: bool
+) -> None:
+    """The shape of labels is `expected`, or has one more axis if `several` of each are allowed."""
+    if several and len(shape) > len(expected) and tuple(shape[:-1]) == tuple(expected):
+        return
+    if several:
+        more = str((*expected, "K")).replace("'", "")
+        meaning = f"{meaning}, or {more} for K labels each"
+    check_shape(function, "labels", shape, expected, meaning)
+
+
 def check_broadcasts(
     function: str, name: str, shape: Sequence[int], target: Sequence[int], meaning: str
 ) -> None:

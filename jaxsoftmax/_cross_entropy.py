@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from . import _checks
 from ._axes import broadcast_mask, masked, to_index, to_rows
@@ -29,7 +29,7 @@ from ._options import (
     token_losses,
 )
 from ._rules import ON_LOGITS, in_forward_mode, scope
-from ._sharding import AxisName, in_one_sharding, shard_count
+from ._sharding import AxisName, in_one_sharding, shard_count, whole_last
 from ._statistics import Statistics, StatisticsSpec, target_statistics, token_statistics
 from ._transform import as_transform
 
@@ -231,17 +231,20 @@ def _dense_labels(  # noqa: PLR0917
 
 
 class LogProbs(NamedTuple):
-    """What `label_log_probs` and `linear_log_probs` return: arrays with the shape of the labels.
+    """What `label_log_probs` and `linear_log_probs` return.
 
     Attributes:
-      log_probs: log-probability of each label.
+      log_probs: log-probability of each label, in the shape of the labels.
       log_normalizers: log-sum-exp of each row of logits.
       entropies: entropy of each row's distribution, in nats; None unless asked for.
+      predictions: the most likely class of each row as int32; None unless asked for. Of equal
+        logits the first class, as `jnp.argmax`; −1 in a row with NaN.
     """
 
     log_probs: Float[Array, "..."]
     log_normalizers: Float[Array, "..."]
     entropies: Float[Array, "..."] | None
+    predictions: Int[Array, "..."] | None = None
 
 
 def label_log_probs(
@@ -252,19 +255,22 @@ def label_log_probs(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
+    with_predictions: bool = False,
     axis_name: AxisName | None = None,
 ) -> LogProbs:
     r"""Log-probability of each label, log-normalizer and entropy of each row of logits.
 
     Args:
       logits: unnormalized log-probabilities in any floating dtype.
-      labels: integers in [0, C) with the shape of `logits` without `axis`. A label out of range
-        makes that log-probability and its gradient NaN.
+      labels: integers in [0, C) with the shape of `logits` without `axis`, or with one more axis at
+        the end: K labels for each row. A label out of range makes that log-probability and its
+        row's gradient NaN.
       axis: the class axis, or a tuple of class axes (see the cross-entropy).
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive. The results are those of the divided
         logits.
       with_entropy: also compute the entropies.
+      with_predictions: also find the most likely class of each row.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see the
         cross-entropy).
 
@@ -276,9 +282,9 @@ def label_log_probs(
       ValueError: shapes that do not match, an axis out of range, no classes, or an option that
         is not positive.
 
-    Every field is differentiable in `logits`, `soft_cap` and `temperature`, with any cotangents,
-    in reverse mode to any order; forward mode over reverse works. docs/derivation.md equations
-    (27) and (33).
+    Every field is differentiable in `logits`, `soft_cap` and `temperature` (predictions are
+    integers), with any cotangents, in reverse mode to any order; forward mode over reverse works.
+    docs/derivation.md equations (27), (33) and (66).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -287,45 +293,56 @@ def label_log_probs(
       [-1.3862944] [1.3862944] [1.3862944]
     """
     name = "label_log_probs"
-    logits, labels, axes = _logits_and_labels(name, logits, labels, axis)
+    logits, labels, axes = _logits_and_labels(name, logits, labels, axis, several=True)
     axis_name = _checks.as_axis_name(name, axis_name)
     _checks.check_sharded_classes(name, axis_name, {"logits": logits})
     _checks.check_whole_classes(name, axis_name, {"labels": labels})
     transform = as_transform(name, soft_cap, temperature)
-    with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
+    spec = of_log_probs(name, with_entropy, with_predictions)
     with scope(name, ON_LOGITS):
         (logits,), axes = _one_axis(axes, logits)
-        return _label_log_probs(
-            in_forward_mode(), with_entropy, axis_name, axes, logits, labels, transform
-        )
+        return _label_log_probs(in_forward_mode(), spec, axis_name, axes, logits, labels, transform)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _label_log_probs(  # noqa: PLR0917
-    forward_mode, with_entropy, axis_name, axes, logits, labels, transform
+    forward_mode, spec, axis_name, axes, logits, labels, transform
 ):
-    logits, labels = in_one_sharding(logits, jnp.expand_dims(labels, axes))
+    if labels.ndim == logits.ndim:  # K for each row
+        labels = jnp.expand_dims(whole_last(labels), axes)
+        logits, labels = in_one_sharding(logits[..., None], labels)
+        logits = logits[..., 0]
+    else:
+        logits, labels = in_one_sharding(logits, jnp.expand_dims(labels, axes))
     labels = jnp.squeeze(labels, axes)
     rows = to_rows(logits, axes)
     index = to_index(labels, rows.shape[-1] * shard_count(axis_name))
-    spec = StatisticsSpec(lse=True, entropy=with_entropy)
     summed = token_statistics(spec, axis_name).for_mode(forward_mode)
     return as_log_probs(summed(rows, index, transform, None))
 
 
 def as_log_probs(statistics: Statistics) -> LogProbs:
     """`Statistics` as the public `LogProbs`."""
-    return LogProbs(-statistics.loss, statistics.lse, statistics.entropy)
+    loss, lse, entropy, _, prediction = statistics
+    return LogProbs(-loss, lse, entropy, prediction)
 
 
-def _logits_and_labels(name, logits, labels, axis):
+def of_log_probs(function: str, with_entropy: bool, with_predictions: bool) -> StatisticsSpec:
+    """The statistics of a `LogProbs` with these fields."""
+    entropy = _checks.as_flag(function, "with_entropy", with_entropy)
+    prediction = _checks.as_flag(function, "with_predictions", with_predictions)
+    return StatisticsSpec(lse=True, entropy=entropy, prediction=prediction)
+
+
+def _logits_and_labels(name, logits, labels, axis, *, several=False):
     logits = _checks.as_floating(name, "logits", logits)
     labels = _checks.as_labels(name, "labels", labels)
     axes = _checks.as_axes(name, axis, logits.ndim, _checks.SOME_AXES)
     _checks.check_has_classes(name, "logits", logits.shape, axes)
     _checks.check_labels_fit(name, logits.shape, axes)
     meaning = f"the shape of logits without axis {axis}"
-    _checks.check_shape(name, "labels", labels.shape, _batch_shape(logits.shape, axes), meaning)
+    batch = _batch_shape(logits.shape, axes)
+    _checks.check_label_shape(name, labels.shape, batch, meaning, several=several)
     return logits, labels, axes
 
 

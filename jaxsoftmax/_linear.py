@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
-from ._cross_entropy import LogProbs
+from ._cross_entropy import LogProbs, of_log_probs
 from ._head.arguments import Reduction, as_head, as_per_token, as_token_labels
 from ._head.choices import Sample, TopK, sample, top_k_classes
 from ._head.programs import any_loss, cross_entropy, log_probs
@@ -281,6 +281,7 @@ def linear_log_probs(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     with_entropy: bool = False,
+    with_predictions: bool = False,
     axis_name: AxisName | None = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
@@ -296,15 +297,16 @@ def linear_log_probs(
       hidden: `[*tokens, H]`, floating.
       kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
         `compute_dtype`.
-      labels: `[*tokens]`, integers in [0, V). A label out of range makes that log-probability and
-        its gradient NaN.
+      labels: `[*tokens]`, integers in [0, V), or `[*tokens, K]`, K for each token. A label out of
+        range makes that log-probability and its token's gradient NaN.
       bias: `[V]`; −inf excludes a class.
-      where: `[*tokens]`, boolean: the tokens to include. Those of others are 0 in every field, with
-        gradient exactly 0, whatever their `hidden` and label are, and cost nothing (see
-        `linear_softmax_cross_entropy`).
+      where: `[*tokens]`, boolean: the tokens to include. Those of others are 0 in every field, −1
+        in `predictions`, with gradient exactly 0, whatever their `hidden` and labels are, and cost
+        nothing (see `linear_softmax_cross_entropy`).
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       temperature: divides the (capped) logits; positive.
       with_entropy: also compute the entropies.
+      with_predictions: also find the most likely class of each token.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
         `linear_softmax_cross_entropy`).
       transpose_kernel: whether `kernel` is `[V, H]` (see `linear_loss`).
@@ -318,14 +320,16 @@ def linear_log_probs(
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      `LogProbs` of arrays `[*tokens]` in float32, or float64 for float64 products.
+      `LogProbs` in float32, or float64 for float64 products: log-probabilities with the shape of
+      the labels, the rest `[*tokens]`.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`, with
-    any cotangents, in reverse mode to any order. Gradients that are not asked for are not computed.
+    Every field is differentiable in `hidden`, `kernel`, `bias`, `soft_cap` and `temperature`
+    (predictions are integers), with any cotangents, in reverse mode to any order. Gradients that
+    are not asked for are not computed.
 
     Temporary memory of value and gradient, beyond arguments and results, in bytes, with N tokens
     and blocks of b classes (on a CPU a smaller last block counts as well: N·(b + V mod b) for N·b):
@@ -343,7 +347,7 @@ def linear_log_probs(
       [-1.3862944]
     """
     name = "linear_log_probs"
-    with_entropy = _checks.as_flag(name, "with_entropy", with_entropy)
+    spec = of_log_probs(name, with_entropy, with_predictions)
     head = as_head(
         name,
         hidden,
@@ -355,14 +359,14 @@ def linear_log_probs(
         precision=precision,
         compute_dtype=compute_dtype,
     )
-    labels = as_token_labels(name, labels, head)
+    labels = as_token_labels(name, labels, head, several=True)
     if where is not None:
         where = _checks.as_mask(name, "where", where)
         _checks.check_shape(name, "where", where.shape, head.shape, "the tokens of hidden")
         _checks.check_whole_classes(name, head.axis_name, {"where": where})
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
-        return log_probs(with_entropy, head, labels, where, transform, chunk_size)
+        return log_probs(spec, head, labels, where, transform, chunk_size)
 
 
 def linear_top_k(

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from . import _sharding
 from ._sharding import AxisName
 
+# The `top` of a block that does not reach the maximum: more than any class's number.
+NO_CLASS = jnp.iinfo(jnp.int32).max
+
 
 class BlockSums(NamedTuple):
     """The sums over a block of classes, one number per row each; None where not asked for.
@@ -20,11 +23,12 @@ class BlockSums(NamedTuple):
 
     m: Any
     r: Any
-    z_label: Any = None  # z_t; 0 where the label is in another block
+    z_label: Any = None  # z_t, or those of K labels, [..., K]; 0 for a label in another block
     gaps: Any = None  # Σ e (m − z), for the entropy
     classes: Any = None  # the number of those not at −inf, for the spread
     mass: Any = None  # Σ u over those
     costs: Any = None  # Σ u (m − z) over those
+    top: Any = None  # the number of the first class at the maximum; −1 in a row with NaN
 
 
 def merge_blocks(
@@ -48,7 +52,7 @@ def merge_blocks(
     scale = jnp.where(empty, 0, jnp.exp(-rise))
     # No number of an empty block enters a product: the product's derivative would be NaN.
     r = jnp.where(empty, 0, sums.r)
-    moved = sums._replace(m=None, r=jnp.where(reached, r, (1 + r) * scale))
+    moved = sums._replace(m=None, top=None, r=jnp.where(reached, r, (1 + r) * scale))
     if sums.gaps is not None:
         gaps = jnp.where(empty, 0, sums.gaps)
         moved = moved._replace(gaps=scale * (gaps + rise * (1 + r)))
@@ -56,6 +60,9 @@ def merge_blocks(
         moved = moved._replace(costs=sums.costs + rise * sums.mass)
     maxima, moved, more = sum_over((reached.astype(r.dtype), moved, extra(m)))
     merged = moved._replace(m=m.reshape(maxima.shape), r=moved.r + (maxima - 1))
+    if sums.top is not None:
+        least = -max_over(-jnp.where(reached | (sums.top < 0), sums.top, NO_CLASS))
+        merged = merged._replace(top=least.reshape(maxima.shape))
     return (merged, more) if more else merged
 
 

@@ -6,6 +6,7 @@ The forms of `_cpu` where an array lies on one CPU device, the plain ones of `_n
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,30 @@ from ._sharding import gathered, is_local
 
 
 def shift_and_remainder(
-    x: jax.Array, labels: jax.Array | None = None, of: Elementwise = upcast, *scalars: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array,
+    labels: jax.Array | None = None,
+    of: Elementwise = upcast,
+    *scalars: jax.Array,
+    argmax: bool = False,
+) -> Any:
     """(m, r) of each row of z = of(x, *scalars) `[..., C]`, named for remat policies.
 
     Without labels m is the maximum. With `labels [...]` (from `label_index`) m may be another
     class's logit, mostly the label's, and r < 2²⁴ the sum over all other classes: as good for the
     loss and its gradient, and no pass over the row has to find m. A row whose label is negative
     gets (`UNLABELLED`, 0): a loss that is NaN or 0 needs no more.
+
+    With `argmax`, without labels: (m, r, index), the first class at the maximum as int32; −1 in a
+    row with NaN.
     """
     local = is_local(*jax.tree.leaves((x, labels)))
     rows = (x, *scalars) if labels is None else (x, *scalars, labels)
-    m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labels is not None, local=local)
-    return checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
+    labelled = labels is not None
+    m, r, *index = _shift_and_remainder.bind(
+        *rows, of=of, labelled=labelled, local=local, argmax=argmax
+    )
+    m, r = checkpoint_name(m, "jaxsoftmax.shift"), checkpoint_name(r, "jaxsoftmax.remainder")
+    return m, r, *index
 
 
 # A primitive with its own derivative and batching rules: JAX's transformations never look inside.
@@ -51,15 +63,18 @@ _shift_and_remainder = Primitive("shift_and_remainder")
 _shift_and_remainder.multiple_results = True
 
 
-@partial(jax.jit, static_argnames=("of", "labelled", "local"))
-def _compute(x, *rest, of, labelled, local):
+@partial(jax.jit, static_argnames=("of", "labelled", "local", "argmax"))
+def _compute(x, *rest, of, labelled, local, argmax):
     scalars, labels = (rest[:-1], rest[-1]) if labelled else (rest, None)
-    plain, on_cpu = partial(_plain, of), partial(_cpu.shift_and_remainder, of)
-    m, r = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
+    forms = _plain, _cpu.shift_and_remainder
+    plain, on_cpu = (partial(form, of, argmax=argmax) for form in forms)
+    m, r, *index = _cpu.or_plain(on_cpu, plain, x, labels, *scalars, local=local)
     # A NaN always reaches r, but not always XLA:CPU's max of a wide row. A row whose maximum is
     # infinite has a log-sum-exp, m, but no probabilities: its r is NaN.
     m = jnp.where(jnp.isnan(r), r, m)
-    return m, r + (m - m)  # NaN where m is not finite; no NaN as a constant, for `jax_debug_nans`
+    index = [jnp.where(jnp.isnan(m), -1, i) for i in index]
+    # NaN where m is not finite; no NaN as a constant, for `jax_debug_nans`.
+    return m, r + (m - m), *index
 
 
 # Fewer logits than this are measured from their maximum. On an H200 the loop below takes 65 µs even
@@ -67,14 +82,14 @@ def _compute(x, *rest, of, labelled, local):
 _MANY = 1 << 25
 
 
-def _plain(of, x, labels, *scalars):
+def _plain(of, x, labels, *scalars, argmax):
     """(m, r) from the label in one pass, in two more where a row is far; or from the maximum.
 
     Far rows are not gathered: rows may be sharded. All are recomputed, and what is near stays. A
     loop of one step at most is the condition: for a branch of `lax.cond` a TPU lays `x` out anew.
     """
     if labels is None or (isinstance(x.size, int) and x.size < _MANY):
-        return max_and_remainder(of(x, *scalars))
+        return max_and_remainder(of(x, *scalars), argmax=argmax)
     m = of(gathered(x, jnp.maximum(labels, 0)), *scalars)
     m = jnp.where(labels < 0, UNLABELLED, m)
     r = remainder_beside(of(x, *scalars), m, labels)
@@ -96,39 +111,41 @@ def _run(*rows, **static):
 
 
 @_shift_and_remainder.def_abstract_eval
-def _abstract(x, *rest, of, labelled, local):
+def _abstract(x, *rest, of, labelled, local, argmax):
     del local
     scalars = rest[:-1] if labelled else rest
-    plain = jax.make_jaxpr(lambda *a: max_and_remainder(of(*a)))(x, *scalars)
+    plain = jax.make_jaxpr(lambda *a: max_and_remainder(of(*a), argmax=argmax))(x, *scalars)
     return [out.aval for out in plain.jaxpr.outvars]
 
 
-def _differentiated(rows, tangents, *, of, labelled, local):
-    m, r = _shift_and_remainder.bind(*rows, of=of, labelled=labelled, local=local)
+def _differentiated(rows, tangents, *, of, labelled, **static):
+    m, r, *index = _shift_and_remainder.bind(*rows, of=of, labelled=labelled, **static)
     logits = rows[: len(rows) - labelled]
     changes = tuple(map(ad.instantiate_zeros, tangents[: len(logits)]))
     z, dz = jax.jvp(of, logits, changes)
-    return (m, r), (jnp.zeros_like(m), remainder_tangent(z, dz, m))
+    none = (ad.Zero(jax.typeof(i).to_tangent_aval()) for i in index)
+    return (m, r, *index), (jnp.zeros_like(m), remainder_tangent(z, dz, m), *none)
 
 
-def _batched(rows, axes, *, of, labelled, local):
+def _batched(rows, axes, *, of, labelled, **static):
     """A mapped axis is one more axis of rows, so a branch that no row needs is still skipped."""
-    bind = partial(_shift_and_remainder.bind, local=local)
+    bind = partial(_shift_and_remainder.bind, **static)
+    mapped = (0,) * (3 if static["argmax"] else 2)
     (x, *scalars), labels = (rows[:-1], rows[-1]) if labelled else (rows, None)
     of_x, *of_scalars = axes[: len(rows) - labelled]
     if any(axis is not None for axis in of_scalars):
         z = jax.vmap(of, (of_x, *of_scalars))(x, *scalars)
-        return bind(z, of=upcast, labelled=False), (0, 0)
+        return bind(z, of=upcast, labelled=False), mapped
     if of_x is None:  # the labels alone are mapped: the same rows for all, from their maximum
         return bind(x, *scalars, of=of, labelled=False), (None, None)
     x = jnp.moveaxis(x, of_x, 0)
     if labels is None:
-        return bind(x, *scalars, of=of, labelled=False), (0, 0)
+        return bind(x, *scalars, of=of, labelled=False), mapped
     if axes[-1] is None:
         labels = jnp.broadcast_to(labels, x.shape[:-1])
     else:
         labels = jnp.moveaxis(labels, axes[-1], 0)
-    return bind(x, *scalars, labels, of=of, labelled=True), (0, 0)
+    return bind(x, *scalars, labels, of=of, labelled=True), mapped
 
 
 _shift_and_remainder.def_impl(_run)
@@ -138,7 +155,7 @@ mlir.register_lowering(_shift_and_remainder, mlir.lower_fun(_compute, multiple_r
 
 
 def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The logit z_t at each row's label (from `label_index`); 0 for a negative one."""
+    """The logit z_t at each row's label, or at its K labels `[..., K]`; 0 for a negative one."""
     z = _cpu.or_plain(_cpu.pick, _gathered, x, jnp.maximum(labels, 0), local=is_local(x, labels))
     return jnp.where(labels < 0, 0, z)
 
@@ -150,7 +167,8 @@ def _gathered(x, index):
 
 @_gathered.defjvp
 def _(primals, tangents):
-    return _gathered(*primals), selected(tangents[0], primals[1])
+    (x, index), dx = primals, tangents[0]
+    return _gathered(x, index), selected(dx, index) if index.ndim < x.ndim else _gathered(dx, index)
 
 
 def row_sums(

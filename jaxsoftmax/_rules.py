@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -89,15 +90,18 @@ def rule(
     # Under checkpoint its residuals are those of reverse mode.
     def jvp(primals, tangents):
         out, residuals = fwd(*primals)
+        real = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, out)
 
         def tangent_map(residuals, tangents):
             pull = partial(linear or bwd, residuals)
-            ds = jax.eval_shape(pull, out)
+            ds = jax.eval_shape(pull, real)
             kept = [i for i, d in enumerate(ds) if jax.tree.leaves(d)]
-            transposed = jax.linear_transpose(lambda g: tuple(pull(g)[i] for i in kept), out)
+            transposed = jax.linear_transpose(lambda g: tuple(pull(g)[i] for i in kept), real)
             return transposed(tuple(tangents[i] for i in kept))[0]
 
-        return out, jax.checkpoint(tangent_map, prevent_cse=False)(residuals, tangents)
+        changes = jax.checkpoint(tangent_map, prevent_cse=False)(residuals, tangents)
+        of_integer = lambda x, dx: np.zeros(x.shape, jax.dtypes.float0) if dx is None else dx  # noqa: E731
+        return out, jax.tree.map(of_integer, out, changes)
 
     # Inside `shard_map`, a rule's cotangents vary over every axis that any argument varies over.
     forward = jax.custom_jvp(function)
@@ -111,6 +115,8 @@ def with_derivative(
     *args: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """`function(*args)`, with the derivative of `same(results, *args)` for constant results.
+
+    It has that of the first results; any more are integers.
 
     A primitive: JAX's transformations never look inside, so there may be loops of any length.
     (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
@@ -151,7 +157,9 @@ def _differentiated(args, tangents, *, function, same):
         return same(results, *full)
 
     primals, changes = ([x[i] for i in active] for x in (args, tangents))
-    return results, jax.jvp(of_active, primals, changes)[1]
+    changes = jax.jvp(of_active, primals, changes)[1]
+    none = (ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results[len(changes) :])
+    return results, (*changes, *none)
 
 
 def _batched(args, axes, *, function, same):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
@@ -215,20 +216,54 @@ def gather(vector: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The entry of each row of `x [..., C]` at its index; C may be sharded."""
+    """The entry of each row of `x [..., C]` at its index, or those at its K; C may be sharded."""
+    one = index.ndim < x.ndim
 
     def rows(x, index):
-        return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+        if one:
+            return jnp.take_along_axis(x, index[..., None], axis=-1, mode="clip")[..., 0]
+        return jnp.take_along_axis(x, index, axis=-1, mode="clip")
 
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return rows(x, index)
-    of_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
+    of_rows = _of_rows(x, index)
     automatic: Any = jax.sharding.auto_axes(rows, out_sharding=of_rows)
     return automatic(x, resharded(index, of_rows))
 
 
+def add_at(x: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """`x [..., C]` and, at each row's indices but the negative, `values [..., K]`."""
+
+    def rows(x, index, values):
+        values = jnp.broadcast_to(values, index.shape)
+        add = lambda x, index, values: x.at[index].add(values, mode="drop")  # noqa: E731
+        for _ in x.shape[:-1]:
+            add = jax.vmap(add)
+        return add(x, jnp.where(index < 0, x.shape[-1], index), values)
+
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return rows(x, index, values)
+    automatic: Any = jax.sharding.auto_axes(rows, out_sharding=sharding)
+    return automatic(x, *(resharded(a, _of_rows(x, a)) for a in (index, values)))
+
+
+def _of_rows(x, index):
+    """The sharding of `index [...]` or `[..., K]` beside `x [..., C]`: that of each row."""
+    axes = zip(jax.typeof(x).sharding.spec[:-1], x.shape, index.shape, strict=False)
+    spec = (axis if size == count else None for axis, size, count in axes)
+    return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+
+
 def sum_over(axis_name: AxisName, tree: Any) -> Any:
-    """The sums, over devices along manual mesh axes, of arrays of one shape: one collective."""
+    """The sums, over devices along manual mesh axes, of `[...]` or `[..., K]`: one collective."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))
+    ndim = max(leaf.ndim for leaf in leaves)
+    if all(leaf.ndim == ndim for leaf in leaves):
+        return treedef.unflatten(list(lax.psum(jnp.stack(leaves), axis_name)))
+    columns = [leaf if leaf.ndim == ndim else leaf[..., None] for leaf in leaves]
+    ends = np.cumsum([column.shape[-1] for column in columns])[:-1]
+    sums = jnp.split(lax.psum(jnp.concatenate(columns, axis=-1), axis_name), ends, axis=-1)
+    pairs = zip(sums, leaves, strict=True)
+    return treedef.unflatten([s.reshape(leaf.shape) for s, leaf in pairs])

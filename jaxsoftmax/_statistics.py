@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ._axes import OUT_OF_RANGE, labels_in_block
+from ._axes import OUT_OF_RANGE, labels_in_block, per_label
 from ._merge import BlockSums, merge_shards
 from ._numerics import (
     accumulation_dtype,
@@ -34,7 +35,7 @@ from ._numerics import (
 )
 from ._row_sums import pick, row_sums, shift_and_remainder
 from ._rules import Rule, rule
-from ._sharding import AxisName, resharded_like, shard_start
+from ._sharding import AxisName, add_at, resharded_like, shard_start
 from ._transform import Transform, as_function, transformed
 
 
@@ -45,19 +46,22 @@ class StatisticsSpec(NamedTuple):
     entropy: bool = False
     spread: bool = False
     from_label: bool = False  # whether rows may be measured from their labels
+    prediction: bool = False
 
 
 class Statistics(NamedTuple):
     """One number per token each, None where not asked for; or their cotangents, None where zero."""
 
-    loss: Any
+    loss: Any  # of K labels per token [..., K]
     lse: Any
     entropy: Any
     spread: Any
+    prediction: Any = None  # an integer, which has no cotangent
 
 
 # Integer labels. The rule takes raw logits `x [..., C]`, global `labels [...]` from `label_index`,
-# a `Transform` and `weights [C]`, the u_k of the spread (1 where None).
+# or K for each row `[..., K]` (then rows are measured from their maximum), a `Transform` and
+# `weights [C]`, the u_k of the spread (1 where None).
 #
 #     loss = (m − z_t) + log1p(r)
 def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
@@ -68,14 +72,13 @@ def _token_fwd(spec, axis_name, x, labels, transform, weights):  # noqa: PLR0917
     if axis_name is not None:
         sums = merge_shards(axis_name, sums)
     out = with_label(outputs(spec, sums), labels)
-    return out, (x, labels, transform, weights, sums._replace(costs=None))
+    return out, (x, labels, transform, weights, sums._replace(costs=None, top=None))
 
 
 def _token_bwd(axis_name, residuals, cotangents):
     _, labels, *_, sums = residuals
     g = nan_where_invalid(none_if_zero(cotangents), labels)
-    known = jnp.isfinite(sums.r) & (labels >= 0)  # without a label (m, r) say nothing of the row
-    unused = rows_without_cotangent(g, known)
+    unused = rows_without_cotangent(g, known_rows(sums, labels))
     return _token_linear(axis_name, residuals, g, unused)
 
 
@@ -170,8 +173,11 @@ def block_sums(  # noqa: PLR0917
 ) -> BlockSums:
     """The sums of raw logits `x [..., C]`, a block of classes that begins at number `start`."""
     of, scalars = as_function(transform)
-    m, r = shift_and_remainder(x, labels if spec.from_label else None, of, *scalars)
+    of_label = labels if spec.from_label else None
+    m, r, *top = shift_and_remainder(x, of_label, of, *scalars, argmax=spec.prediction)
     sums = BlockSums(m, r)
+    if top:
+        sums = sums._replace(top=jnp.where(top[0] < 0, top[0], start + top[0]))
     if labels is not None:
         # From the label rows are whole, and XLA finds that it is picked already.
         index = labels if spec.from_label else labels_in_block(labels, start, x.shape[-1])
@@ -223,19 +229,24 @@ def with_label(statistics: Statistics, labels: jax.Array) -> Statistics:
 
 def outputs(spec: StatisticsSpec, sums: BlockSums) -> Statistics:
     """The statistics of whole rows; the loss of a label, where there is one."""
-    m, r, z_label, gaps, classes, mass, costs = sums
+    m, r, z_label, gaps, classes, mass, costs, top = sums
     log1p_r = jnp.log1p(r)
+    loss = None
+    if z_label is not None:
+        loss = (per_label(m, z_label) - z_label) + per_label(log1p_r, z_label)
     return Statistics(
-        None if z_label is None else (m - z_label) + log1p_r,
+        loss,
         log_sum_exp(m, r) if spec.lse else None,
         None if gaps is None else log1p_r + gaps / (1 + r),
         None if classes is None else (costs + mass * log1p_r) / classes,
+        top,
     )
 
 
 def none_if_zero(cotangents: Statistics) -> Statistics:
     """The cotangents, with None in place of a symbolic zero."""
-    return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))
+    real = cotangents._replace(prediction=None)
+    return Statistics(*(None if isinstance(c, SymbolicZero) else c for c in real))
 
 
 def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
@@ -246,6 +257,12 @@ def nan_where_invalid(g: Statistics, labels: jax.Array) -> Statistics:
     return g._replace(loss=g.loss + nan_where(invalid, g.loss.dtype))
 
 
+def known_rows(sums: BlockSums, labels: jax.Array) -> jax.Array:
+    """Which rows have finite sums. From a label that is not there, (m, r) say nothing of a row."""
+    finite = jnp.isfinite(sums.r)
+    return finite if labels.ndim > finite.ndim else finite & (labels >= 0)
+
+
 def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
     """Rows that are not `known` (finite) and of which nothing is used: gradient 0, not NaN.
 
@@ -253,12 +270,13 @@ def rows_without_cotangent(g: Statistics, known: jax.Array) -> jax.Array | None:
     derivative by the cotangent is not.
     """
     asked = [c != 0 for c in g if c is not None]
+    asked = [jnp.any(a, axis=-1) if a.ndim > known.ndim else a for a in asked]
     return ~known & ~functools.reduce(jnp.logical_or, asked) if asked else None
 
 
 def without_rows(unused: jax.Array, sums: BlockSums, z: jax.Array) -> tuple[BlockSums, jax.Array]:
     """`sums` and `z` with finite numbers in place of all that these rows hold."""
-    sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
+    sums = jax.tree.map(lambda s: jnp.where(per_label(unused, s), 0, s), sums)
     if sums.classes is not None:
         sums = sums._replace(classes=jnp.where(unused, 1, sums.classes))
     return sums, jnp.where(unused[..., None], 0, z)
@@ -279,6 +297,9 @@ def label_cotangents(  # noqa: PLR0917
     dtype = z.dtype
     if unused is not None:
         sums, z = without_rows(unused, sums, z)
+    if labels.ndim == z.ndim:
+        dz, d_weights = _several_cotangents(z, labels, weights, sums, g)
+        return dz.astype(dtype), d_weights
     # `gradient_numerator` of a one-hot target, beside the label and at it: equation (27).
     targets = [] if g.loss is None else [(g.loss, lambda e, _: e)]
     dz, d_weights = _cotangents(z, targets, weights, sums, g)
@@ -291,6 +312,32 @@ def label_cotangents(  # noqa: PLR0917
     own, _ = _cotangents(sums.z_label[..., None], targets, own_weight, sums, g)
     at_label = one_hot(labels, z.shape[-1])
     return jnp.where(at_label, own, dz).astype(dtype), d_weights
+
+
+# Several labels per row: with G = Σ_k g_k, and Γ_i the sum over the labels that are class i,
+#
+#     dz_i = G ŷ_i − Γ_i = R ŷ_i + (T ŷ_i − Γ_i)        minus equation (65)
+#
+# where T is the part of the labels at the row's maximum, if that holds more than half of the
+# probability, and R that of all others. At the maximum Γ_i is T, and T (ŷ_i − 1) comes from r,
+# equation (66); any other ŷ_i is at most 1/2, and Γ_i may be subtracted as it is. That is K entries
+# per row: work of the logits' size does not grow with K.
+def _several_cotangents(z, labels, weights, sums, g):
+    if g.loss is None:
+        return _cotangents(z, [], weights, sums, g)
+    top = (sums.z_label == sums.m[..., None]) & (sums.r < 1)[..., None]
+    of_top = jnp.sum(jnp.where(top, g.loss, 0), axis=-1)
+    of_others = jnp.sum(jnp.where(top, 0, g.loss), axis=-1)
+    class_of_top = jnp.max(jnp.where(top, labels, -1), axis=-1, initial=-1)
+    at_top = one_hot(class_of_top, z.shape[-1]).astype(of_top.dtype)
+
+    def beside_top(e, r):
+        # −r at the top, where e is 1, up to how z was recomputed; the derivative is that of e.
+        return (e - at_top * lax.stop_gradient(e)) - at_top * r[..., None]
+
+    targets = [(of_top, beside_top), (of_others, lambda e, _: e)]
+    dz, d_weights = _cotangents(z, targets, weights, sums, g)
+    return add_at(dz, labels, jnp.where(top, 0, -g.loss)), d_weights
 
 
 # dz_i = Σ g (Y ŷ_i − y_i) over targets and spread + g_lse ŷ_i + g_entropy ŷ_i ((m − z_i) − μ)
@@ -317,7 +364,8 @@ def _cotangents(z, targets, weights, sums, g):
     if g.entropy is not None:
         _, gap, _ = _inside(z, m, None)
         mean_gap = sums.gaps * scale
-        terms.append((g.entropy * scale)[..., None] * e * (gap - mean_gap[..., None]))
+        # In this order the product with a cotangent below 1 does not underflow before it must.
+        terms.append((g.entropy * scale)[..., None] * (gap - mean_gap[..., None]) * e)
     if not terms:
         return jnp.zeros_like(upcast(z)), d_weights
     return functools.reduce(jnp.add, terms), d_weights

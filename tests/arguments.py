@@ -12,6 +12,7 @@ import jaxsoftmax
 
 X = np.zeros((8, 16), np.float32)
 LABELS = np.zeros(8, np.int32)
+SEVERAL = np.zeros((8, 3), np.int32)
 MASK = np.ones((8, 16), bool)
 WIDE = np.ones((2, 8, 16), np.float32)
 COMPLEX = X.astype(np.complex64)
@@ -89,7 +90,10 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {"axis": (1, 0), "labels": 5, "where": MASK},
         {"labels": LABELS.astype(np.uint8), "class_weights": np.arange(16)},
     ],
-    "label_log_probs": [{"axis": -1, "with_entropy": True, "axis_name": None, **_transform}],
+    "label_log_probs": [
+        {"axis": -1, "with_entropy": True, "axis_name": None, **_transform},
+        {"labels": SEVERAL, "with_predictions": True},
+    ],
     "linear_loss": [
         {**_head, **_reduced},
         {"token_args": (), "reduction": None},
@@ -105,6 +109,7 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_log_probs": [
         {**_head, **_transform, "with_entropy": True},
+        {"labels": SEVERAL, "with_predictions": True},
         {**_embedding, "compute_dtype": jnp.dtype(jnp.bfloat16)},
     ],
     "linear_top_k": [{**_head, **_transform, "k": 16}, _embedding],
@@ -282,7 +287,7 @@ def _loss_mask() -> Iterator[Wrong]:
     yield Wrong("where", WIDE > 0, ValueError, f"{said} (2, 8, 16)")
 
 
-def _token_labels(meaning: str) -> Iterator[Wrong]:
+def _token_labels(meaning: str, *, several: bool = False) -> Iterator[Wrong]:
     yield from _array("labels")
     yield from _integer_of_any_size("labels")
     said = "labels must have an integer dtype; got"
@@ -290,10 +295,11 @@ def _token_labels(meaning: str) -> Iterator[Wrong]:
     yield Wrong("labels", LABELS > 0, TypeError, f"{said} bool")
     yield Wrong("labels", COMPLEX, TypeError, f"{said} complex64")
     yield Wrong("labels", KEY, TypeError, f"{said} key<fry>")
-    said = f"labels must have shape (8,), {meaning}; got"
-    yield Wrong("labels", LABELS[:3], ValueError, f"{said} (3,)")
-    yield Wrong("labels", LABELS[:, None], ValueError, f"{said} (8, 1)")
-    yield Wrong("labels", np.int32(0), ValueError, f"{said} ()")
+    more = ", or (8, K) for K labels each" if several else ""
+    said = f"labels must have shape (8,), {meaning}{more}; got"
+    column = LABELS[:3, None] if several else LABELS[:, None]
+    for value in (LABELS[:3], column, np.int32(0), WIDE.astype(int)):
+        yield Wrong("labels", value, ValueError, f"{said} {value.shape}")
 
 
 def _ignore_index() -> Iterator[Wrong]:
@@ -312,18 +318,22 @@ def _class_weights() -> Iterator[Wrong]:
         yield Wrong("class_weights", value, ValueError, f"{said} {np.shape(value)}")
 
 
-def _integer_logits() -> Iterator[Wrong]:
-    """Logits with integer labels."""
+def _integer_logits(*, several: bool = False) -> Iterator[Wrong]:
+    """Logits with integer labels, or with several for each row."""
     yield from _floating("logits")
     yield from _classes_of("logits")
     yield from _axis(_SOME)
-    yield from _token_labels("the shape of logits without axis -1")
+    yield from _token_labels("the shape of logits without axis -1", several=several)
     said = "labels must have shape"
-    wrong = ((0, (16,), "0"), ((0, 1), (), "(0, 1)"), ([1], (8,), "[1]"))
-    for axis, shape, text in wrong:
-        expected = f"{said} {shape}, the shape of logits without axis {text}; got (8, 1)"
-        yield Wrong("labels", LABELS[:, None], ValueError, expected, {"axis": axis})
-    expected = f"{said} (2, 8), the shape of logits without axis -1; got (8,)"
+    wrong = ((0, "(16,)", "(16, K)"), ((0, 1), "()", "(K,)"), ([1], "(8,)", "(8, K)"))
+    labels = LABELS[:, None, None] if several else LABELS[:, None]
+    for axis, shape, more in wrong:
+        expected = f"{said} {shape}, the shape of logits without axis {axis}"
+        expected += f", or {more} for K labels each" if several else ""
+        expected += f"; got {labels.shape}"
+        yield Wrong("labels", labels, ValueError, expected, {"axis": axis})
+    more = ", or (2, 8, K) for K labels each" if several else ""
+    expected = f"{said} (2, 8), the shape of logits without axis -1{more}; got (8,)"
     yield Wrong("logits", WIDE, ValueError, expected)
 
 
@@ -503,6 +513,7 @@ def _key() -> Iterator[Wrong]:
 
 
 _of_tokens = list(_token_labels("the tokens of hidden"))
+_of_log_probs = [*_transforms(), *_flag("with_entropy"), *_flag("with_predictions"), *_axis_name()]
 _of_classes = [*_ignore_index(), *_class_weights()]
 _of_head = [*_linear(), *_of_tokens]
 
@@ -513,15 +524,14 @@ WRONG: dict[str, list[Wrong]] = {
     "softmax_jacobian": [*_jacobian()],
     "softmax_cross_entropy": [*_dense(), *_loss_mask(), *_options(), *_axis_name()],
     INTEGER: [*_integer_logits(), *_loss_mask(), *_options(), *_of_classes, *_axis_name()],
-    "label_log_probs": [
-        *_integer_logits(),
-        *_transforms(),
-        *_flag("with_entropy"),
-        *_axis_name(),
-    ],
+    "label_log_probs": [*_integer_logits(several=True), *_of_log_probs],
     "linear_loss": [*_linear(), *_reduction(), *_loss_fn(), *_token_args(), *_axis_name()],
     HEAD: [*_of_head, *_reduction(), *_options(), *_of_classes, *_gradients(), *_axis_name()],
-    "linear_log_probs": [*_of_head, *_transforms(), *_flag("with_entropy"), *_axis_name()],
+    "linear_log_probs": [
+        *_linear(),
+        *_token_labels("the tokens of hidden", several=True),
+        *_of_log_probs,
+    ],
     "linear_top_k": [*_linear(), *_transforms(), *_number_of_classes("k"), *_axis_name()],
     "linear_sample": [
         *_linear(),

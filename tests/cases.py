@@ -183,7 +183,7 @@ class Function:
     @property
     def invariant(self) -> bool:
         """Under a shift of the row: its gradient sums to zero."""
-        return self.name not in ("logsumexp", "label_log_probs")
+        return self.name != "logsumexp" and "log_probs" not in self.name
 
     def of(self, case: Case) -> bool:
         """The Jacobian of many classes is large."""
@@ -200,9 +200,21 @@ def _at_one(f):
     return lambda t, y, *g: f(t, y.argmax(-1), *g)
 
 
-def stacked(f):
-    """The fields of a result in a last axis."""
-    return lambda *arguments, **options: jnp.stack(f(*arguments, **options), axis=-1)
+def several(y: Any, classes: int) -> Any:
+    """Labels beside `y [*tokens]`, of which one is repeated: `[*tokens, 3]`."""
+    of = jnp if isinstance(y, jax.Array) else np
+    return of.stack([of.asarray(y), (of.asarray(y) + 1) % classes, of.asarray(y)], -1)
+
+
+def stacked(log_probs):
+    """The real fields of log-probabilities in a last axis, K numbers of K labels."""
+    fields = [a if a.ndim > log_probs[1].ndim else a[..., None] for a in log_probs[:3]]
+    return jnp.concatenate(fields, axis=-1)
+
+
+def of_several(f):
+    """A truth of one label for each row, as that of `several`."""
+    return lambda t, y, *g: f(t, several(y, t.p.value.shape[-1]), *g)
 
 
 LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
@@ -211,7 +223,10 @@ LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
 def functions_of(module: Any, prefix: str = "") -> list[Function]:
     """Every function on logits that `jaxsoftmax` and `forward_mode` have."""
     dense, integer = module.softmax_cross_entropy, "softmax_cross_entropy_with_integer_labels"
-    log_probs = stacked(partial(module.label_log_probs, with_entropy=True))
+
+    def log_probs(z, labels):
+        return stacked(module.label_log_probs(z, labels, with_entropy=True))
+
     family: list[Any] = [
         ("softmax", lambda t: t.p, oracle.softmax_gradient),
         ("log_softmax", oracle.log_probabilities, oracle.log_softmax_gradient),
@@ -238,6 +253,14 @@ def functions_of(module: Any, prefix: str = "") -> list[Function]:
         ),
         Function(
             "label_log_probs", log_probs, oracle.log_probs, oracle.log_probs_gradient, "labels", ""
+        ),
+        Function(
+            "label_log_probs, several",
+            lambda z, y: log_probs(z, several(y, z.shape[-1])),
+            of_several(oracle.log_probs),
+            of_several(oracle.log_probs_gradient),
+            "labels",
+            "",
         ),
     ]
     return [dataclasses.replace(f, name=prefix + f.name) for f in of_logits + of_targets]

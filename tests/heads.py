@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from assertions import assert_within
-from cases import generator
+from cases import generator, several
 from oracle import Value, Wide
 
 import jaxsoftmax as js
@@ -152,6 +152,25 @@ def check_log_probs(arrays, **options) -> None:
             assert_within(-d if i == 0 else d, value, bound)
 
 
+def check_several(arrays, **options) -> None:
+    """Log-probabilities of several labels a token, and the gradients of Σ g · log-probability."""
+    hidden, kernel, bias, labels = arrays
+    every = several(labels, kernel.shape[1])
+    g = np.linspace(-1, 2, every.size).astype(np.float32).reshape(every.shape)
+    out, (ds, *_) = log_probs_and_gradients(hidden, kernel, bias, every, g, **options)
+    losses = [statistics_truth(hidden, kernel, bias, one)["loss"] for one in every.T]
+    values = zip(*(loss.value for loss in losses), strict=True)
+    value, bound = (np.stack(a, axis=-1) for a in values)
+    assert_within(-out[0], value, bound)
+    parts = [
+        pulled_back(t.derivative, of_one, hidden, kernel)
+        for t, of_one in zip(losses, g.T, strict=True)
+    ]
+    for d, terms in zip(ds, zip(*parts, strict=True), strict=True):
+        value, bound = (sum(a) for a in zip(*terms, strict=True))
+        assert_within(-d, value, bound)
+
+
 @partial(jax.jit, static_argnames=("chunk_size", "transpose_kernel", "with_entropy"))
 def log_probs_and_gradients(hidden, kernel, bias, labels, g, *, chunk_size=64, **options: Any):
     options = {"with_entropy": True, "chunk_size": chunk_size} | options
@@ -160,7 +179,11 @@ def log_probs_and_gradients(hidden, kernel, bias, labels, g, *, chunk_size=64, *
         return js.linear_log_probs(hidden, kernel, labels, bias=bias, **options)
 
     out, pull = jax.vjp(f, hidden, kernel, bias)
-    fields = range(3 if options["with_entropy"] else 2)
+    fields = [field for field in out if field is not None]
     rest = (None,) * (3 - len(fields))
-    alone = ([g if i == j else jnp.zeros_like(g) for j in fields] for i in fields)
+    of_each = [jnp.broadcast_to(g, a.shape) if a.ndim == g.ndim else g[:, 0] for a in fields]
+    alone = (
+        [g_a if i == j else jnp.zeros_like(g_a) for j, g_a in enumerate(of_each)]
+        for i in range(len(fields))
+    )
     return out, [pull(js.LogProbs(*one, *rest)) for one in alone]

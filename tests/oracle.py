@@ -132,8 +132,8 @@ def truth(z: np.ndarray, accumulate, *, engine: str | None = None) -> Truth:
 
 
 def nll(t: Truth, labels: np.ndarray) -> Value:
-    """The loss of an integer label."""
-    rows = np.arange(len(labels))
+    """The loss of an integer label, or of several `[R, K]`."""
+    rows = np.arange(len(labels)).reshape(-1, *(1,) * (labels.ndim - 1))
     return Value(t.nll.value[rows, labels], t.nll.bound[rows, labels])
 
 
@@ -159,6 +159,27 @@ def nll_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
     value[rows, labels] = -t.complement.value[rows, labels]
     bound[rows, labels] = t.complement.bound[rows, labels]
     return _scaled(Value(value, bound), g, t)
+
+
+def several_gradient(t: Truth, labels: np.ndarray, g: np.ndarray) -> Value:
+    """Of Σ_k g_k nll_k with `labels` and g `[R, K]`: R ŷ_i − Γ_i (1 − ŷ_i), equation (66).
+
+    Γ_i sums g over the labels that are class i, and R over the others. Where an entry is at most
+    1/2, ŷ_i − 1 may be formed by subtraction; K terms are added in any order, twice.
+    """
+    g, (n, count) = g.astype(Wide), labels.shape
+    own, size = np.zeros_like(t.p.value), np.zeros_like(t.p.value)
+    at = np.arange(n)[:, None], labels
+    np.add.at(own, at, g)
+    np.add.at(size, at, np.abs(g))
+    is_own = np.arange(t.p.value.shape[-1])[:, None] == labels[:, None, :]
+    others = np.where(is_own, 0, g[:, None, :])
+    rest, rest_size = others.sum(-1), np.abs(others).sum(-1)
+    (p, p_error), (complement, error) = t.p, t.complement
+    error = error + np.where(complement < 0.5, 0, p_error)
+    terms = rest_size * p + size * complement
+    bound = size * error + rest_size * p_error + 2 * (count + 6) * t.u * terms
+    return Value(rest * p - own * complement, _or_underflow(bound, t))
 
 
 def cross_entropy_gradient(t: Truth, y: np.ndarray, g: np.ndarray) -> Value:
@@ -235,23 +256,26 @@ def _gaps(t):
 
 
 def log_probs(t, labels) -> Value:
-    """The three fields in a last axis; the entropy is log1p(r) + Γ."""
+    """The three fields in a last axis, K numbers of K labels; the entropy is log1p(r) + Γ."""
     _, mean, bound = _gaps(t)
     entropy = Value(_first(t.nll.value, t) + mean, bound + _first(t.nll.bound, t))
     loss, error = nll(t, labels)
     fields = (Value(-loss, error), t.lse, rounded(entropy, t, 1))
-    return Value(*(np.stack(a, -1) for a in zip(*fields, strict=True)))
+    columns = ([a.reshape(len(a), -1) for a in part] for part in zip(*fields, strict=True))
+    return Value(*(np.concatenate(part, -1) for part in columns))
 
 
 def log_probs_gradient(t, labels, g) -> Value:
     """ŷ_i (γ_i − Γ) for the entropy: the errors of ŷ and of the bracket, and four roundings."""
     gap, mean, mean_bound = _gaps(t)
-    bracket, of_entropy = gap - mean[:, None], g[:, 2:].astype(Wide)
+    bracket, of_entropy = gap - mean[:, None], g[:, -1:].astype(Wide)
     inner = mean_bound[:, None] + t.u * (gap + 4 * np.abs(bracket))
     bound = np.abs(of_entropy) * (t.p.bound * np.abs(bracket) + t.p.value * inner)
     terms = [
-        nll_gradient(t, labels, -g[:, 0]),
-        lse_gradient(t, g[:, 1]),
+        nll_gradient(t, labels, -g[:, 0])
+        if labels.ndim == 1
+        else several_gradient(t, labels, -g[:, :-2]),
+        lse_gradient(t, g[:, -2]),
         Value(of_entropy * t.p.value * bracket, _or_underflow(bound, t)),
     ]
     value, bound = (np.sum(a, axis=0) for a in zip(*terms, strict=True))

@@ -323,7 +323,7 @@ def test_a_peer_that_fails_is_left_out_but_ours_must_not(monkeypatch):
 def test_a_peer_that_takes_too_long_is_left_out(monkeypatch):
     monkeypatch.setattr(speed, "PATIENCE_S", 0.0)
     names, _ = measured_by_speed()
-    ours = ("", ", recompute", ", three options", ", top-k", ", sample")
+    ours = ("", ", recompute", ", three options", ", several labels", ", top-k", ", sample")
     assert names == [f"jaxsoftmax{which}" for which in ours]
 
 

@@ -825,6 +825,30 @@ def test_spread_from_another_shift(case):
             assert_close(found, true, scale, case.units)
 
 
+# 15. Several labels of a row.
+
+
+@exact({65: "c068eec6", 66: "65b877a8"})
+def test_vjp_of_several_labels(case):
+    """Relative to what each cotangent adds by itself; the second label is repeated."""
+    n = len(case.z)
+    for first in range(n):
+        labels = np.array([first, n - 1, n - 1])
+        for g in np.array([[1.0, -0.7, 0.2], [1, 0, 1e-12], [1e-12, 0.3, 0.4]]):
+            own = np.bincount(labels, g, n)
+            parts = [np.bincount([k], [abs(c)], n) for k, c in zip(labels, g, strict=True)]
+            scale = np.sum([one * (1 - 2 * case.p) + case.p * one.sum() for one in parts], axis=0)
+            truth = case.true_log_softmax_vjp(own)
+            vjp = own - case.p * g.sum()
+            if case.r < 1:
+                rest = g[labels != case.j].sum()
+                vjp[case.j] = (own[case.j] * case.r - rest) / (1 + case.r)
+                size = abs(g[labels != case.j]).sum()
+                own_size = abs(g[labels == case.j]).sum()
+                scale[case.j] = (own_size * case.r + size) / (1 + case.r)
+            assert_close(vjp, truth, scale, 2 * case.units)
+
+
 # What the document computes in passing.
 
 

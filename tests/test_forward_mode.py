@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import several
 
 import jaxsoftmax
 from jaxsoftmax import forward_mode
@@ -48,6 +49,7 @@ CALLS = {
         )
     ),
     "label_log_probs": lambda m, x: m.label_log_probs(x, LABELS, with_entropy=True),
+    "label_log_probs, several": lambda m, x: m.label_log_probs(x, several(LABELS, CLASSES)),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 # Two orders of the same sums of nine terms, each below 20 in size.

@@ -15,7 +15,17 @@ import oracle
 import pytest
 from assertions import assert_dtype, assert_within
 from cases import Case, cotangent_of, rows, truth_of
-from heads import TINY, U, both_ways, check_head, check_log_probs, head_truth, problem, total
+from heads import (
+    TINY,
+    U,
+    both_ways,
+    check_head,
+    check_log_probs,
+    check_several,
+    head_truth,
+    problem,
+    total,
+)
 
 import jaxsoftmax as js
 
@@ -81,6 +91,7 @@ def test_heads(dtype):
         check_head("in_forward", arrays, chunk_size=4)
         check_head("recompute", arrays, chunk_size=64)
         check_log_probs(arrays)
+        check_several(arrays)
         for gradients, chunk_size in (("in_forward", 4), ("recompute", 64)):
             check_head(gradients, arrays, chunk_size=chunk_size, transpose_kernel=True)
         losses, pull = dense_by_token(*arrays)

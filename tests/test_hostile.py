@@ -30,7 +30,9 @@ from cases import (
     cotangent_of,
     functions_of,
     generator,
+    of_several,
     rows,
+    several,
     stacked,
     targets_of,
     with_targets,
@@ -141,6 +143,10 @@ def _loss(name):
     return partial(js.linear_loss, getattr(js, name))
 
 
+def _head_log_probs(*operands, **options):
+    return stacked(js.linear_log_probs(*operands, with_entropy=True, **options))
+
+
 HEAD = js.linear_softmax_cross_entropy
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 CE = oracle.cross_entropy, oracle.cross_entropy_gradient
@@ -165,9 +171,16 @@ FUNCTIONS = [
     _of_kernel(NAME + "unreduced", HEAD, "labels", *ROW_BLOCKS, chunk_size=5, **ROW),
     _of_kernel(
         "linear_log_probs",
-        stacked(partial(js.linear_log_probs, with_entropy=True)),
+        _head_log_probs,
         "labels",
         *PROBS,
+        chunk_size=5,
+    ),
+    _of_kernel(
+        "linear_log_probs, several",
+        lambda h, k, y, **options: _head_log_probs(h, k, several(y, k.shape[-1]), **options),
+        "labels",
+        *map(of_several, PROBS),
         chunk_size=5,
     ),
 ]
@@ -462,7 +475,7 @@ def test_a_label_out_of_range_is_nan_in_its_row_alone(device, classes, dtype):
             np.testing.assert_array_equal(value, integer(z, labels.astype(np.int32)))
 
 
-OF_EACH = ("int8", "uint8", "int16", "int64", "uint64", "int8", "int64")
+OF_EACH = ("int8", "uint8", "int16", "uint32", "int64", "uint64", "int8", "int64", "int16")
 
 
 @pytest.mark.parametrize(("function", "dtype"), [*zip(OF_LABELS, OF_EACH, strict=True)], ids=str)

@@ -12,8 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from assertions import assert_close
-from cases import on_device
-from heads import both_ways, check_head, check_log_probs, head, head_truth, problem, total
+from cases import on_device, several
+from heads import (
+    both_ways,
+    check_head,
+    check_log_probs,
+    check_several,
+    head,
+    head_truth,
+    problem,
+    total,
+)
 from jax import export
 
 import jaxsoftmax as js
@@ -194,6 +203,7 @@ def test_log_probs_whatever_the_blocks(chunk_size):
     arrays, transposed = problem(33, 17, 300), chunk_size == 37
     check_log_probs(arrays, chunk_size=chunk_size, with_entropy=transposed)
     check_log_probs(arrays, chunk_size=chunk_size, transpose_kernel=transposed)
+    check_several(arrays, chunk_size=chunk_size, with_entropy=not transposed)
 
 
 @both_ways
@@ -413,6 +423,9 @@ HEADS: dict[str, Any] = {
     "in forward, small chunks": functools.partial(head, chunk_size=3),
     "recompute": functools.partial(head, gradients="recompute", chunk_size=3),
     "log-probabilities": functools.partial(js.linear_log_probs, with_entropy=True),
+    "several labels": lambda hidden, kernel, labels: js.linear_log_probs(
+        hidden, kernel, several(labels, 10), with_predictions=True, chunk_size=3
+    ),
     "any loss": functools.partial(js.linear_loss, integer, reduction=None, chunk_size=3),
 }
 
@@ -427,7 +440,8 @@ def test_value_and_gradient_exported_for_any_number_of_tokens(device, name):
 
     def step(hidden, kernel, labels):
         def total(hidden, kernel):
-            return sum(jnp.sum(x) for x in jax.tree.leaves(HEADS[name](hidden, kernel, labels)))
+            results = jax.tree.leaves(HEADS[name](hidden, kernel, labels))
+            return sum(jnp.sum(x.astype(jnp.float32)) for x in results)
 
         return jax.value_and_grad(total, (0, 1))(hidden, kernel)
 

@@ -128,14 +128,18 @@ def _kernel(a, fixed):
     return a["kernel"].T if fixed.get("transpose_kernel") else a["kernel"]
 
 
-def _log_probs(f, **fixed):
+def _log_probs(f, *, several=False, **fixed):
     def call(a, options, labels):
         of = (a["hidden"], _kernel(a, fixed)) if "hidden" in a else (a["logits"],)
         bias = {"bias": a["bias"]} if "hidden" in a else {}
         counts = labels != IGNORED
         labels = jnp.where(counts, labels, 0)
+        if several:  # the label twice, and one out of range that is not used
+            labels = jnp.stack([labels, labels, jnp.full_like(labels, CLASSES)], axis=-1)
         out = f(*of, labels, with_entropy=True, **bias, **options, **fixed)
-        fields = [jnp.where(counts, field, 0) for field in out]
+        if several:
+            out = out._replace(log_probs=jnp.mean(out.log_probs[:, :2], axis=-1))
+        fields = [jnp.where(counts, field, 0) for field in out[:3]]
         return jnp.sum((fields[2] + fields[1] - 0.5 * fields[0]) * a["weights"])
 
     return call
@@ -193,6 +197,13 @@ LOSSES = [
     Loss("dense labels, forward mode", _dense(forward_mode), "logits", DENSE, masks=True),
     Loss("label_log_probs", _log_probs(js.label_log_probs), "logits", TRANSFORM),
     Loss("linear_log_probs", _log_probs(js.linear_log_probs, chunk_size=3), "hidden", TRANSFORM),
+    *(
+        Loss(f"{f.__name__}, several", _log_probs(f, several=True, **fixed), on, TRANSFORM)
+        for f, on, fixed in (
+            (js.label_log_probs, "logits", {}),
+            (js.linear_log_probs, "hidden", {"chunk_size": 3}),
+        )
+    ),
     _of_head("in_forward", chunk_size=4, reduction="sum"),
     _of_head("recompute", chunk_size=3, reduction=None),
     _of_head("in_forward, mean", chunk_size=4, mean=True),

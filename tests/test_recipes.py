@@ -55,3 +55,34 @@ def test_gradient_accumulation():
     np.testing.assert_allclose(gradient, hidden.T @ d / counts.sum(), rtol=1e-4, atol=1e-6)
     alone = jax.grad(recipes()["mean_loss"], argnums=1)(HIDDEN, KERNEL, labels)
     np.testing.assert_allclose(gradient, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation():
+    labels = LABELS.copy()
+    labels[:, :4] = -100
+    labels[0, 4] = log_softmax(HIDDEN)[0, 4].argmax()  # right once at least
+    perplexity, accuracy = recipes()["perplexity_and_accuracy"](
+        zip(HIDDEN, labels, strict=True), KERNEL
+    )
+    log_p, counts = log_softmax(HIDDEN), labels != -100
+    own = np.take_along_axis(log_p, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    assert perplexity == pytest.approx(np.exp(-own[counts].mean()), rel=1e-5)
+    assert accuracy == pytest.approx((log_p.argmax(-1) == labels)[counts].mean(), rel=1e-6)
+    assert accuracy > 0
+
+
+def test_distillation():
+    """The stored teacher is its own minimum; elsewhere the loss is the divergence."""
+    of_teacher, loss = recipes()["of_teacher"], recipes()["distillation_loss"]
+    teacher = KERNEL + 0.3 * np.roll(KERNEL, 1, axis=1)
+    stored = of_teacher(HIDDEN, teacher, 6)
+    log_p, log_q = (log_softmax(HIDDEN, k) for k in (teacher, KERNEL))
+    at = np.asarray(stored[1])
+    p, q = (np.exp(np.take_along_axis(a, at, axis=-1)) for a in (log_p, log_q))
+    p, q = (np.concatenate([a, 1 - a.sum(-1, keepdims=True)], axis=-1) for a in (p, q))
+    divergence = (p * np.log(p / q)).sum(-1).mean()
+    assert loss(HIDDEN, KERNEL, *stored) == pytest.approx(divergence, rel=1e-4)
+    assert abs(loss(HIDDEN, teacher, *stored)) < 1e-5
+    slope = jax.grad(loss, argnums=1)
+    assert np.abs(slope(HIDDEN, teacher, *stored)).max() < 1e-5
+    assert np.abs(slope(HIDDEN, KERNEL, *stored)).max() > 1e-2

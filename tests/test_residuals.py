@@ -27,7 +27,9 @@ RULES: dict[str, Any] = {
     "log_softmax": jaxsoftmax.log_softmax,
     "logsumexp": partial(jaxsoftmax.logsumexp, axis=-1),
     "softmax_cross_entropy_with_integer_labels": partial(integer_labels, labels=LABELS),
-    "label_log_probs": partial(jaxsoftmax.label_log_probs, labels=LABELS, with_entropy=True),
+    "label_log_probs": partial(
+        jaxsoftmax.label_log_probs, labels=LABELS, with_entropy=True, with_predictions=True
+    ),
 }
 MASKED: dict[str, Any] = {
     name: partial(f, where=MASK) for name, f in RULES.items() if name != "label_log_probs"

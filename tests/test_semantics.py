@@ -245,6 +245,34 @@ def test_transpose_kernel_of_a_head():
     np.testing.assert_allclose(want, truth(Z @ kernel).mean(), rtol=ULPS)
 
 
+@row("several labels `[*tokens, K]` of `label_log_probs`, `linear_log_probs`")
+def test_several_labels():
+    several = np.array([[0, 2, 2], [3, 1, 4]])
+    want = np.stack([-truth(labels=k) for k in np.minimum(several, 3).T], axis=-1)
+    want[1, 2] = np.nan  # out of range
+    eye = jnp.eye(2, dtype=jnp.float32)
+    for out in (
+        jaxsoftmax.label_log_probs(X, several),
+        jaxsoftmax.label_log_probs(X.T, several, axis=0),
+        jaxsoftmax.linear_log_probs(eye, X, several),
+    ):
+        np.testing.assert_allclose(out.log_probs, want, rtol=ULPS)
+        assert out.log_normalizers.shape == (2,)
+    log_probs = lambda x: jaxsoftmax.label_log_probs(x, several).log_probs  # noqa: E731
+    assert np.isnan(gradient(log_probs, X)).tolist() == [[False] * 4, [True] * 4]
+    assert np.isfinite(gradient(lambda x: log_probs(x)[:, :2], X)).all()
+
+
+@row("`with_predictions`")
+def test_with_predictions():
+    x = jnp.concatenate([X, X[:1].at[0, 2].set(jnp.nan), X[:1].at[0, 1].set(INF)])
+    out = jaxsoftmax.label_log_probs(x, np.zeros(4, int), with_predictions=True)
+    assert out.predictions is not None
+    assert out.predictions.dtype == jnp.int32
+    assert out.predictions.tolist() == [3, 1, -1, 1]  # the second row has two maxima
+    assert jaxsoftmax.label_log_probs(x, np.zeros(4, int)).predictions is None
+
+
 @row("which options may be traced and differentiated")
 def test_which_options_may_be_traced_and_differentiated():
     values = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 5.0, "temperature": 0.7}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import on_device
+from cases import on_device, several
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -30,6 +30,8 @@ ARRAYS = {
     "logits": 4 * rng.normal(size=(BATCH, SEQUENCE, CLASSES)).astype(np.float32),
 }
 ARRAYS["labels"][0, :2] = IGNORED, CLASSES - 1
+# In every other row two maxima, of two shards.
+ARRAYS["logits"][:, ::2, [5, 20]] = ARRAYS["logits"][:, ::2].max(-1, keepdims=True)
 FINITE_BIAS = np.abs(ARRAYS["bias"])
 ARRAYS["bias"][3] = -np.inf  # a class left out
 # Each result sums at most BATCH · SEQUENCE · CLASSES numbers of its own size in another order.
@@ -109,7 +111,18 @@ def any_loss(a, axis_name=None, **layout):
 def log_probs(a, axis_name=None, **layout):
     options = {"with_entropy": True, "soft_cap": 5.0, "axis_name": axis_name, **layout}
     out = jaxsoftmax.linear_log_probs(*of_head(a), **options)
-    return sum(weighted(field, a) for field in out)
+    hidden, kernel, labels = of_head(a)
+    every = several(labels, CLASSES)
+    more = jaxsoftmax.linear_log_probs(hidden, kernel, every, with_predictions=True, **options)
+    return sum(weighted(field, a) for field in out[:3]) + of_several(more, a)
+
+
+def of_several(out, a):
+    """Of log-probabilities of several labels, with predictions: all fields."""
+    fields = [out.log_probs[..., k] for k in range(out.log_probs.shape[-1])]
+    predicted = out.predictions.astype(jnp.float32) / CLASSES
+    fields = [*fields, out.log_normalizers, out.entropies, predicted]
+    return sum((k + 1) * weighted(field, a) for k, field in enumerate(fields))
 
 
 def logits_level(a, axis_name=None):
@@ -118,7 +131,14 @@ def logits_level(a, axis_name=None):
     losses = integer_labels(z, a["labels"], ignore_index=IGNORED, **options)
     dense = jaxsoftmax.softmax_cross_entropy(z, jnp.exp(-z), where=z > -6, **options)
     out = jaxsoftmax.label_log_probs(z, labels, with_entropy=True, axis_name=axis_name)
-    return sum(weighted(field, a) for field in (losses, dense, *out))
+    more = jaxsoftmax.label_log_probs(
+        z,
+        several(labels, CLASSES),
+        with_entropy=True,
+        with_predictions=True,
+        axis_name=axis_name,
+    )
+    return sum(weighted(field, a) for field in (losses, dense, *out[:3])) + of_several(more, a)
 
 
 def softmax_family(a, axis_name=None):
@@ -265,6 +285,30 @@ def other_devices():
 def test_in_the_forms_of_other_platforms(other_devices, layout_name, name, way):
     """Groups of chunks, of the tokens of each device; blocks of any size."""
     check_layout(name, LAYOUTS[layout_name], way)
+
+
+@pytest.mark.parametrize("way", ["automatic", "explicit", "shard_map"])
+def test_predictions_of_shards_that_are_tied(way):
+    """Integers, so that a tie is one in every layout: the first class of all shards."""
+    layout = LAYOUTS["vocabulary over two axes"]
+    hidden, kernel = (np.round(ARRAYS[name]) for name in ("hidden", "kernel"))
+    kernel[:, [4, 11, 22]] = kernel[:, :1]
+    arrays = {"hidden": hidden, "kernel": kernel, "labels": ARRAYS["labels"]}
+
+    def predictions(a, axis_name=None):
+        options = {"with_predictions": True, "axis_name": axis_name, "chunk_size": 4}
+        return jaxsoftmax.linear_log_probs(*of_head(a), **options).predictions
+
+    specs = {name: layout.specs()[name] for name in arrays}
+    mesh, program = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto), predictions
+    if way == "shard_map":
+        local = functools.partial(predictions, axis_name=layout.classes)
+        program = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs["labels"])
+    with jax.set_mesh(mesh):
+        got = jax.jit(program)(put(mesh, specs, arrays))
+    z = hidden @ kernel
+    assert ((z == z.max(-1, keepdims=True)).sum(-1) > 1).sum() > 3
+    np.testing.assert_array_equal(got, z.argmax(-1))
 
 
 @both_orders

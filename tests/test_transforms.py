@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import test_orders
 from arguments import DIFFERENTIABLE
-from cases import on_device
+from cases import on_device, several, stacked
 from jax import export
 
 import jaxsoftmax as js
@@ -59,6 +59,10 @@ def _labels(classes: int) -> np.ndarray:
     return np.array([classes - 2, 2, 0, 1], np.int32)
 
 
+def _several(classes: int) -> np.ndarray:
+    return several(_labels(classes), classes)
+
+
 def _mask(classes: int) -> np.ndarray:
     """About half of the classes: every label above, one of the ties not."""
     mask = np.random.default_rng(classes + 2).integers(2, size=(4, classes)).astype(bool)
@@ -84,13 +88,10 @@ def _jacobian_of_definition(x):
     return jnp.diag(p) - jnp.outer(p, p)
 
 
-def _stacked(log_probs):
-    return jnp.stack(log_probs, axis=-1)
-
-
-def _log_probs_of_definition(x, label):
+def _log_probs_of_definition(x, labels):
     log_p = _log_probabilities(x)
-    return jnp.stack([log_p[label], jnp.log(jnp.sum(jnp.exp(x))), -jnp.sum(jnp.exp(log_p) * log_p)])
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p)
+    return jnp.r_[log_p[labels], jnp.log(jnp.sum(jnp.exp(x))), entropy]
 
 
 def _hidden() -> np.ndarray:
@@ -113,6 +114,14 @@ def _integer(x, label, where=None):
 
 def _nll(x, label, where=None):
     return -_log_probabilities(x, where)[label]
+
+
+def _label_log_probs(x, labels):
+    return stacked(js.label_log_probs(x, labels, with_entropy=True))
+
+
+def _linear_log_probs(h, labels):
+    return stacked(js.linear_log_probs(h, _kernel(h), labels, with_entropy=True, chunk_size=3))
 
 
 def _of_hidden(definition):
@@ -166,21 +175,31 @@ FUNCTIONS = [
     ),
     Function(
         "label_log_probs",
-        lambda x, label: _stacked(js.label_log_probs(x, label, with_entropy=True)),
+        _label_log_probs,
         _log_probs_of_definition,
         _rows(_logits, _labels),
     ),
     Function(
+        "label_log_probs-several",
+        _label_log_probs,
+        _log_probs_of_definition,
+        _rows(_logits, _several),
+    ),
+    Function(
         "linear_log_probs",
-        lambda h, label: _stacked(
-            js.linear_log_probs(h, _kernel(h), label, with_entropy=True, chunk_size=3)
-        ),
+        _linear_log_probs,
         _of_hidden(_log_probs_of_definition),
         _hidden_and_labels,
     ),
     Function(
+        "linear_log_probs-several",
+        _linear_log_probs,
+        _of_hidden(_log_probs_of_definition),
+        _rows(lambda _: _hidden(), lambda _: _several(7)),
+    ),
+    Function(
         "linear_log_probs-transposed",
-        lambda h, label: _stacked(
+        lambda h, label: stacked(
             js.linear_log_probs(
                 h, _kernel(h).T, label, with_entropy=True, transpose_kernel=True, chunk_size=3
             )
@@ -483,8 +502,9 @@ def test_export_with_symbolic_sizes(function, classes, symbols):
         pytest.skip("a linear head has its own classes")
     arguments = function.arguments(classes)
     rows, *size = export.symbolic_shape(symbols)
+    whole = arguments[0].shape if of_classes else None
     specifications = [
-        jax.ShapeDtypeStruct((rows, *(size[: a.ndim - 1] or a.shape[1:])), a.dtype)
+        jax.ShapeDtypeStruct((rows, *(size if a.shape == whole else a.shape[1:])), a.dtype)
         for a in arguments
     ]
 

@@ -20,6 +20,7 @@ from cases import (
     generator,
     promised,
     rows,
+    several,
     targets_of,
     truth_of,
     x64,
@@ -116,6 +117,10 @@ def test_the_promise(device, classes):
         "integer": lambda z: integer(z, labels),
         "dense": lambda z: js.softmax_cross_entropy(z, y),
         "log_softmax": lambda z: -js.log_softmax(z)[at, labels],
+        # The same label twice, and one that is not used.
+        "several labels": lambda z: (
+            -jnp.mean(js.label_log_probs(z, several(labels, classes)).log_probs[:, ::2], axis=-1)
+        ),
     }
 
     @jax.jit

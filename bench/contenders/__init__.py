@@ -93,8 +93,12 @@ HEAD = (
     Entry("three products", "products", "head", whole=True),
 )
 
-# Ours again with options: what they cost.
-OPTIONS = (Entry("jaxsoftmax, three options", "ours", "head_with_options"),)
+# Ours again with options: what they cost. And several labels a token, beside the plain equivalent.
+OPTIONS = (
+    Entry("jaxsoftmax, three options", "ours", "head_with_options"),
+    Entry("jaxsoftmax, several labels", "ours", "head_of_several"),
+    Entry("jax.nn, several labels", "with_jax_nn", "head_of_several"),
+)
 
 # Which classes: the 64 most probable of each token, and one drawn.
 CHOICES = (
@@ -134,6 +138,8 @@ NOTES = {
     "top-k of logits": "lax.top_k of all logits, and their log-sum-exp",
     "jaxsoftmax, sample": "a class drawn for each token, which has no gradient",
     "sample of logits": "jax.random.categorical of all logits, and its log-probability",
+    "jaxsoftmax, several labels": "log-probabilities of 8 labels a token, and predictions",
+    "jax.nn, several labels": "the same of log_softmax and argmax of all logits",
     BASELINE: "on the logits upcast to float32",
     "optax, no upcast": "on the logits as they come (in float32 the same)",
     "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",

@@ -2,9 +2,10 @@
 """This library."""
 
 import jax
+import jax.numpy as jnp
 
 import jaxsoftmax
-from bench.cases import IGNORED
+from bench import cases
 
 TOP = 64  # classes of each token
 
@@ -29,13 +30,15 @@ def head_recompute(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> j
 
 def head_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Leave ignored tokens out of the mean."""
-    return jaxsoftmax.linear_softmax_cross_entropy(hidden, kernel, labels, ignore_index=IGNORED)
+    return jaxsoftmax.linear_softmax_cross_entropy(
+        hidden, kernel, labels, ignore_index=cases.IGNORED
+    )
 
 
 def head_recompute_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Leave ignored tokens out of the mean, block by block."""
     return jaxsoftmax.linear_softmax_cross_entropy(
-        hidden, kernel, labels, ignore_index=IGNORED, gradients="recompute"
+        hidden, kernel, labels, ignore_index=cases.IGNORED, gradients="recompute"
     )
 
 
@@ -44,6 +47,14 @@ def head_with_options(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -
     return jaxsoftmax.linear_softmax_cross_entropy(
         hidden, kernel, labels, label_smoothing=0.1, z_loss=1e-4, soft_cap=30.0
     )
+
+
+def head_of_several(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """Take 8 labels a token, and the accuracy from the same pass."""
+    out = jaxsoftmax.linear_log_probs(
+        hidden, kernel, cases.several(labels, kernel.shape[1]), with_predictions=True
+    )
+    return jnp.mean(out.predictions == labels) - jnp.mean(out.log_probs)
 
 
 def tied_head(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:

@@ -220,9 +220,12 @@ def as_per_token(function: str, name: str, value: ArrayLike, head: Head) -> jax.
     return value
 
 
-def as_token_labels(function: str, labels: ArrayLike, head: Head) -> jax.Array:
-    """`labels` as an array of integers `[*tokens]`."""
+def as_token_labels(
+    function: str, labels: ArrayLike, head: Head, *, several: bool = False
+) -> jax.Array:
+    """`labels` as an array of integers `[*tokens]`; `[*tokens, K]` too if `several` are allowed."""
     labels = _checks.as_labels(function, "labels", labels)
     _checks.check_whole_classes(function, head.axis_name, {"labels": labels})
-    _checks.check_shape(function, "labels", labels.shape, head.shape, "the tokens of hidden")
+    shape, meaning = labels.shape, "the tokens of hidden"
+    _checks.check_label_shape(function, shape, head.shape, meaning, several=several)
     return labels

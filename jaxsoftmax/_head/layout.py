@@ -107,17 +107,18 @@ class HeadSharding(NamedTuple):
         return self.reshape(x, (n, *rest), self.token_axes, *of_rest)
 
     def split_tokens(self, x: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
-        """Undoes `merge_tokens` for `x [N, …]`, of which nothing but the tokens is sharded."""
+        """Undoes `merge_tokens` for `x [N, …]`, of which the rest is not sharded."""
         rest = x.shape[1:]
         if self.mesh is None:
             return x.reshape(*tokens, *rest)
-        count, shards, of_rest = len(self.tokens), self.token_shards, [None] * len(rest)
+        count, shards = len(self.tokens), self.token_shards
         sizes = [size // s for size, s in zip(tokens, shards, strict=True)]
-        x = self.reshape(x, (*shards, *sizes, *rest), *self.tokens, *[None] * count, *of_rest)
-        together = [i for axis in range(count) for i in (axis, count + axis)]
-        x = jnp.transpose(x, [*together, *range(2 * count, x.ndim)])
-        x = self.reshape(x, (*tokens, *rest), *self.tokens, *of_rest)
-        return self.resharded(x, *self.named, *of_rest)
+        whole = [None] * len(rest)
+        x = self.reshape(x, (*shards, *sizes, *rest), *self.tokens, *[None] * count, *whole)
+        order = [i for axis in range(count) for i in (axis, count + axis)]
+        x = jnp.transpose(x, [*order, *range(2 * count, x.ndim)])
+        x = self.reshape(x, (*tokens, *rest), *self.tokens, *whole)
+        return self.resharded(x, *self.named, *whole)
 
     def split_classes(self, x: Any, *axes: Any, unreduced: tuple[str, ...] = ()) -> Any:
         """The last axis of `x`, classes, as [shards, classes / shards] where they are sharded."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _checks
-from .._axes import IGNORED, to_index
+from .._axes import IGNORED, per_label, to_index
 from .._cpu import in_bits
 from .._cross_entropy import LogProbs, as_log_probs
 from .._options import (
@@ -33,8 +33,9 @@ from .._sharding import (
     manual_axes,
     unseen_devices,
     varying,
+    whole_last,
 )
-from .._statistics import StatisticsSpec, token_statistics
+from .._statistics import Statistics, StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import sizes, token_chunks, vocabulary_blocks
 from .arguments import Head
@@ -78,15 +79,15 @@ def cross_entropy(  # noqa: PLR0917
 
 
 def log_probs(  # noqa: PLR0917
-    with_entropy: bool,
+    spec: StatisticsSpec,
     head: Head,
     labels: jax.Array,
     where: jax.Array | None,
     transform: Transform,
     chunk_size: int | None,
 ) -> LogProbs:
-    """The log-probabilities of labels `[*tokens]`, with log-normalizers and entropies."""
-    return _log_probs(with_entropy, chunk_size, head, labels, where, transform)
+    """The log-probabilities of labels `[*tokens]` or `[*tokens, K]`, with what `spec` asks for."""
+    return _log_probs(spec, chunk_size, head, labels, where, transform)
 
 
 # A loss with a custom derivative is a new one in every call: its programs must be dropped again.
@@ -139,17 +140,24 @@ def _of_spread(options):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _log_probs(with_entropy, chunk_size, head, labels, where, transform):  # noqa: PLR0917
+def _log_probs(spec, chunk_size, head, labels, where, transform):  # noqa: PLR0917
     head = head.rows((labels, where))
+    if labels.ndim > len(head.shape):
+        labels = whole_last(labels)
     index = to_index(head.sharding.merge_tokens(labels), head.classes)
     if where is not None:
         where = head.sharding.merge_tokens(where)
-        index = jnp.where(where, index, IGNORED)
+        index = jnp.where(per_label(where, index), index, IGNORED)
         head, _ = head.without_uncounted(~where)
-    spec = StatisticsSpec(lse=True, entropy=with_entropy)
     statistics = _statistics(spec, chunk_size, head, index, transform, None)
     if where is not None:
-        statistics = jax.tree.map(lambda s: jnp.where(where, s, 0), statistics)
+        outside = Statistics(0, 0, 0, 0, -1)
+        statistics = Statistics(
+            *(
+                None if s is None else jnp.where(per_label(where, s), s, other)
+                for s, other in zip(statistics, outside, strict=True)
+            )
+        )
     return as_log_probs(jax.tree.map(head.unreduced, statistics))
 
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from .._axes import labels_in_block
 from .._cpu import as_bits, from_bits, slice_in_loop
-from .._merge import BlockSums, merge_blocks, merge_shards
+from .._merge import NO_CLASS, BlockSums, merge_blocks, merge_shards
 from .._numerics import NEAR, accumulation_dtype, one_hot
 from .._rules import values, with_derivative
 from .._sharding import (
@@ -27,6 +27,7 @@ from .._sharding import (
 from .._statistics import (
     StatisticsSpec,
     block_sums,
+    known_rows,
     label_cotangents,
     nan_where_invalid,
     none_if_zero,
@@ -84,7 +85,7 @@ class Operands(NamedTuple):
     bias: Any  # [V] or None
     transform: Any
     weights: Any  # [V] or None, of the spread
-    labels: Any  # [N], from `label_index`
+    labels: Any  # [N], from `label_index`, or [N, K] where rows are measured from their maximum
 
 
 # Where an explicit mesh shards the classes, or an automatic one may, the class axis becomes two,
@@ -101,14 +102,11 @@ def _results(plans, operands, counted):
     spec = plans.cpu.spec
     names = [name for name, wanted in _wanted(spec)._asdict().items() if wanted]
 
-    def flat(sums):
-        return tuple(getattr(sums, name) for name in names)
-
     def function(*leaves):
-        return flat(by_platform(_forward, plans, *tree.unflatten(leaves)))
+        return tuple(jax.tree.leaves(by_platform(_forward, plans, *tree.unflatten(leaves))))
 
     def at_m(m, *leaves):
-        return flat(by_platform(_at_m, plans, tree.unflatten(leaves)[0], m))
+        return tuple(jax.tree.leaves(by_platform(_at_m, plans, tree.unflatten(leaves)[0], m)))
 
     # m may be held constant: what is computed from (z, m, r) does not depend on it.
     sums = with_derivative(function, lambda found, *leaves: at_m(found[0], *leaves), *leaves)
@@ -119,7 +117,7 @@ def _results(plans, operands, counted):
 def _wanted(spec):
     """Which of the sums there are."""
     spread = (spec.spread,) * 3
-    return BlockSums(True, True, True, spec.entropy, *spread)
+    return BlockSums(True, True, True, spec.entropy, *spread)._replace(top=spec.prediction)
 
 
 def _forward(plan, operands, counted):
@@ -229,6 +227,7 @@ def _from_maximum(plan, operands):
 
 def _at_m(plan, operands, m):
     """The sums over every class, from a shift m `[N]`; a derivative of them holds m constant."""
+    plan = plan._replace(spec=plan.spec._replace(prediction=False))
     sums = _summed_at(plan, operands, _per_row(plan, m), beside_label=False)
     if plan.sharding.class_shards > 1:
         sums = jax.tree.map(partial(jnp.sum, axis=1), sums)
@@ -257,6 +256,11 @@ def _summed(plan, operands, of_block, merge, least):
     zeros = varying(jnp.zeros(shape, accumulation_dtype(plan.products.dtype)), axes)
     zeros = sharding.resharded(zeros, sharding.token_axes, *_of_shards(plan))
     none = BlockSums(*(zeros if wanted else None for wanted in _wanted(plan.spec)))
+    if labels.ndim > zeros.ndim:
+        several = (*zeros.shape, labels.shape[-1])
+        none = none._replace(z_label=jnp.broadcast_to(zeros[..., None], several))
+    if plan.spec.prediction:
+        none = none._replace(top=zeros.astype(jnp.int32) + NO_CLASS)
     return over_logits(plan, operands, step, none._replace(m=zeros + least))
 
 
@@ -291,13 +295,13 @@ def _linear_statistics_fwd(plans, operands, counted):
     operands, flags = split_perturbed(operands)
     counted = values(counted)
     out, sums = _results(plans, operands, counted)
-    return out, (operands, counted, sums._replace(costs=None), flags)
+    return out, (operands, counted, sums._replace(costs=None, top=None), flags)
 
 
 def _linear_statistics_bwd(plans, residuals, cotangents):
     given, counted, sums, flags = residuals
     g = nan_where_invalid(none_if_zero(cotangents), given.labels)
-    unused = rows_without_cotangent(g, jnp.isfinite(sums.r) & (given.labels >= 0))
+    unused = rows_without_cotangent(g, known_rows(sums, given.labels))
     run = partial(by_platform, _gradients, plans)
     return only_counted(run, counted, given, sums, g, unused, flags), None
 
