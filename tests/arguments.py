@@ -109,7 +109,7 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_log_probs": [
         {**_head, **_transform, "with_entropy": True},
-        {"labels": SEVERAL, "with_predictions": True},
+        {"labels": SEVERAL, "with_predictions": True, "where": MASK[:, 0]},
         {**_embedding, "compute_dtype": jnp.dtype(jnp.bfloat16)},
     ],
     "linear_top_k": [{**_head, **_transform, "k": 16}, _embedding],
@@ -276,6 +276,17 @@ def _mask(name: str) -> Iterator[Wrong]:
     yield Wrong("where", MASK.T, ValueError, f"{said} (16, 8)")
     if name != "logits":
         yield Wrong("where", WIDE > 0, ValueError, f"{said} (2, 8, 16)")
+
+
+def _token_mask() -> Iterator[Wrong]:
+    """The mask of tokens."""
+    yield from _array("where", optional=True)
+    yield from _integer_of_any_size("where")
+    for value in (BIAS[:8], LABELS):
+        yield Wrong("where", value, TypeError, f"where must have dtype bool; got {value.dtype}")
+    said = "where must have shape (8,), the tokens of hidden; got"
+    for value in (MASK, MASK[0], True):
+        yield Wrong("where", value, ValueError, f"{said} {np.shape(value)}")
 
 
 def _loss_mask() -> Iterator[Wrong]:
@@ -530,6 +541,7 @@ WRONG: dict[str, list[Wrong]] = {
     "linear_log_probs": [
         *_linear(),
         *_token_labels("the tokens of hidden", several=True),
+        *_token_mask(),
         *_of_log_probs,
     ],
     "linear_top_k": [*_linear(), *_transforms(), *_number_of_classes("k"), *_axis_name()],

@@ -273,6 +273,22 @@ def test_with_predictions():
     assert jaxsoftmax.label_log_probs(x, np.zeros(4, int)).predictions is None
 
 
+@row("`where` of `linear_log_probs`")
+def test_where_of_linear_log_probs():
+    hidden = np.array([[1.0, 2.0], [np.nan, 0.0]], np.float32)
+    where, kernel = np.array([True, False]), np.ones((2, 3), np.float32)
+
+    def fields(hidden):
+        options: Any = {"where": where, "with_entropy": True, "with_predictions": True}
+        return jaxsoftmax.linear_log_probs(hidden, kernel, np.array([1, 99]), **options)
+
+    out = fields(hidden)
+    assert [float(field[1]) for field in out if field is not None] == [0, 0, 0, -1]
+    assert float(out.log_probs[0]) == pytest.approx(-np.log(3))
+    d = jax.grad(lambda hidden: jnp.sum(fields(hidden).log_normalizers))(hidden)
+    assert d[1].tolist() == [0, 0]
+
+
 @row("which options may be traced and differentiated")
 def test_which_options_may_be_traced_and_differentiated():
     values = {"label_smoothing": 0.1, "z_loss": 0.01, "soft_cap": 5.0, "temperature": 0.7}

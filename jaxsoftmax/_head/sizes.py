@@ -101,6 +101,9 @@ def chunks(  # noqa: PLR0917
 def rows(tokens: Any, devices: int) -> ByPlatform:
     """The tokens of each device that blocks of classes take at once, if some may not count."""
 
+    if isinstance(tokens, int):
+        tokens = max(1, tokens)
+
     def size(platform):
         most = min(MOST, _part(tokens, devices, FEWEST_ROWS[platform]) // devices)
         return _equal(tokens // devices, most, 1)
