@@ -8,7 +8,8 @@ corrections:
 * What moves or reduces data outside a fusion is estimated four to five times too high: it counts as
   the bytes it reads and writes over the chip's bandwidth, times 1.4, at most.
 * Of a condition the cheapest branch counts, and a loop whose length only the run will tell counts
-  nothing. Each is named in `Account.notes`.
+  nothing. Each is named in `Account.notes`. Unless it is over the tokens of a head that count, and
+  their fraction is given.
 """
 
 import math
@@ -40,6 +41,9 @@ OVERHEAD = 1.4
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+# What a head names a loop of at most so many steps, and a choice between programs of so many of its
+# tokens, or chunks: the last number is that of all of them.
+_COUNTED = re.compile(r"/counted_of_([\d_]+)/(?:while|cond)\"")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -61,27 +65,39 @@ class Account(NamedTuple):
     notes: list[str]  # what is not counted, or not in full
 
 
-def account(text: str, chip: Chip) -> Account:
-    """Of a program compiled for a TPU, `compiled.as_text()`."""
+def account(text: str, chip: Chip, counted: float | None = None) -> Account:
+    """Of a program compiled for a TPU, `compiled.as_text()`.
+
+    `counted`: the fraction of the tokens that count, of a head of which not all may.
+    """
     program, notes = hlo.parse(text), []
 
-    def visit(name: str, times: int) -> list[Cost]:
+    def visit(name: str, times: int, share: float | None = counted) -> list[Cost]:
         body, costs = program.computations[name], []
         shapes = {instruction.name: instruction.shape for instruction in body}
         for one in body:
             called = one.called
             if one.operation == "while":
-                trips = program.trips(one)
+                trips, inside = program.trips(one), share
+                if trips is None and (found := _counted(one, share)):
+                    # Where the chunks are in groups, all in a group but the last count.
+                    trips, inside = found[1], 1.0
                 if trips is None:
                     notes.append(f"{_source(one)}: a loop, its length known when it runs")
-                costs += visit(called["body"][0], times * (trips or 0))
+                costs += visit(called["body"][0], times * (trips or 0), inside)
             elif one.operation == "conditional":
-                branches = [visit(branch, times) for role in called for branch in called[role]]
+                named = [branch for role in called for branch in called[role]]
+                if found := _counted(one, share):
+                    sizes, number = found
+                    chosen = sum(number > size for size in sizes[:-1])
+                    costs += visit(named[chosen], times, share)
+                    continue
+                branches = [visit(branch, times, share) for branch in named]
                 dearest = max(map(_sum, branches))
                 notes.append(f"{_source(one)}: a branch, {dearest / 1e6:.3g} Mcycles where taken")
                 costs += min(branches, key=_sum)
             elif one.operation == "call":
-                costs += visit(called["to_apply"][0], times)
+                costs += visit(called["to_apply"][0], times, share)
             elif cycles := _CYCLES.search(one.line):
                 taken = float(cycles[1])
                 if one.operation in MOVES:
@@ -93,6 +109,15 @@ def account(text: str, chip: Chip) -> Account:
 
     costs = sorted(visit(program.entry, 1), reverse=True)
     return Account(_sum(costs), costs, list(dict.fromkeys(notes)))
+
+
+def _counted(instruction: hlo.Instruction, share: float | None) -> tuple[list[int], int] | None:
+    """The sizes that a loop or a choice over the tokens that count names, and that of the share."""
+    found = _COUNTED.search(instruction.line)
+    if share is None or not found:
+        return None
+    sizes = [int(size) for size in found[1].split("_")]
+    return sizes, math.ceil(round(share * sizes[-1], 6))
 
 
 def at_peak(flops: int, chip: Chip) -> float:

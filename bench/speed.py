@@ -80,8 +80,8 @@ def command(
             "--ignored",
             min=0,
             max=1,
-            help="With --op linear: what a head takes if this fraction of the tokens is ignored, "
-            "over the same call without ignore_index; repeatable.",
+            help="With --op linear: what value and gradient takes if this fraction of the tokens "
+            "is ignored, over the same call without ignore_index; repeatable.",
         ),
     ] = None,
     targets: Annotated[
@@ -155,28 +155,32 @@ def command(
             "expected integer labels, forward or value-and-grad with it", param_hint="--target"
         )
     if ignored:
-        _check_with_ignored(op, alone=not (modes or targets or profile))
+        _check_with_ignored(op, alone=not (modes or profile or detail))
     path = results.destination(output, by_target.FILE if targets else None)
     default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
     if ignored:
         default = HEADS[:1]
-    if targets:
+    elif targets:
         default = by_target.HEADS if op is Op.LINEAR else by_target.LOGITS
     cases = choose(
         default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
     )
+    if ignored:
+        section = (
+            by_target.measure_ignored(cases, ignored, targets)
+            if targets
+            else measure_ignored(cases, ignored, repeats=repeats, seconds=size.seconds)
+        )
+        section["command"] = results.command_line("speed", given)
+        tables.show(*speed_tables.ignored_in_docs(section))
+        results.keep(path, section, None)
+        return
     if targets:
         section = by_target.measure(cases, modes or by_target.COMPLETE[op], targets, detail=detail)
         section["command"] = results.command_line("speed", given)
         tables.show(*(by_target.details(section) if detail else ()), *by_target.in_docs(section))
         complete = given.keys() <= {"op", "target"} and {*targets} == {*cycles.CHIPS}
         results.keep(path, section, by_target.KEY.format(op) if complete else None)
-        return
-    if ignored:
-        section = measure_ignored(cases, ignored, repeats=repeats, seconds=size.seconds)
-        section["command"] = results.command_line("speed", given)
-        tables.show(*speed_tables.ignored_in_docs(section))
-        results.keep(path, section, None)
         return
     section = measure(
         cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
@@ -193,8 +197,8 @@ def _check_with_ignored(op: Op, *, alone: bool) -> None:
         raise typer.BadParameter("expected --op linear with it", param_hint="--ignored")
     if not alone:
         raise typer.BadParameter(
-            "value and gradient is timed with --ignored, and nothing else",
-            param_hint="--mode, --target, --profile",
+            "value and gradient is measured with --ignored, and nothing else",
+            param_hint="--mode, --profile, --detail",
         )
 
 
@@ -292,11 +296,11 @@ def measure_ignored(
     Returns:
         A section of the results file; its first cases are those without `ignore_index`.
     """
-    timed, left_out = [], []
+    timed, left_out, fractions = [], [], list(dict.fromkeys(fractions))
     with tables.progress(len(cases)) as now:
         for case in cases:
             now(str(case))
-            timed += _time_ignored(case, list(dict.fromkeys(fractions)), repeats, seconds, left_out)
+            timed += _time_ignored(case, fractions, repeats, seconds, left_out)
             now(done=1)
     left_out = list(dict.fromkeys(left_out))
     tables.say(*left_out)
@@ -310,7 +314,7 @@ def measure_ignored(
 
 def _time_ignored(
     case: Head,
-    fractions: list[float],
+    fractions: Sequence[float],
     repeats: int | None,
     seconds: float,
     left_out: list[str],

@@ -122,34 +122,47 @@ def over_baseline(section: dict[str, Any]) -> list[Table]:
 
 
 def ignored_in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay out for the README what heads take whose tokens are ignored, without the times."""
-    return _of_ignored(section, times=False)
+    """Lay out for the README what heads take whose tokens are ignored, over those without."""
+    return _of_ignored(section, whole=False)
 
 
 def ignored_in_docs(section: dict[str, Any]) -> list[Table]:
     """Lay out for the terminal and docs/benchmarks.md what heads take whose tokens are ignored."""
-    return _of_ignored(section, times=True)
+    return _of_ignored(section, whole=True)
 
 
-def _of_ignored(section: dict[str, Any], *, times: bool) -> list[Table]:
+def _of_ignored(section: dict[str, Any], *, whole: bool) -> list[Table]:
+    """With the times, or the cycles of an estimate, if it is `whole`."""
+
+    def taken(row: dict[str, Any]) -> str:
+        if "cycles" in row:
+            return f"{row['cycles'] / 1e6:.3g}, "
+        return f"{milliseconds(row['median_s'])} ± {_spread(row)}, "
+
     def cell(row: dict[str, Any], _: dict[str, Any]) -> str:
-        taken = f"{milliseconds(row['median_s'])} ± {_spread(row)}, " if times else ""
-        return f"{taken}{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
+        if "error" in row:
+            return row["error"]
+        first = taken(row) if whole else ""
+        return f"{first}{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
 
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for case in section["cases"]:
-        fraction = case["ignored"]
+        fraction, target = case["ignored"], case.get("target")
+        head = f"{case['shape']} {case['dtype']}" + (f", {target}" if target else "")
         column = "no ignore_index" if fraction is None else f"{100 * fraction:g} % ignored"
-        groups.setdefault(f"{case['shape']} {case['dtype']}", {})[column] = case
+        groups.setdefault(head, {})[column] = case
     rows = [
         ["" if place else head, *row]
         for head, columns in groups.items()
         for place, row in enumerate(tables.by_contender([*columns.values()], cell))
     ]
+    runs = section["environment"]["device"]
+    first = "the median in ms, the quartile farther from it, " if runs else "Mcycles, "
     notes = (
-        f"Each cell: {'the median in ms, the quartile farther from it, ' * times}the time of value "
-        f"and gradient over that without ignore_index (of {BASELINE}: over that of {OURS}), "
-        "temporary memory. The ignored tokens are chosen at random.",
+        f"Each cell: {first if whole else ''}{'the time' if runs else 'the cycles'} of value and "
+        f"gradient over that without ignore_index (of {BASELINE}: over that of {OURS}), temporary "
+        "memory. The ignored tokens are chosen at random.",
+        "" if runs else "Not a measured time: the cycles that XLA for TPUs plans with.",
         contenders.explain(contenders.names(section["cases"])),
         tables.origin(section),
     )

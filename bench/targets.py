@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m bench speed --target`: time on TPUs by their compiler's account, and memory."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import geometric_mean
 from typing import Any
@@ -69,7 +70,7 @@ def measure(
                 for mode in modes:
                     now(f"{target}: {case} {mode}")
                     rows = [
-                        {"name": one.name, **_compile(one, case, mode, device, chip)}
+                        _compile(one, case, mode, device, chip)[0]
                         for one in found[case.dtype][0]
                         if one.entry.jax and not (one.entry.whole and mode is Mode.FORWARD)
                     ]
@@ -96,7 +97,10 @@ def _compile(
     mode: Mode,
     device: SingleDeviceSharding,
     chip: cycles.Chip,
-) -> dict[str, Any]:
+    *,
+    counted: Sequence[float | None] = (None,),
+) -> list[dict[str, Any]]:
+    """Compile a contender once: a row for each fraction of the tokens that may count."""
     inputs = contenders.abstract_inputs(contender, case, device)
     program = contenders.program(contender, mode, case.parameters)
     try:
@@ -105,14 +109,66 @@ def _compile(
         if contender.entry.module == "ours":
             raise
         reason = "no memory" if "RESOURCE_EXHAUSTED" in str(error) else type(error).__name__
-        return {"cycles": None, "temp_bytes": None, "error": reason}
-    found = cycles.account(compiled.as_text(), chip)
+        row = {"name": contender.name, "cycles": None, "temp_bytes": None, "error": reason}
+        return [dict(row) for _ in counted]
+    text = compiled.as_text()
+    return [
+        {
+            "name": contender.name,
+            "cycles": found.cycles,
+            "temp_bytes": timing.temporary_bytes(compiled),
+            "notes": found.notes,
+            "costs": [cost._asdict() for cost in found.costs[:SHOWN]],
+        }
+        for found in (cycles.account(text, chip, share) for share in counted)
+    ]
+
+
+def measure_ignored(
+    cases: Sequence[Head], fractions: Sequence[float], targets: Sequence[str]
+) -> dict[str, Any]:
+    """Compile what `speed.measure_ignored` times: a section of the results file, laid out alike."""
+    measured, left_out, fractions = [], [], list(dict.fromkeys(fractions))
+    with tables.progress(len(targets) * len(cases)) as now:
+        for target, case in itertools.product(targets, cases):
+            now(f"{target}: {case}")
+            measured += _ignored(case, fractions, target, left_out)
+            now(done=1)
+    left_out = list(dict.fromkeys(left_out))
+    tables.say(*left_out)
     return {
-        "cycles": found.cycles,
-        "temp_bytes": timing.temporary_bytes(compiled),
-        "notes": found.notes,
-        "costs": [cost._asdict() for cost in found.costs[:SHOWN]],
+        "environment": environment.describe(runs=False),
+        "op": Op.LINEAR.value,
+        "left_out": left_out,
+        "cases": measured,
     }
+
+
+def _ignored(
+    case: Head, fractions: Sequence[float], target: str, left_out: list[str]
+) -> list[dict[str, Any]]:
+    chip, mode = cycles.CHIPS[target], Mode.VALUE_AND_GRAD
+    device = SingleDeviceSharding(environment.tpu(chip.topology))
+
+    def rows(entries: Sequence[contenders.Entry], counted: Sequence[float | None]) -> list[Any]:
+        found, lines = contenders.load(entries, case.dtype)
+        left_out.extend(lines)
+        compiled = (_compile(one, case, mode, device, chip, counted=counted) for one in found)
+        return list(zip(*compiled, strict=True))
+
+    without = rows(contenders.WITHOUT_IGNORING + contenders.VARIANTS[:1], [None])
+    ignoring = contenders.IGNORING + contenders.IGNORING_VARIANTS
+    by_fraction = without + rows(ignoring, [1 - fraction for fraction in fractions])
+    base = {row["name"]: row["cycles"] for row in without[0]}
+    for row in itertools.chain(*by_fraction):
+        row.pop("costs", None)
+        if row["cycles"] is not None:
+            row["of_base"] = row["cycles"] / (base.get(row["name"]) or base[contenders.OURS])
+    of_case = {**case._asdict(), "shape": case.shape, "mode": mode.value, "target": target}
+    return [
+        {**of_case, "ignored": fraction, "contenders": list(of_fraction)}
+        for fraction, of_fraction in zip([None, *fractions], by_fraction, strict=True)
+    ]
 
 
 def in_docs(section: dict[str, Any]) -> list[Table]:

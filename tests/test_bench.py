@@ -407,9 +407,10 @@ WRONG = {
     "speed --op linear --confident": "expected logits and integer labels with it",
     "speed --ignored 0.5": "expected --op linear with it",
     "speed --op linear --ignored 1.5": "1.5 is not in the range 0<=x<=1",
-    "speed --op linear --ignored 0.5 --mode forward": "is timed with --ignored, and nothing else",
-    "speed --op linear --ignored 0.5 --target v5e": "is timed with --ignored, and nothing else",
-    "speed --op linear --ignored 0.5 --profile x": "is timed with --ignored, and nothing else",
+    "speed --op linear --ignored 0.5 --mode forward": "is measured with --ignored, and",
+    "speed --op linear --ignored 0.5 --target v5e --detail": "is measured with --ignored, and",
+    "speed --op linear --ignored 0.5 --target v5e --repeats 3": "nothing is run with --target",
+    "speed --op linear --ignored 0.5 --profile x": "is measured with --ignored, and nothing",
     "speed --op linear --ignored 0.5 --detail": "expected --target with it",
     "speed --calibrate --ignored 0.5": "expected no more than --target",
     "speed --target v9": "expected v5e, v5p, v6e, tpu7x; got 'v9'",
@@ -550,7 +551,8 @@ def test_the_heads_that_ignore_tokens_compute_what_the_others_compute():
     of_left = contenders.program(plain, Mode.VALUE_AND_GRAD, 2)
     loss, (d_hidden, d_kernel) = of_left(hidden[left], kernel, labels[left])
     d_hidden = jnp.zeros_like(hidden).at[left].set(d_hidden)
-    for one in contenders.load(contenders.IGNORING, FLOAT32)[0]:
+    entries = contenders.IGNORING + contenders.IGNORING_VARIANTS
+    for one in contenders.load(entries, FLOAT32)[0]:
         got = contenders.program(one, Mode.VALUE_AND_GRAD, 2)(hidden, kernel, labels)
         for mine, theirs in zip(jax.tree.leaves(got), (loss, d_hidden, d_kernel), strict=True):
             np.testing.assert_allclose(f64(mine), f64(theirs), 2e-4, 1e-6, err_msg=one.name)
@@ -932,6 +934,34 @@ def test_the_tables_of_ignored_tokens(sections):
             assert both[1][2 + place].startswith(taken)
             assert both[1][2 + place].endswith(shown)
     assert short.rows[-1][2] == "–"
+
+
+def test_the_table_of_ignored_tokens_by_an_account():
+    """Cycles in place of times; where a program does not fit, why."""
+
+    def case(fraction: float | None, target: str, *rows: dict[str, Any]) -> dict[str, Any]:
+        fields = {**Head(4, 3, 5, BFLOAT16)._asdict(), "shape": "4x3x5", "target": target}
+        return fields | {"ignored": fraction, "contenders": rows}
+
+    def row(name: str, **taken: Any) -> dict[str, Any]:
+        return {"name": name, "temp_bytes": 2e6} | taken
+
+    first = {"cycles": 8e6, "of_base": 1.0}
+    found = [
+        case(None, "v5e", row("jaxsoftmax", **first)),
+        case(0.9, "v5e", row("jaxsoftmax", cycles=2e6, of_base=0.25)),
+        case(None, "v6e", row("jaxsoftmax", **first)),
+        case(0.9, "v6e", row("optax", cycles=None, error="no memory")),
+    ]
+    where = {"environment": environment.describe(runs=False), "command": "python -m bench speed"}
+    (table,) = speed_tables.ignored_in_docs(where | {"cases": found})
+    assert table.headings == ["head", "by", "no ignore_index", "90 % ignored"]
+    assert table.rows == [
+        ["4x3x5 bfloat16, v5e", "jaxsoftmax", "8, 1.00, 2 MB", "2, 0.25, 2 MB"],
+        ["4x3x5 bfloat16, v6e", "jaxsoftmax", "8, 1.00, 2 MB", "–"],
+        ["", "optax", "–", "no memory"],
+    ]
+    assert table.notes[-1].startswith("Estimated by `python -m bench speed` with ")
 
 
 def test_the_tables_of_estimates(sections):

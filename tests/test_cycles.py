@@ -115,6 +115,51 @@ def test_the_account(length, inside):
 
 
 @pytest.mark.parametrize(
+    ("share", "steps", "branch"), [(None, 0, 1), (0.0, 0, 1), (0.1, 1, 2), (0.5, 2, 2), (1.0, 4, 4)]
+)
+def test_the_account_of_tokens_that_count(share, steps, branch):
+    """The steps of a loop, and the program of the least size, that so many tokens need."""
+    where = ', metadata={op_name="jit(f)/counted_of_%s/%s"}'
+    others = [
+        f"%branch.{i} (p.{i}: f32[8]) -> f32[8] {{\n"
+        f"  %p.{i} = f32[8]{{0}} parameter(0)\n"
+        f"  ROOT %b.{i} = f32[8]{{0}} fusion(%p.{i}), calls=%g.1, "
+        f'backend_config={{"estimated_cycles":"{10**i}"}}\n}}\n'
+        for i in (3, 4, 5)
+    ]
+    choice = (
+        "\n  %k.1 = f32[8]{0} conditional(%s.1, %a.1, %a.1, %a.1), "
+        "branch_computations={%branch.3, %branch.4, %branch.5}" + where % ("0_2_4", "cond")
+    )
+    text = HLO.replace("LENGTH", where % ("4", "while") + choice)
+    chip = cycles.Chip("", hertz=2.0, bytes_per_s=4.0, flops_per_s=1.0)
+    found = cycles.account("\n".join(others) + text, chip, share)
+    moved = 1.4 * 64 / 4 * 2
+    assert found.cycles == pytest.approx(10 * steps + 10 ** {1: 3, 2: 4, 4: 5}[branch] + moved)
+    assert len(found.notes) == (2 if share is None else 0)
+
+
+@pytest.mark.wide
+def test_ignored_tokens_take_no_cycles(monkeypatch):
+    """Both orders, of a head whose tokens make several chunks; what is left is small."""
+    tpu_devices(cycles.CHIPS[CHIP].topology)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # with more, an unknown mesh has a part
+    monkeypatch.setattr(contenders, "WITHOUT_IGNORING", contenders.WITHOUT_IGNORING[1:])
+    monkeypatch.setattr(contenders, "IGNORING", contenders.IGNORING[1:])
+    head = Head(4096, 128, 16384, Dtype.BFLOAT16)
+    section = targets.measure_ignored([head], [0.0, 0.5, 1.0], [CHIP])
+    assert [case["ignored"] for case in section["cases"]] == [None, 0.0, 0.5, 1.0]
+    _, none, half, every = (
+        {row["name"]: row for row in case["contenders"]} for case in section["cases"]
+    )
+    for name in (IN_FORWARD, RECOMPUTE):
+        assert none[name]["of_base"] < 1.03
+        assert 0.4 < half[name]["cycles"] / none[name]["cycles"] < 0.75
+        assert every[name]["cycles"] < 0.15 * none[name]["cycles"]
+    assert none["optax"]["cycles"] == every["optax"]["cycles"]
+
+
+@pytest.mark.parametrize(
     "case", [Logits(64, 300, Dtype.FLOAT32), Head(64, 128, 300, Dtype.BFLOAT16)]
 )
 def test_the_benchmark(case):

@@ -116,6 +116,9 @@ IGNORING = (
     Entry(BASELINE, "with_optax", "head_ignoring"),
 )
 
+# Ours again, where programs are only compiled: as the first of `VARIANTS`.
+IGNORING_VARIANTS = (Entry("jaxsoftmax, in forward", "ours", "head_in_forward_ignoring"),)
+
 # Ours again, where programs are only compiled: the other order, and kernels of another form.
 VARIANTS = (
     Entry("jaxsoftmax, in forward", "ours", "head_in_forward"),

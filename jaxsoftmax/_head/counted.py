@@ -149,7 +149,13 @@ def first_steps(
 
     length = jax.tree.leaves(xs)[0].shape[0]
     ys = zeros_of(lambda: body(carry, chunk(xs, 0))[1], length)
-    return lax.fori_loop(0, steps, step, (carry, ys))
+    return loop(steps, length, step, (carry, ys))
+
+
+def loop(steps: Any, most: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`lax.fori_loop` of so many steps, of `most`, which profiles and compiled programs name."""
+    with jax.named_scope(f"counted_of_{most}"):
+        return lax.fori_loop(0, steps, step, carry)
 
 
 def of_first(run: Callable[..., Any], n: int, number: Any, *operands: Any) -> Any:
@@ -161,7 +167,8 @@ def of_first(run: Callable[..., Any], n: int, number: Any, *operands: Any) -> An
         return run(n, *operands)
     counts = sorted({-(-eighths * n // 8) for eighths in (0, 1, 2, 3, 5, 8)})
     which = jnp.sum(number > jnp.asarray(counts[:-1], number.dtype), dtype=jnp.int32)
-    return lax.switch(which, [partial(run, count) for count in counts], *operands)
+    with jax.named_scope(f"counted_of_{'_'.join(map(str, counts))}"):
+        return lax.switch(which, [partial(run, count) for count in counts], *operands)
 
 
 def zeros_of(function: Callable[[], Any], *lead: Any) -> Any:

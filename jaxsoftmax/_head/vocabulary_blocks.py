@@ -43,6 +43,7 @@ from .counted import (
     chunked_in_order,
     first_in_order,
     first_steps,
+    loop,
     of_first,
     only_counted,
     restored,
@@ -399,8 +400,9 @@ def _of_block(steps, of_rows, rows, total):
             total = lax.dynamic_update_index_in_dim(total, d_hidden, i, 0)
         return total, jax.tree.map(jnp.add, sums, own)
 
+    hidden, *_ = rows
     sums = zeros_of(lambda: of_rows(chunk(rows, 0))[1])
-    return lax.fori_loop(0, steps, step, (total, sums))
+    return loop(steps, hidden.shape[0], step, (total, sums))
 
 
 def _of_rows(plan, operands, wants, start, size, rows):  # noqa: PLR0917
