@@ -38,7 +38,7 @@ def head_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> ja
 def head_in_forward_ignoring(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """Leave ignored tokens out of the mean, with the gradient made in the forward pass."""
     return jaxsoftmax.linear_softmax_cross_entropy(
-        hidden, kernel, labels, ignore_index=IGNORED, gradients="in_forward"
+        hidden, kernel, labels, ignore_index=cases.IGNORED, gradients="in_forward"
     )
 
 

@@ -23,7 +23,7 @@ from .layout import HeadSharding
 class Counted(NamedTuple):
     """The tokens of each shard in the order of the work: first those that count."""
 
-    index: jax.Array  # [shards, n]: which token of the shard comes at each place
+    order: jax.Array  # [shards, n]: which token of the shard comes at each place
     place: jax.Array  # [shards, n]: the place of each token
     number: jax.Array  # []: how many tokens count, the most of any shard
 
@@ -58,16 +58,16 @@ def counted_first(live: jax.Array, sharding: HeadSharding, pieces: int) -> Count
     shards = math.prod(sharding.token_shards) * pieces
     tokens = sharding.token_axes
     live = sharding.reshape(live, (shards, live.shape[0] // shards), tokens, None)
-    index = jnp.argsort(~live, axis=1, stable=True)
-    place = jnp.argsort(index, axis=1)
+    order = jnp.argsort(~live, axis=1, stable=True)
+    place = jnp.argsort(order, axis=1)
     number = jnp.max(jnp.sum(live, axis=1, dtype=jnp.int32))
-    return Counted(index.astype(jnp.int32), place.astype(jnp.int32), number)
+    return Counted(order.astype(jnp.int32), place.astype(jnp.int32), number)
 
 
 def first_in_order(sharding: HeadSharding, counted: Counted, count: int, x: jax.Array) -> jax.Array:
     """The first `count` tokens of each shard of `x [N, …]`: `[shards · count, …]`."""
-    shards, of_rest = counted.index.shape[0], sharding.rest(x, 1)
-    x = _taken(sharding, x, counted.index[:, :count], padded=False)
+    shards, of_rest = counted.order.shape[0], sharding.rest(x, 1)
+    x = _taken(sharding, x, counted.order[:, :count], padded=False)
     shape = (shards * count, *x.shape[2:])
     return sharding.reshape(x, shape, sharding.token_axes, *of_rest)
 
@@ -79,11 +79,11 @@ def chunked_in_order(
 
     Padding repeats the last token of a shard, or is 0.
     """
-    shards, n = counted.index.shape
+    shards, n = counted.order.shape
     tokens, of_rest = sharding.token_axes, sharding.rest(x, 1)
     chunks = -(-n // (size * group)) * group
     place = jnp.minimum(jnp.arange(chunks * size, dtype=jnp.int32), n - 1)
-    x = _taken(sharding, x, counted.index[:, place], padded=False)
+    x = _taken(sharding, x, counted.order[:, place], padded=False)
     if not last:
         inside = jnp.arange(chunks * size, dtype=jnp.int32) < n
         x = jnp.where(jnp.expand_dims(inside, (0, *range(2, x.ndim))), x, 0)
@@ -98,7 +98,7 @@ def restored(sharding: HeadSharding, counted: Counted, y: jax.Array, loops: int 
 
     And `first_in_order`, without loops: other tokens are 0.
     """
-    shards, n = counted.index.shape
+    shards, n = counted.order.shape
     tokens, of_rest = sharding.token_axes, sharding.rest(y, loops + 1)
     rest, chunks = y.shape[loops + 1 :], math.prod(y.shape[:loops])
     size = y.shape[loops] // shards

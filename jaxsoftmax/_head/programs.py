@@ -163,7 +163,9 @@ def _log_probs(spec, chunk_size, head, labels, where, transform):  # noqa: PLR09
 
 def _statistics(spec, chunk_size, head, index, transform, of_spread) -> Any:  # noqa: PLR0917
     plans = block_plans(spec, chunk_size, head)
-    counted = _order(head, _pieces(head), [plan.rows for plan in plans], uniform=False)
+    pieces = _pieces(head)
+    chunks = [plan.rows * (pieces or 1) for plan in plans]
+    counted = _order(head, pieces, chunks, uniform=False)
     operands = vocabulary_blocks.Operands(
         head.hidden, head.kernel, head.bias, transform, of_spread, index
     )
@@ -251,9 +253,8 @@ def _over_tokens(losses, chunks, head, args, consts, *, uniform):
     pieces = _pieces(head)
     if pieces is not None and any(chunk.size % pieces for chunk in chunks):
         pieces = None
-    parts = [chunk.size // (pieces or 1) for chunk in chunks]
-    counted = _order(head, pieces, parts, uniform=uniform)
-    pieces = pieces if counted is not None else 1
+    counted = _order(head, pieces, [chunk.size for chunk in chunks], uniform=uniform)
+    pieces = 1 if counted is None or pieces is None else pieces
     rounded = _is_rounded(chunks, head)
     pairs = zip(losses, chunks, strict=True)
     plans = ByPlatform(*(_plan(*pair, head, pieces, rounded) for pair in pairs))
@@ -283,16 +284,16 @@ def _pieces(head):
     return pieces if pieces == 1 or (isinstance(tokens, int) and tokens % pieces == 0) else None
 
 
-def _order(head, pieces, parts, *, uniform):
+def _order(head, pieces, chunks, *, uniform):
     """The tokens that count first, where some may not and are in other chunks than those that do.
 
-    `parts`: the tokens of a piece in a chunk, by platform. `uniform`: all devices are to take as
+    `chunks`: how many tokens are in one, by platform. `uniform`: all devices are to take as
     many steps, for what they send each other in one.
     """
     tokens = _tokens_and_classes(head)[0]
     if head.live is None or pieces is None:
         return None
-    if isinstance(tokens, int) and min(parts) >= tokens // pieces:
+    if isinstance(tokens, int) and min(chunks) >= tokens:
         return None
     order = counted_first(head.live, head.sharding, pieces)
     axes = tuple(sorted(manual_axes(order.number)))

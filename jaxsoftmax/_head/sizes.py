@@ -100,7 +100,6 @@ def chunks(  # noqa: PLR0917
 
 def rows(tokens: Any, devices: int) -> ByPlatform:
     """The tokens of each device that blocks of classes take at once, if some may not count."""
-
     if isinstance(tokens, int):
         tokens = max(1, tokens)
 

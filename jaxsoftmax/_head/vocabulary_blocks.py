@@ -334,9 +334,9 @@ def _gradients(plan, counted, given, sums, g, unused, flags):  # noqa: PLR0917
                     d_hidden = d_hidden.astype(given.hidden.dtype)
             return d_hidden, *sums
 
-        n, number = counted.index.shape[1], counted.number
+        n, number = counted.order.shape[1], counted.number
         d_hidden, *sums = of_first(of_first_rows, n, number, rows)
-    return as_cotangents(Operands(d_hidden, *sums, None), given)
+    return as_cotangents(Operands(d_hidden, *sums, labels=None), given)
 
 
 def _over_classes(plan, operands, wants, everywhere, steps, rows):  # noqa: PLR0917
@@ -386,7 +386,7 @@ def _over_classes(plan, operands, wants, everywhere, steps, rows):  # noqa: PLR0
     return d_hidden, d_kernel, d_bias, d_transform, sharding.merge_classes(d_weights)
 
 
-def _of_block(steps, of_rows, rows, total):
+def _of_block(steps, of_rows, rows, total) -> Any:
     """`total` with all rows' d_hidden by a block's classes, and what else `of_rows` sums."""
     if steps is None:
         d_hidden, sums = of_rows(rows)
@@ -405,7 +405,7 @@ def _of_block(steps, of_rows, rows, total):
     return loop(steps, hidden.shape[0], step, (total, sums))
 
 
-def _of_rows(plan, operands, wants, start, size, rows):  # noqa: PLR0917
+def _of_rows(plan, operands, wants, start, size, rows) -> Any:  # noqa: PLR0917
     """By a block's classes: some rows' d_hidden, and the block's part of the sums over rows."""
     sharding, products, transform = plan.sharding, plan.products, operands.transform
     tokens, classes = sharding.token_axes, sharding.classes
