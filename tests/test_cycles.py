@@ -145,7 +145,7 @@ def test_ignored_tokens_take_no_cycles(monkeypatch):
     tpu_devices(cycles.CHIPS[CHIP].topology)
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # with more, an unknown mesh has a part
     monkeypatch.setattr(contenders, "WITHOUT_IGNORING", contenders.WITHOUT_IGNORING[1:])
-    monkeypatch.setattr(contenders, "IGNORING", contenders.IGNORING[1:])
+    monkeypatch.setattr(contenders, "IGNORING", contenders.IGNORING[1:2])
     head = Head(4096, 128, 16384, Dtype.BFLOAT16)
     section = targets.measure_ignored([head], [0.0, 0.5, 1.0], [CHIP])
     assert [case["ignored"] for case in section["cases"]] == [None, 0.0, 0.5, 1.0]
@@ -156,7 +156,6 @@ def test_ignored_tokens_take_no_cycles(monkeypatch):
         assert none[name]["of_base"] < 1.03
         assert 0.4 < half[name]["cycles"] / none[name]["cycles"] < 0.75
         assert every[name]["cycles"] < 0.15 * none[name]["cycles"]
-    assert none["optax"]["cycles"] == every["optax"]["cycles"]
 
 
 @pytest.mark.parametrize(
