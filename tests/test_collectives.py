@@ -20,6 +20,7 @@ from layouts import AXES, LAYOUTS, Layout, mesh_of, names, tpu_devices
 
 import jaxsoftmax
 from bench.collectives import Collective, collectives
+from jaxsoftmax._head import sizes as head_sizes
 
 # Each kind of axis has a prime of its own, so that an array's size says what it is.
 TOKEN, WIDTH, CLASS = 13, 7, 11
@@ -119,8 +120,13 @@ def role(dims: tuple[int, ...]) -> str:
     return "kernel" if size % CLASS == 0 and len(dims) > 1 else "numbers"
 
 
-def check(found: list[Collective], layout: Layout, *, chunk: int, passes: int) -> None:
-    """No more than the layout needs; the message lists all of them."""
+def check(
+    found: list[Collective], layout: Layout, *, chunk: int, passes: int, branches: int = 1
+) -> None:
+    """No more than the layout needs; the message lists all of them.
+
+    `branches`: of a condition, one of which is taken, that d_hidden is computed in.
+    """
     listed = "\n".join(map(str, found))
     counts = {(kind, role): 0 for kind in ("gather", "sum") for role in ROLES}
     for one in found:
@@ -144,7 +150,9 @@ def check(found: list[Collective], layout: Layout, *, chunk: int, passes: int) -
     scattered = passes == 1 and not set(layout.token_axes) <= {width, classes}
     assert counts["gather", "kernel"] <= gathered + scattered, f"kernel gathered:\n{listed}"
     assert counts["sum", "kernel"] == bool(layout.token_axes), f"sums of d_kernel:\n{listed}"
-    assert counts["sum", "hidden"] == bool(layout.classes), f"sums of d_hidden:\n{listed}"
+    assert counts["sum", "hidden"] == bool(layout.classes) * branches, (
+        f"sums of d_hidden:\n{listed}"
+    )
     assert counts["sum", "logits"] == 0, f"logits summed:\n{listed}"
 
 
@@ -162,18 +170,44 @@ def in_shard_map(loss, layout):
     return lambda hidden, kernel, labels: total(hidden, kernel, labels) / labels.size
 
 
-def check_head(mesh, layout, gradients, *, chunk, sizes, by_hand=False):
+def check_head(mesh, layout, gradients, *, chunk, sizes, by_hand=False, **options):
     """What the head's value and gradients send, in chunks of so many tokens."""
     head = jaxsoftmax.linear_softmax_cross_entropy
-    program = functools.partial(head, gradients=gradients, chunk_size=chunk)
+    program = functools.partial(head, gradients=gradients, chunk_size=chunk, **options)
     program = in_shard_map(program, layout) if by_hand else program
-    check(found_in(mesh, layout, program, sizes), layout, chunk=chunk, passes=PASSES[gradients])
+    # With ignored tokens and sharded classes recompute has a program for 1, 2, 3, 5 and 8 eighths.
+    branches = 5 if options and gradients == "recompute" else 1
+    found = found_in(mesh, layout, program, sizes)
+    check(found, layout, chunk=chunk, passes=PASSES[gradients], branches=branches)
 
 
 @both_ways
 @pytest.mark.parametrize("name", over(LAYOUTS))
 def test_an_explicit_mesh_of_cpus(name, gradients):
     check_head(mesh_of(AxisType.Explicit), LAYOUTS[name], gradients, chunk=TOKEN, sizes=SMALL)
+
+
+IGNORING = {"ignore_index": -100}
+
+
+@both_ways
+@pytest.mark.parametrize("name", over(LAYOUTS, {"fsdp and vocabulary"}))
+def test_ignored_tokens_on_an_explicit_mesh_of_cpus(monkeypatch, name, gradients):
+    """How many count is one number; no token leaves its device, and none of it is in the loop."""
+    few = {"cpu": TOKEN, "other": TOKEN}
+    monkeypatch.setattr(head_sizes, "FEWEST_ROWS", few)
+    jax.clear_caches()
+    mesh, layout = mesh_of(AxisType.Explicit), LAYOUTS[name]
+    check_head(mesh, layout, gradients, chunk=TOKEN, sizes=SMALL, **IGNORING)
+    jax.clear_caches()
+
+
+@both_ways
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["data", "fsdp and vocabulary"])
+def test_ignored_tokens_on_an_explicit_mesh_of_tpus(name, gradients):
+    layout, mesh = LAYOUTS[name], tpu_mesh("v5e:2x4")
+    check_head(mesh, layout, gradients, chunk=32 * TOKEN, sizes=LARGE, **IGNORING)
 
 
 @both_ways

@@ -302,7 +302,8 @@ def test_each_shard_leaves_out_its_own(monkeypatch, name, way, gradients):
         sent = collectives(step.lower(*given).compile().as_text() or "")
     jax.clear_caches()
     in_loop = [one for one in sent if one.in_loop]
-    if not layout.classes or gradients == "recompute":
+    # On an automatic mesh XLA chooses, in the same way as without ignored tokens.
+    if way != "automatic" and (not layout.classes or gradients == "recompute"):
         assert not in_loop, in_loop
     # Tokens are never gathered.
     tokens = [d for one in sent if one.kind == "all-gather" for d in one.dims if 48 in d]

@@ -64,6 +64,14 @@ def counted_first(live: jax.Array, sharding: HeadSharding, pieces: int) -> Count
     return Counted(order.astype(jnp.int32), place.astype(jnp.int32), number)
 
 
+def in_chunks(counted: Counted | None, size: int) -> Counted | None:
+    """The same; None where a chunk of `size` tokens of each shard holds all of them."""
+    if counted is None:
+        return None
+    n = counted.order.shape[1]
+    return None if isinstance(n, int) and n <= size else counted
+
+
 def first_in_order(sharding: HeadSharding, counted: Counted, count: int, x: jax.Array) -> jax.Array:
     """The first `count` tokens of each shard of `x [N, …]`: `[shards · count, …]`."""
     shards, of_rest = counted.order.shape[0], sharding.rest(x, 1)

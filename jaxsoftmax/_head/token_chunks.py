@@ -21,7 +21,15 @@ from .._sharding import (
     varying,
 )
 from .closures import Closed
-from .counted import Counted, chunked_in_order, first_steps, of_first, only_counted, restored
+from .counted import (
+    Counted,
+    chunked_in_order,
+    first_steps,
+    in_chunks,
+    of_first,
+    only_counted,
+    restored,
+)
 from .layout import HeadSharding
 from .products import (
     Products,
@@ -140,6 +148,7 @@ def _over_chunks(differentiated, plan, counted, operands):
     If `differentiated`, they come from the loss's vjp: a loss with a `custom_vjp` has no jvp, but
     its forward rule has one, and forward mode over reverse mode needs it.
     """
+    counted = in_chunks(counted, plan.size)
     kernel, bias = _gathered(plan, operands)
 
     def body(_, xs):
@@ -186,7 +195,7 @@ def _gradients_over_chunks(plan, counted, operands, g, flags):
     """
     sharding, products = plan.sharding, plan.products
     tokens, classes = sharding.token_axes, sharding.classes
-    gathered = _gathered(plan, operands)
+    counted, gathered = in_chunks(counted, plan.size), _gathered(plan, operands)
     wants = perturbed(flags, operands)
     of_kernel = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
     dtype = products.dtype if plan.rounded else g.dtype

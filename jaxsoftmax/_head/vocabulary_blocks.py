@@ -316,10 +316,13 @@ def _gradients(plan, counted, given, sums, g, unused, flags):  # noqa: PLR0917
     transform = jax.tree.map(everywhere, operands.transform)
     per_row = _per_row(plan, (operands.labels, sums, g, unused))
     rows = plan.products.operand(operands.hidden), *per_row
+    symbolic = not isinstance(given.hidden.shape[0], int)
+    # A chunk of d_hidden could not be added to without summing it over the shards, in every step.
+    apart = sharding.class_shards > 1
     run = partial(_over_classes, plan, operands._replace(transform=transform), wants, everywhere)
-    if counted is None:
+    if counted is None or (apart and symbolic):
         d_hidden, *sums = run(None, rows)
-    elif plan.in_rows or not isinstance(given.hidden.shape[0], int):
+    elif symbolic or (plan.in_rows and not apart):
         d_hidden, *sums = run(counted.steps(plan.rows), _in_chunks(plan, counted, rows))
         d_hidden = None if d_hidden is None else restored(sharding, counted, d_hidden)
     else:
