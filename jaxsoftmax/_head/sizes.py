@@ -100,12 +100,11 @@ def chunks(  # noqa: PLR0917
 
 def rows(tokens: Any, devices: int) -> ByPlatform:
     """The tokens of each device that blocks of classes take at once, if some may not count."""
-    if isinstance(tokens, int):
-        tokens = max(1, tokens)
+    own = max(1, tokens // devices) if isinstance(tokens, int) else tokens
 
     def size(platform):
         most = min(MOST, _part(tokens, devices, FEWEST_ROWS[platform]) // devices)
-        return _equal(tokens // devices, most, 1)
+        return _equal(own, most, 1)
 
     return ByPlatform(size("cpu"), size("other"))
 
