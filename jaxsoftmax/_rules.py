@@ -113,6 +113,7 @@ def with_derivative(
     function: Callable[..., tuple[jax.Array, ...]],
     same: Callable[..., tuple[jax.Array, ...]],
     *args: jax.Array,
+    control: int = 0,
 ) -> tuple[jax.Array, ...]:
     """`function(*args)`, with the derivative of `same(results, *args)` for constant results.
 
@@ -120,33 +121,38 @@ def with_derivative(
 
     A primitive: JAX's transformations never look inside, so there may be loops of any length.
     (JAX before 0.12 drops a `custom_jvp` from a `scan` that is differentiated twice.)
+
+    `control`: of how many of the first arguments only the control flow depends, which `same` does
+    not need. Where `jax.vmap` maps them, `same(None, *args)` is computed: it would select, in each
+    step, what of the carry is to stay, and compute every branch.
     """
-    return tuple(_with_derivative.bind(*args, function=function, same=same))
+    bind = _with_derivative.bind
+    return tuple(bind(*args, function=function, same=same, control=control))
 
 
 _with_derivative = Primitive("with_derivative")
 _with_derivative.multiple_results = True
 
 
-def _run(*args, function, same):
+def _run(*args, function, same, control):
     """Compiled under `jax.disable_jit` too, as any primitive."""
-    del same
+    del same, control
     with jax.disable_jit(False):
         return jax.jit(function)(*args)
 
 
-def _called(*args, function, same):
-    del same
+def _called(*args, function, same, control):
+    del same, control
     return function(*args)
 
 
-def _abstract(*args, function, same):
-    del same
+def _abstract(*args, function, same, control):
+    del same, control
     return jax.make_jaxpr(function)(*args).out_avals
 
 
-def _differentiated(args, tangents, *, function, same):
-    results = with_derivative(function, same, *args)
+def _differentiated(args, tangents, *, function, same, control):
+    results = with_derivative(function, same, *args, control=control)
     real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in args]
     active = [i for i, t in enumerate(tangents) if real[i] and not isinstance(t, ad.Zero)]
 
@@ -162,10 +168,12 @@ def _differentiated(args, tangents, *, function, same):
     return results, (*changes, *none)
 
 
-def _batched(args, axes, *, function, same):
+def _batched(args, axes, *, function, same, control):
+    if any(axis is not None for axis in axes[:control]):
+        function, control = partial(same, None), 0
     function = jax.vmap(function, in_axes=axes)
     same = jax.vmap(same, in_axes=(0, *axes))
-    results = with_derivative(function, same, *args)
+    results = with_derivative(function, same, *args, control=control)
     return results, (0,) * len(results)
 
 

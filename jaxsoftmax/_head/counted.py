@@ -210,5 +210,5 @@ def only_counted(run: Callable[..., Any], counted: Counted | None, *args: Any) -
     def same(_, *leaves):
         return tuple(jax.tree.leaves(run(None, *tree.unflatten(leaves)[1])))
 
-    results = with_derivative(function, same, *leaves)
+    results = with_derivative(function, same, *leaves, control=len(counted))
     return structures[0].unflatten(results)

@@ -149,9 +149,9 @@ def _of_counted(plan, counted, operands, few):
     return jax.tree.map(partial(restored, plan.sharding, counted), found)
 
 
-def _in_chunks(plan, counted, tree):
+def _in_chunks(plan, counted, tree, *, last=True):
     """Arrays `[N, …]` as [chunks, rows, …], in order."""
-    split = partial(chunked_in_order, plan.sharding, counted, plan.rows, 1, last=True)
+    split = partial(chunked_in_order, plan.sharding, counted, plan.rows, 1, last=last)
     return jax.tree.map(split, tree)
 
 
@@ -323,7 +323,13 @@ def _gradients(plan, counted, given, sums, g, unused, flags):  # noqa: PLR0917
     if counted is None or (apart and symbolic):
         d_hidden, *sums = run(None, rows)
     elif symbolic or (plan.in_rows and not apart):
-        d_hidden, *sums = run(counted.steps(plan.rows), _in_chunks(plan, counted, rows))
+        *rest, g, unused = rows
+        chunks = (
+            *_in_chunks(plan, counted, rest),
+            _in_chunks(plan, counted, g, last=False),
+            _in_chunks(plan, counted, unused),
+        )
+        d_hidden, *sums = run(counted.steps(plan.rows), chunks)
         d_hidden = None if d_hidden is None else restored(sharding, counted, d_hidden)
     else:
 
