@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._rules import with_derivative
-from .._sharding import resharded, varying
+from .._sharding import manual_axes, resharded, varying
 from .layout import HeadSharding
 
 
@@ -126,7 +126,8 @@ def _taken(sharding, x, index, *, padded):
 
     def take(x, index):
         if x.shape[1] == 0:
-            return jnp.zeros((*index.shape, *x.shape[2:]), x.dtype)
+            zeros = jnp.zeros((*index.shape, *x.shape[2:]), x.dtype)
+            return varying(zeros, manual_axes(x, index))
         mode: Any = "fill" if padded else "promise_in_bounds"
         return jax.vmap(lambda x, i: x.at[i].get(mode=mode, fill_value=0))(x, index)
 
