@@ -309,8 +309,6 @@ SMALL = {
     "MOST_BLOCK": 64,
     "BLOCK_BYTES": 2048,
     "LEAST_PER_DEVICE": 4,
-    "FEWEST_IN_PARTS": {"cpu": 2, "other": 2},
-    "FEWEST_ROWS": {"cpu": 2, "other": 3},
 }
 
 

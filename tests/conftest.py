@@ -30,22 +30,30 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name.
-FEW, SHARE = 6, 5
+# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name. Of one
+# with more than MANY, half of the others are left to a run by hand.
+FEW, SHARE, MANY = 6, 5, 24
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The other cases are `wide`: .ci/run runs them all."""
-    sweeps = collections.defaultdict(list)
+    """The other cases are `wide`: .ci/run runs them, but for those that are `rare`."""
+    sweeps, every = collections.defaultdict(list), collections.defaultdict(list)
     for item in items:
+        name = item.nodeid.partition("[")[0]
+        every[name].append(item)
         if not item.get_closest_marker("wide"):
-            sweeps[item.nodeid.partition("[")[0]].append(item)
+            sweeps[name].append(item)
     for name, cases in sweeps.items():
         if len(cases) > FEW:
             kept = random.Random(name).sample(range(len(cases)), -(-len(cases) // SHARE))
             for i in {*range(len(cases))} - {*kept}:
                 cases[i].add_marker(pytest.mark.wide)
+    for name, cases in every.items():
+        wide = [case for case in cases if case.get_closest_marker("wide")]
+        if len(cases) > MANY:
+            for case in random.Random(name).sample(wide, len(wide) // 2):
+                case.add_marker(pytest.mark.rare)
 
 
 @pytest.fixture(scope="module", params=["anywhere", "one CPU device"])
