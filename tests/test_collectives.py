@@ -187,7 +187,7 @@ def test_an_explicit_mesh_of_cpus(name, gradients):
     check_head(mesh_of(AxisType.Explicit), LAYOUTS[name], gradients, chunk=TOKEN, sizes=SMALL)
 
 
-IGNORING = {"ignore_index": -100}
+IGNORING: Any = {"ignore_index": -100}
 
 
 @both_ways
