@@ -197,7 +197,8 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` of rows that are whole on their device; XLA for CPUs would gather them all."""
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
-        return lax.top_k(x, k)
+        values, indices = lax.top_k(x, k)
+        return values, indices
     spec = PartitionSpec(*sharding.spec[:-1], None)
     local: Any = jax.shard_map(
         lambda x: tuple(lax.top_k(x, k)), mesh=sharding.mesh, in_specs=spec, out_specs=(spec, spec)
