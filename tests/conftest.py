@@ -30,9 +30,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name. Of one
-# with more than MANY, half of the others are left to a run by hand.
-FEW, SHARE, MANY = 6, 5, 24
+# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name; of the
+# others one in RUN runs in CI, the rest is left to a run by hand.
+FEW, SHARE, RUN = 6, 5, 3
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(items):
                 cases[i].add_marker(pytest.mark.wide)
     for name, cases in every.items():
         wide = [case for case in cases if case.get_closest_marker("wide")]
-        if len(cases) > MANY:
-            for case in random.Random(name).sample(wide, len(wide) // 2):
+        if len(cases) > FEW:
+            for case in random.Random(name).sample(wide, len(wide) - -(-len(wide) // RUN)):
                 case.add_marker(pytest.mark.rare)
 
 
