@@ -195,14 +195,16 @@ def all_devices(axis_name: AxisName, x: jax.Array) -> jax.Array:
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` of rows that are whole on their device; XLA for CPUs would gather them all."""
+
+    def rows(x):
+        values, indices = lax.top_k(x, k)  # a list or a tuple, by JAX's version
+        return values, indices
+
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
-        values, indices = lax.top_k(x, k)
-        return values, indices
+        return rows(x)
     spec = PartitionSpec(*sharding.spec[:-1], None)
-    local: Any = jax.shard_map(
-        lambda x: tuple(lax.top_k(x, k)), mesh=sharding.mesh, in_specs=spec, out_specs=(spec, spec)
-    )
+    local: Any = jax.shard_map(rows, mesh=sharding.mesh, in_specs=spec, out_specs=(spec, spec))
     return local(x)
 
 

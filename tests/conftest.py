@@ -38,20 +38,17 @@ FEW, SHARE, RUN = 6, 5, 3
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The other cases are `wide`: .ci/run runs them, but for those that are `rare`."""
-    sweeps, every = collections.defaultdict(list), collections.defaultdict(list)
+    tests = collections.defaultdict(list)
     for item in items:
-        name = item.nodeid.partition("[")[0]
-        every[name].append(item)
-        if not item.get_closest_marker("wide"):
-            sweeps[name].append(item)
-    for name, cases in sweeps.items():
+        tests[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in tests.items():
+        by_default = [case for case in cases if not case.get_closest_marker("wide")]
+        if len(by_default) > FEW:
+            kept = random.Random(name).sample(range(len(by_default)), -(-len(by_default) // SHARE))
+            for i in {*range(len(by_default))} - {*kept}:
+                by_default[i].add_marker(pytest.mark.wide)
         if len(cases) > FEW:
-            kept = random.Random(name).sample(range(len(cases)), -(-len(cases) // SHARE))
-            for i in {*range(len(cases))} - {*kept}:
-                cases[i].add_marker(pytest.mark.wide)
-    for name, cases in every.items():
-        wide = [case for case in cases if case.get_closest_marker("wide")]
-        if len(cases) > FEW:
+            wide = [case for case in cases if case.get_closest_marker("wide")]
             for case in random.Random(name).sample(wide, len(wide) - -(-len(wide) // RUN)):
                 case.add_marker(pytest.mark.rare)
 

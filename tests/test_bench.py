@@ -406,7 +406,7 @@ WRONG = {
     "speed --op linear --labels dense": "takes integer labels",
     "speed --op linear --confident": "expected logits and integer labels with it",
     "speed --ignored 0.5": "expected --op linear with it",
-    "speed --op linear --ignored 1.5": "Invalid value for '--ignored'",
+    "speed --op linear --ignored 1.5": "'--ignored': .*(0<=x<=1|less than or equal to 1)",
     "speed --op linear --ignored 0.5 --mode forward": "is measured with --ignored, and",
     "speed --op linear --ignored 0.5 --target v5e --detail": "is measured with --ignored, and",
     "speed --op linear --ignored 0.5 --target v5e --repeats 3": "nothing is run with --target",
