@@ -11,6 +11,8 @@ from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from ._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from ._divergence import softmax_js_divergence as softmax_js_divergence
+from ._divergence import softmax_kl_divergence as softmax_kl_divergence
 from ._head.choices import Sample as Sample
 from ._head.choices import TopK as TopK
 from ._linear import linear_log_probs as linear_log_probs
@@ -42,4 +44,6 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "softmax_jacobian",
+    "softmax_js_divergence",
+    "softmax_kl_divergence",
 ]

@@ -236,6 +236,15 @@ def as_positive(function: str, name: str, value: ArrayLike) -> jax.Array:
     return array
 
 
+def as_between(function: str, name: str, value: ArrayLike) -> jax.Array:
+    """A real floating scalar; in (0, 1) where its value is known."""
+    array = as_scalar(function, name, value)
+    known = _known(value, array)
+    if known is not None and not 0 < known < 1:
+        raise ValueError(f"{function}: {name} must be between 0 and 1, and neither; got {value}")
+    return array
+
+
 def as_bounded(function: str, name: str, value: ArrayLike, most: float) -> jax.Array:
     """A real floating, finite scalar; in [0, most] where its value is known."""
     array = as_scalar(function, name, value)

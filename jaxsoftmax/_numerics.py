@@ -136,3 +136,34 @@ def nan_where(invalid: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """NaN where `invalid`, else 0; no NaN is formed if nothing is invalid, for `jax_debug_nans`."""
     infinite = jnp.where(invalid, jnp.inf, 0).astype(dtype)
     return infinite - infinite
+
+
+def two_difference(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The difference a − b rounded, and what rounding it lost: their sum is a − b exactly (Knuth, 1969)."""
+    high = a - b
+    of_b = high - a
+    return high, (a - (high - of_b)) - (b + of_b)
+
+
+def exp_beyond_linear(x: jax.Array) -> jax.Array:
+    """e^x − 1 − x for |x| ≤ ½, to full relative accuracy: its Taylor series x²/2 (1 + x/3 + …)."""
+    count = 8 if x.dtype == jnp.float32 else 15
+    series = jnp.ones_like(x)
+    for n in range(count + 1, 2, -1):
+        series = 1 + x / n * series
+    return 0.5 * x * x * series
+
+
+def log_beyond_linear(x: jax.Array) -> jax.Array:
+    """The rest x − log(1 + x) for |x| ≤ ½, to full relative accuracy.
+
+    With y = x / (2 + x), log(1 + x) is 2 artanh y and x is 2y + x y: so it is the difference of x y
+    and 2 y³ (1/3 + y²/5 + …), of which the second is less than a fifth of the first.
+    """
+    y = x / (2 + x)
+    square = y * y
+    count = 7 if x.dtype == jnp.float32 else 16
+    series = jnp.full_like(x, 1 / (2 * count + 1))
+    for n in range(count - 1, 0, -1):
+        series = 1 / (2 * n + 1) + square * series
+    return x * y - 2 * y * square * series

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._numerics import Elementwise, upcast
+from ._numerics import Elementwise, two_difference, upcast
 
 
 class Transform(NamedTuple):
@@ -49,6 +50,33 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     if temperature is not None:
         z = z / temperature.astype(x.dtype)
     return jnp.where(finite, z, x)
+
+
+def difference(
+    x: jax.Array, y: jax.Array, of_x: Transform, of_y: Transform, *, same_cap: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`transformed(x, of_x) − transformed(y, of_y)` as two numbers that add up to it: constants.
+
+    Exact without options. With `same_cap`, and one temperature in any case, its relative error is a
+    few roundings, however close the two are. 0 stands for an infinity.
+    """
+    x, y = (lax.stop_gradient(jnp.where(jnp.isfinite(a), upcast(a), 0)) for a in (x, y))
+    if same_cap and of_x.soft_cap is not None:
+        # tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b)
+        cap = lax.stop_gradient(of_x.soft_cap.astype(x.dtype))
+        slope = 1 - jnp.tanh(x / cap) * jnp.tanh(y / cap)
+        high = _capped(x - y, cap) * slope
+        low = jnp.zeros_like(high)
+    else:
+        capped = (
+            a if of.soft_cap is None else _capped(a, lax.stop_gradient(of.soft_cap.astype(a.dtype)))
+            for a, of in ((x, of_x), (y, of_y))
+        )
+        high, low = two_difference(*capped)
+    if of_x.temperature is not None:
+        temperature = lax.stop_gradient(of_x.temperature.astype(high.dtype))
+        high, low = high / temperature, low / temperature
+    return high, low
 
 
 def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:

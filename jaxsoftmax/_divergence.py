@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Divergences of two softmaxes, exact however close they are: each function, then its one rule.
+
+With q = softmax(z) of the logits z and p = softmax(t) of the target t (docs/derivation.md, §16):
+
+    δ_k = log q_k − log p_k            from z − t, never from two log-probabilities
+    KL  = Σ_k p_k (e^δ_k − 1 − δ_k)    every term ≥ 0: nothing cancels
+    JS  = Σ_k (1 − w) p_k λ(m_k/p_k − 1) + w q_k λ(m_k/q_k − 1)
+
+with the mixture m = (1 − w) p + w q and λ(x) = x − log(1 + x) ≥ 0: each sum is a KL to m.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from . import _checks
+from ._axes import broadcast_mask, masked, to_rows
+from ._merge import BlockSums, merge_shards
+from ._numerics import (
+    accumulation_dtype,
+    exp_beyond_linear,
+    log_beyond_linear,
+    nan_where,
+    two_difference,
+    upcast,
+)
+from ._row_sums import row_sums, shift_and_remainder
+from ._rules import ON_LOGITS, Rule, in_forward_mode, instantiated, rule, scope
+from ._sharding import AxisName, in_one_sharding, sum_over
+from ._transform import Transform, as_function, as_transform, difference, transformed
+
+Axis = int | Sequence[int] | None
+
+
+def softmax_kl_divergence(
+    logits: ArrayLike,
+    target_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""`KL(softmax(target_logits) ‖ softmax(logits))` of each example, in nats.
+
+    `Σ_k p_k (log p_k − log q_k)`, p the target's probabilities: the forward divergence of
+    distillation, which covers all that the target does. The reverse one, `KL(q ‖ p)`, is the call
+    with the two arrays exchanged. Differentiate by either, or stop the gradient of one.
+
+    Args:
+      logits: unnormalized log-probabilities in any floating dtype.
+      target_logits: those of the target, with the shape of `logits`, in any floating dtype.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: boolean, broadcasts to the shape of `logits`: the classes to include, in both. An
+        example with none has divergence 0.
+      temperature: divides both (capped) logits; positive. The divergence is that of the divided
+        logits: multiply it by `temperature**2`, as Hinton et al. (2015) do, to keep the size of the
+        gradients.
+      soft_cap: replaces both logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: both
+        logits, and `where`, are this device's part, in the order of the devices.
+
+    Returns:
+      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
+      not count; at −inf in the target alone it adds its q_k; at −inf in `logits` alone it makes the
+      divergence +inf. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are
+      its gradients.
+
+    Raises:
+      TypeError: logits not floating, `where` not boolean, or an option of the wrong type.
+      ValueError: shapes that do not match, an axis out of range, or an option out of its range (if
+        its value is known: both may be traced).
+
+    Differentiable in both logits, `temperature` and `soft_cap`, in reverse mode, to any order;
+    forward mode over reverse works. The gradients are `q − p` by `logits` and `p_k (δ̄ − δ_k)` by
+    the target, with `δ = log q − log p` and `δ̄ = Σ p δ`; an infinite divergence has an infinite
+    gradient by the target. docs/derivation.md equations (71), (74) and (75).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> target = jnp.array([1.0, 2.0, 3.0])
+      >>> print(jaxsoftmax.softmax_kl_divergence(target + jnp.array([0.0, 0.0, 1e-4]), target))
+      1.1137866e-09
+    """
+    return _divergence(
+        "softmax_kl_divergence",
+        logits,
+        target_logits,
+        axis,
+        where,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        axis_name=axis_name,
+        weight=None,
+    )
+
+
+def softmax_js_divergence(
+    logits: ArrayLike,
+    target_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""The weighted Jensen–Shannon divergence of two softmaxes, of each example, in nats.
+
+    `(1 − w)·KL(p ‖ m) + w·KL(q ‖ m)` with the mixture `m = (1 − w)·p + w·q`, where p is the
+    softmax of `target_logits`, q that of `logits`, and w the weight. It is finite wherever each has
+    a class that counts, at most `−(1 − w) log(1 − w) − w log w` (log 2 for w = ½), and the same
+    with the arrays exchanged and `1 − w`. For small w it is close to `w·KL(q ‖ p)`, for w close to
+    1 to `(1 − w)·KL(p ‖ q)`.
+
+    Args:
+      logits: unnormalized log-probabilities in any floating dtype.
+      target_logits: those of the target, with the shape of `logits`, in any floating dtype.
+      axis: the class axis, a tuple of class axes, or None for all axes.
+      where: boolean, broadcasts to the shape of `logits`: the classes to include, in both. An
+        example with none has divergence 0.
+      weight: w, between 0 and 1 and neither.
+      temperature: divides both (capped) logits; positive (see `softmax_kl_divergence`).
+      soft_cap: replaces both logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes (see
+        `softmax_kl_divergence`).
+
+    Returns:
+      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
+      not count. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are its
+      gradients.
+
+    Raises:
+      TypeError: logits not floating, `where` not boolean, or an option of the wrong type.
+      ValueError: shapes that do not match, an axis out of range, or an option out of its range (if
+        its value is known: options may be traced).
+
+    Differentiable in both logits, `weight`, `temperature` and `soft_cap`, in reverse mode, to any
+    order; forward mode over reverse works. docs/derivation.md equations (79) to (82).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> print(jaxsoftmax.softmax_js_divergence(jnp.array([0.0, 1e-4]), jnp.array([0.0, 0.0])))
+      3.125e-10
+    """
+    name = "softmax_js_divergence"
+    return _divergence(
+        name,
+        logits,
+        target_logits,
+        axis,
+        where,
+        temperature=temperature,
+        soft_cap=soft_cap,
+        axis_name=axis_name,
+        weight=_checks.as_between(name, "weight", weight),
+    )
+
+
+def _divergence(
+    name, logits, target_logits, axis, where, *, temperature, soft_cap, axis_name, weight
+):
+    logits = _checks.as_floating(name, "logits", logits)
+    target = _checks.as_floating(name, "target_logits", target_logits)
+    axes = _checks.as_axes(name, axis, logits.ndim)
+    meaning = "the shape of logits"
+    _checks.check_shape(name, "target_logits", target.shape, logits.shape, meaning)
+    axis_name = _checks.as_axis_name(name, axis_name)
+    sharded = {"logits": logits, "target_logits": target}
+    _checks.check_sharded_classes(name, axis_name, sharded)
+    where = broadcast_mask(name, where, logits.shape, meaning)
+    _checks.check_sharded_classes(name, axis_name, {"where": where})
+    transform = as_transform(name, soft_cap, temperature)
+    with scope(name, ON_LOGITS):
+        if len(axes) > 1:  # before jit, as in `_cross_entropy._one_axis`
+            batch = logits.ndim - len(axes)
+            logits, target = to_rows(logits, axes), to_rows(target, axes)
+            where = None if where is None else to_rows(where, axes)
+            axes = (batch,)
+        return _of_logits(
+            in_forward_mode(), axis_name, axes, logits, target, where, transform, weight
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _of_logits(  # noqa: PLR0917
+    forward_mode, axis_name, axes, logits, target, where, transform, weight
+):
+    (logits, target, where), included = in_one_sharding(logits, target, where), None
+    if where is not None:
+        logits, included = masked(logits, where, axes, axis_name)
+        target, _ = masked(target, where, axes, axis_name)
+    x, y = to_rows(logits, axes), to_rows(target, axes)
+    if x.shape[-1] == 0:
+        return jnp.zeros(x.shape[:-1], accumulation_dtype(x.dtype, y.dtype))
+    out = of_rows(x, y, transform, transform, weight, axis_name=axis_name, forward=forward_mode)
+    return out if included is None else jnp.where(included, out, 0)
+
+
+def of_rows(
+    x: jax.Array,
+    y: jax.Array,
+    transform: Transform,
+    target_transform: Transform,
+    weight: jax.Array | None,
+    *,
+    axis_name: AxisName | None,
+    forward: bool = False,
+) -> jax.Array:
+    """The divergence of raw logits `x [..., C]` and targets `y [..., C]`: JS if there is a weight.
+
+    The transforms have one temperature.
+    """
+    dtype = accumulation_dtype(x.dtype, y.dtype)
+    if dtype == jnp.float64:
+        x, y = x.astype(dtype), y.astype(dtype)
+    same_cap = transform is target_transform
+    weight = None if weight is None else weight.astype(dtype)
+    function = _rule(axis_name, same_cap).for_mode(forward)
+    return function(x, y, transform, target_transform, weight)
+
+
+# The rule ----------------------------------------------------------------------------------------
+
+
+class _Pair(NamedTuple):
+    """What is known of each row: finite numbers, also where the row has no divergence."""
+
+    valid: Any  # whether both rows have a log-sum-exp
+    m: Any  # of z, the logits
+    r: Any
+    m_t: Any  # of t, the target
+    r_t: Any
+    change: Any  # D = log1p(r) − log1p(r_t), without cancellation
+
+
+class _Classes(NamedTuple):
+    """Of each class: everything from the larger probability and the ratio to the smaller."""
+
+    p: Any
+    q: Any
+    x: Any  # δ + D = (z − m) − (t − m_t)
+    log_ratio: Any  # δ = log q − log p
+    larger: Any
+    ratio: Any  # the smaller over the larger
+    below: Any  # whether q is the smaller
+
+
+# Σ_k p_k e^x_k = (1 + r) / (1 + r_t), so that D is log1p(Σ p_k (e^x_k − 1)), exact for small x:
+# equation (69). Far from 0 the two logarithms are far apart, and may be subtracted. D's derivative
+# is theirs in any case: what is added to D is 0.
+def _fwd(axis_name, same_cap, x, y, transform, target_transform, weight):  # noqa: PLR0917
+    of, scalars = as_function(transform)
+    of_t, scalars_t = as_function(target_transform)
+    (m, r), (m_t, r_t) = (
+        shift_and_remainder(x, None, of, *scalars),
+        shift_and_remainder(y, None, of_t, *scalars_t),
+    )
+    sums_of = partial(_sums, same_cap, axis_name, x, y, transform, target_transform)
+    if axis_name is None:
+        change = _unscaled_change(sums_of, m, m_t)
+    else:
+        sums, changes = merge_shards(
+            axis_name,
+            BlockSums(jnp.stack([m, m_t]), jnp.stack([r, r_t])),
+            lambda m: jnp.stack([_unscaled_change(sums_of, *m, local=True)] * 2),
+        )
+        (m, m_t), (r, r_t), change = sums.m, sums.r, changes[0]
+    valid = jnp.isfinite(r) & jnp.isfinite(r_t)
+    m, r, m_t, r_t, change = (jnp.where(valid, s, 0) for s in (m, r, m_t, r_t, change))
+    relative = change / (1 + r_t)
+    near = jnp.abs(relative) <= 0.5
+    apart = jnp.log1p(r) - jnp.log1p(r_t)
+    exact = jnp.where(near, _log1p(jnp.where(near, relative, 0)), apart)
+    pair = _Pair(valid, m, r, m_t, r_t, lax.stop_gradient(exact) + _no_value(apart))
+    (out,) = sums_of(_kl_terms if weight is None else _js_terms, pair, weight)
+    # Not `nan_where` of the sum: what is not valid may come from any class.
+    out = out + nan_where(~valid, out.dtype)
+    return out, (x, y, transform, target_transform, weight, pair, out)
+
+
+def _unscaled_change(sums_of, m, m_t, *, local=False):
+    """Σ_k e^(z − m) − e^(t − m_t), from the differences of the logits; a constant."""
+    valid = jnp.isfinite(m) & jnp.isfinite(m_t)
+    m, m_t = (lax.stop_gradient(jnp.where(valid, s, 0)) for s in (m, m_t))
+    zero = jnp.zeros_like(m)
+    pair = _Pair(valid, m, zero, m_t, zero, zero)
+    (change,) = sums_of(_change_terms, pair, None, local=local)
+    return lax.stop_gradient(change)
+
+
+def _no_value(x):
+    """0, with the derivative of `x`."""
+    return x - lax.stop_gradient(x)
+
+
+def _sums(  # noqa: PLR0917
+    same_cap, axis_name, x, y, transform, target_transform, terms, pair, weight, *, local=False
+):
+    """The sums over each row's classes of the `terms` of its classes."""
+    _, scalars = as_function(transform)
+    _, scalars_t = as_function(target_transform)
+    known = transform, target_transform
+
+    def of_classes(x, m, y, *rest):
+        numbers, scalars = rest[: len(pair) - 1], rest[len(pair) - 1 :]
+        valid, r, m_t, r_t, change = numbers
+        transform, target_transform, weight = _unflattened(known, scalars)
+        z, t, x_ = _compared(same_cap, x, y, transform, target_transform, valid)
+        row = _Pair(valid, m, r, m_t, r_t, change)
+        return terms(z, t, _classes(z, t, x_, row), row, weight)
+
+    valid, m, *numbers = pair
+    weights = () if weight is None else (weight,)
+    rows = (x, m, y, valid, *numbers)
+    sums = row_sums(of_classes, rows, *scalars, *scalars_t, *weights)
+    return sums if axis_name is None or local else sum_over(axis_name, sums)
+
+
+def _unflattened(known, scalars):
+    """The transforms and the weight, of their scalars."""
+    leaves = iter(scalars)
+    transforms = [
+        Transform(*(None if scalar is None else next(leaves) for scalar in transform))
+        for transform in known
+    ]
+    return *transforms, next(leaves, None)
+
+
+def _compared(same_cap, x, y, transform, target_transform, valid):  # noqa: PLR0917
+    """The logits z, t, and z − t as a pair of numbers that add up to it."""
+    x, y = (jnp.where(valid[..., None], a, 0) for a in (x, y))
+    z, t = upcast(transformed(x, transform)), upcast(transformed(y, target_transform))
+    return z, t, difference(x, y, transform, target_transform, same_cap=same_cap)
+
+
+def _classes(z, t, z_less_t, row) -> _Classes:
+    """Everything of the classes; a class at −inf in both has p = q = δ + D = 0."""
+    a, b = z - row.m[..., None], t - row.m_t[..., None]
+    high, low = z_less_t
+    c_high, c_low = two_difference(row.m, row.m_t)
+    exact = lax.stop_gradient((high - c_high[..., None]) + (low - c_low[..., None]))
+    equal = a == b
+    plain = lax.stop_gradient(jnp.where(equal, 0, a) - jnp.where(equal, 0, b))
+    finite = jnp.isfinite(z) & jnp.isfinite(t)
+    x = jnp.where(finite & jnp.isfinite(exact), exact, plain)
+    # The derivative of z − t, whatever x was computed from.
+    x = x + (_no_value(jnp.where(finite, z, 0)) - _no_value(jnp.where(finite, t, 0)))
+    log_ratio = x - row.change[..., None]
+    below = log_ratio < 0
+    scale, scale_t = (1 / (1 + r)[..., None] for r in (row.r, row.r_t))
+    larger = jnp.exp(jnp.where(below, b, a)) * jnp.where(below, scale_t, scale)
+    ratio = jnp.exp(jnp.where(below, log_ratio, -log_ratio))
+    smaller = larger * ratio
+    p, q = jnp.where(below, larger, smaller), jnp.where(below, smaller, larger)
+    return _Classes(p, q, x, log_ratio, larger, ratio, below)
+
+
+def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Q − p; and, where |δ| < ½, e^δ − 1 − δ; and where that is."""
+    near = jnp.abs(c.log_ratio) < 0.5
+    small = jnp.where(near, c.log_ratio, 0)
+    beyond = exp_beyond_linear(small)
+    apart = c.larger * jnp.where(c.below, c.ratio - 1, 1 - c.ratio)
+    return jnp.where(near, c.p * (small + beyond), apart), beyond, near
+
+
+def _change_terms(z, t, c, row, weight):
+    del z, t, row, weight
+    return (_excess(c)[0],)
+
+
+# p_k (e^δ − 1 − δ) = (q_k − p_k) − p_k δ_k
+def _kl_terms(z, t, c, row, weight):
+    del z, t, row, weight
+    excess, beyond, near = _excess(c)
+    finite = jnp.where(jnp.isinf(c.log_ratio), 0, c.log_ratio)
+    # A class of q_k = 0 beside p_k > 0 makes it infinite; one of p_k = 0 adds q_k.
+    apart = jnp.where(c.log_ratio == -jnp.inf, jnp.inf, excess - c.p * finite)
+    return (jnp.where(near, c.p * beyond, apart),)
+
+
+class _Mixture(NamedTuple):
+    """Of each class, m being the mixture."""
+
+    of_larger: Any  # log(m / larger) ≤ 0
+    of_smaller: Any  # log(m / smaller) ≥ 0
+    cost_of_larger: Any  # larger · λ(m / larger − 1), what the class adds to KL(larger ‖ m)
+    cost_of_smaller: Any
+
+
+# With s = |δ| and e = e^−s − 1 the mixture is m = larger · (1 + v), v = e · the smaller's share;
+# and m = smaller · (1 + u), u = (1 − e^−s) / e^−s · the larger's share: equation (80).
+def _mixture(c: _Classes, weight: Any) -> _Mixture:
+    s = jnp.where(c.below, -c.log_ratio, c.log_ratio)
+    of_larger, of_smaller = _shares(c, weight)
+    near = s < 0.5
+    small = jnp.where(near, -s, 0)
+    e = jnp.where(near, small + exp_beyond_linear(small), c.ratio - 1)
+    v = of_smaller * e
+    near_v = v > -0.5
+    lost = log_beyond_linear(jnp.where(near_v, v, 0))
+    mixed = of_larger + of_smaller * c.ratio  # 1 + v
+    log_larger = jnp.where(near_v, v - lost, jnp.log(jnp.where(near_v, 1, mixed)))
+    near_u = of_larger * -e < 0.5 * c.ratio
+    u = jnp.where(near_u, of_larger * -e / jnp.where(near_u, c.ratio, 1), 0)
+    gained = log_beyond_linear(u)
+    finite = jnp.where(s == jnp.inf, 0, s)
+    log_smaller = jnp.where(near_u, u - gained, log_larger + finite)
+    smaller = c.larger * c.ratio
+    cost_of_larger = c.larger * jnp.where(near_v, lost, v - log_larger)
+    apart = -of_larger * c.larger * e - smaller * log_smaller
+    cost_of_smaller = jnp.where(near_u, smaller * gained, apart)
+    return _Mixture(log_larger, log_smaller, cost_of_larger, cost_of_smaller)
+
+
+def _shares(c: _Classes, weight: Any) -> tuple[jax.Array, jax.Array]:
+    """The shares in the mixture of the larger probability and of the smaller."""
+    rest = 1 - weight
+    return jnp.where(c.below, rest, weight), jnp.where(c.below, weight, rest)
+
+
+def _js_terms(z, t, c, row, weight):
+    del z, t, row
+    mixture = _mixture(c, weight)
+    of_larger, of_smaller = _shares(c, weight)
+    return (of_larger * mixture.cost_of_larger + of_smaller * mixture.cost_of_smaller,)
+
+
+# Both divergences are, by a distribution p of their own, Σ p_k (− v_k) with v_k = log(other / p_k)
+# and the other held constant, so that dt_k = p_k (v̄ − v_k), v̄ = Σ p v: equations (75), (82). The
+# mean is taken of v less its value at the maximum, which drops out there exactly; so the sum over
+# the others keeps all digits where p is confident.
+def _own_terms(own, z, t, c, row, weight):  # noqa: PLR0917
+    p, v, at_max = own(z, t, c, row, weight)
+    return (
+        jnp.where(at_max, 0, p * v),
+        jnp.where(at_max, v, 0),
+        at_max.astype(v.dtype),
+    )
+
+
+def _by_own(sums, r, p, v):
+    others, at_max, maxima = sums
+    reference = at_max / maxima
+    mean = others - (r - (maxima - 1)) / (1 + r) * reference
+    return p * (mean[..., None] - (v - reference[..., None]))
+
+
+def _target_of_kl(z, t, c, row, weight):
+    """p, δ + D (of classes where it is finite), and where t has its maximum."""
+    del z, weight
+    v = jnp.where(jnp.isinf(c.x), 0, c.x)
+    return c.p, v, t == row.m_t[..., None]
+
+
+def _target_of_js(z, t, c, row, weight):
+    del z
+    mixture = _mixture(c, weight)
+    v = jnp.where(c.below, mixture.of_larger, mixture.of_smaller)
+    return c.p, v, t == row.m_t[..., None]
+
+
+def _logits_of_js(z, t, c, row, weight):
+    del t
+    mixture = _mixture(c, weight)
+    v = jnp.where(c.below, mixture.of_smaller, mixture.of_larger)
+    return c.q, v, z == row.m[..., None]
+
+
+# ∂JS/∂w = KL(q ‖ m) − KL(p ‖ m): the part by m is Σ (p − q) = 0. Equation (81).
+def _weight_terms(z, t, c, row, weight):
+    del z, t, row
+    mixture = _mixture(c, weight)
+    change = mixture.cost_of_smaller - mixture.cost_of_larger
+    return (jnp.where(c.below, change, -change),)
+
+
+def _bwd(axis_name, same_cap, residuals, g):
+    *_, pair, out = residuals
+    g = instantiated(g)
+    g = g + nan_where(~pair.valid & (g != 0), g.dtype)
+    return _cotangents(axis_name, same_cap, residuals, g, infinite=jnp.isinf(out))
+
+
+def _tangents(axis_name, same_cap, residuals, g):
+    factor = jnp.ones_like(g) + nan_where(~residuals[-2].valid, g.dtype)
+    return _cotangents(axis_name, same_cap, residuals, factor * g)
+
+
+def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
+    x, y, transform, target_transform, weight, pair, _ = residuals
+    sums_of = partial(_sums, same_cap, axis_name, x, y, transform, target_transform)
+    z, pull = jax.vjp(transformed, x, transform)
+    t, pull_t = jax.vjp(transformed, y, target_transform)
+    dtypes, g_ = (z.dtype, t.dtype), g[..., None]
+    z, t, less = _compared(same_cap, x, y, transform, target_transform, pair.valid)
+    c = _classes(z, t, less, pair)
+
+    def by_own(own, r):
+        sums = sums_of(partial(_own_terms, own), pair, weight)
+        p, v, _ = own(z, t, c, pair, weight)
+        return _by_own(sums, r, p, v)
+
+    d_weight = None
+    if weight is None:
+        dz, dt = g_ * _excess(c)[0], g_ * by_own(_target_of_kl, pair.r_t)
+        if infinite is not None:  # which a linear map cannot give
+            sign = jnp.where(c.x == -jnp.inf, 1, -1) * jnp.sign(g_)
+            unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, jnp.inf * sign)
+            dt = jnp.where(infinite[..., None], lax.stop_gradient(unbounded), dt)
+    else:
+        dz = g_ * weight * by_own(_logits_of_js, pair.r)
+        dt = g_ * (1 - weight) * by_own(_target_of_js, pair.r_t)
+        (by_weight,) = sums_of(_weight_terms, pair, weight)
+        d_weight = jnp.sum(g * by_weight)
+    (dx, d_transform), (dy, d_target) = pull(dz.astype(dtypes[0])), pull_t(dt.astype(dtypes[1]))
+    return dx, dy, d_transform, d_target, d_weight
+
+
+def _log1p(x):
+    """log(1 + x) for |x| ≤ ½; XLA's in float64 loses digits near −0.4 in JAX 0.10."""
+    return x - log_beyond_linear(x)
+
+
+@functools.cache
+def _rule(axis_name: AxisName | None, same_cap: bool) -> Rule:
+    """The rule `(x, y, transform, target_transform, weight) -> divergences`, one for each kind."""
+    fwd, bwd, tangents = (partial(part, axis_name, same_cap) for part in (_fwd, _bwd, _tangents))
+    return rule(fwd, bwd, linear=tangents)
