@@ -443,21 +443,22 @@ def _js_terms(z, t, c, row, weight):
 
 # Both divergences are, by a distribution p of their own, Σ p_k (− v_k) with v_k = log(other / p_k)
 # and the other held constant, so that dt_k = p_k (v̄ − v_k), v̄ = Σ p v: equations (75), (82). The
-# mean is taken of v less its value at the maximum, which drops out there exactly; so the sum over
-# the others keeps all digits where p is confident.
+# mean is taken of v less its value at the maximum, a constant, which drops out there exactly: so
+# the sum over the others keeps all digits where p is confident.
 def _own_terms(own, z, t, c, row, weight):  # noqa: PLR0917
     p, v, at_max = own(z, t, c, row, weight)
+    cost = p * v
     return (
-        jnp.where(at_max, 0, p * v),
-        jnp.where(at_max, v, 0),
+        jnp.where(at_max, _no_value(cost), cost),
+        lax.stop_gradient(jnp.where(at_max, v, 0)),
         at_max.astype(v.dtype),
     )
 
 
 def _by_own(sums, r, p, v):
     others, at_max, maxima = sums
-    reference = at_max / maxima
-    mean = others - (r - (maxima - 1)) / (1 + r) * reference
+    reference = lax.stop_gradient(at_max / maxima)
+    mean = others - lax.stop_gradient((r - (maxima - 1)) / (1 + r)) * reference
     return p * (mean[..., None] - (v - reference[..., None]))
 
 

@@ -139,7 +139,7 @@ def nan_where(invalid: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def two_difference(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The difference a − b rounded, and what rounding it lost: their sum is a − b exactly (Knuth, 1969)."""
+    """The difference rounded, and what that lost: they add up to a − b exactly (Knuth, 1969)."""
     high = a - b
     of_b = high - a
     return high, (a - (high - of_b)) - (b + of_b)

@@ -20,7 +20,7 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from . import _cross_entropy, _rules, _softmax
+from . import _cross_entropy, _divergence, _rules, _softmax
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,3 +45,5 @@ softmax_cross_entropy_with_integer_labels = _in_forward_mode(
     _cross_entropy.softmax_cross_entropy_with_integer_labels
 )
 label_log_probs = _in_forward_mode(_cross_entropy.label_log_probs)
+softmax_kl_divergence = _in_forward_mode(_divergence.softmax_kl_divergence)
+softmax_js_divergence = _in_forward_mode(_divergence.softmax_js_divergence)
