@@ -15,6 +15,8 @@ from ._divergence import softmax_js_divergence as softmax_js_divergence
 from ._divergence import softmax_kl_divergence as softmax_kl_divergence
 from ._head.choices import Sample as Sample
 from ._head.choices import TopK as TopK
+from ._linear import linear_js_divergence as linear_js_divergence
+from ._linear import linear_kl_divergence as linear_kl_divergence
 from ._linear import linear_log_probs as linear_log_probs
 from ._linear import linear_loss as linear_loss
 from ._linear import linear_sample as linear_sample
@@ -33,6 +35,8 @@ __all__ = [
     "TopK",
     "check_labels",
     "label_log_probs",
+    "linear_js_divergence",
+    "linear_kl_divergence",
     "linear_log_probs",
     "linear_loss",
     "linear_sample",

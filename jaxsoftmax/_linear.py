@@ -17,13 +17,20 @@ from jaxtyping import Array, Float
 
 from . import _checks
 from ._cross_entropy import LogProbs, of_log_probs
-from ._head.arguments import Reduction, as_head, as_per_token, as_token_labels
+from ._head.arguments import (
+    Reduction,
+    as_head,
+    as_per_token,
+    as_target_head,
+    as_token_labels,
+    as_token_mask,
+)
 from ._head.choices import Sample, TopK, sample, top_k_classes
-from ._head.programs import any_loss, cross_entropy, log_probs
+from ._head.programs import Compared, any_loss, cross_entropy, divergences, log_probs
 from ._options import as_options
 from ._rules import OF_HEADS, scope
 from ._sharding import AxisName
-from ._transform import as_transform
+from ._transform import as_transform, as_transforms
 
 
 def linear_loss(
@@ -360,13 +367,203 @@ def linear_log_probs(
         compute_dtype=compute_dtype,
     )
     labels = as_token_labels(name, labels, head, several=True)
-    if where is not None:
-        where = _checks.as_mask(name, "where", where)
-        _checks.check_shape(name, "where", where.shape, head.shape, "the tokens of hidden")
-        _checks.check_whole_classes(name, head.axis_name, {"where": where})
+    where = as_token_mask(name, where, head)
     transform = as_transform(name, soft_cap, temperature)
     with scope(name, OF_HEADS):
         return log_probs(spec, head, labels, where, transform, chunk_size)
+
+
+def linear_kl_divergence(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    target_hidden: ArrayLike,
+    target_kernel: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    target_bias: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    target_soft_cap: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> Float[Array, "..."]:
+    r"""`KL(target ‖ softmax(hidden @ kernel + bias))` of two heads, chunk by chunk.
+
+    The mean is that of `softmax_kl_divergence(hidden @ kernel + bias, target_hidden @ target_kernel
+    + target_bias)`, with its exact gradient, but only the logits of one chunk of tokens exist at a
+    time, of either head. A target that is not differentiated costs its one product. The reverse
+    divergence is the call with the heads exchanged.
+
+    Args:
+      hidden: `[*tokens, H]`, floating: the student's, or the policy's.
+      kernel: `[H, V]`, floating. Operands of different dtypes are promoted, or cast to
+        `compute_dtype`.
+      target_hidden: `[*tokens, G]`, floating: the teacher's, or the reference's, of any width.
+      target_kernel: `[G, V]`, floating.
+      bias: `[V]`; −inf excludes a class: see `target_bias`.
+      target_bias: `[V]`. A class at −inf in both does not count (a padded vocabulary); in the
+        target alone it adds its q_k; in `bias` alone it makes the divergence +inf.
+      weights: `[*tokens]`, the factor of each divergence. A token of weight 0 contributes nothing,
+        whatever its hidden states are (see `linear_loss`).
+      where: `[*tokens]`, boolean: the tokens to include. The others have divergence 0 and gradient
+        exactly 0, whatever their hidden states hold, do not count in the mean, and cost nothing:
+        chunks without a token that counts are not computed.
+      reduction: "mean" is Σ weights·divergence / Σ weights over the tokens that are included (0 if
+        there is none), "sum", or None for the weighted divergences `[*tokens]`.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      temperature: divides both (capped) logits; positive. Multiply the divergence by
+        `temperature**2` to keep the size of the gradients.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      target_soft_cap: the same of the target's logits.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes: kernels
+        and biases are this device's part, in the order of the devices.
+      transpose_kernel: whether both kernels are `[V, …]` (see `linear_loss`).
+      chunk_size: the most tokens in a chunk (see `linear_loss`). By default as many as keep both
+        arrays of float32 logits together under the bytes that one has there.
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix products (see `linear_loss`).
+
+    Returns:
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Differentiable in the operands of both heads, `weights`, `temperature` and the soft caps, in
+    reverse mode, to any order; forward mode over reverse works. Gradients that are not asked for
+    are not computed. Those of the target's kernel and bias are rounded to their dtype in each
+    chunk, and then added in float32.
+
+    The work and the temporary memory are those of `linear_loss` with chunks of half as many tokens,
+    and one product more for the target (three, if it is differentiated).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel = jnp.ones((5, 2)), jnp.array([[0.0, 1e-4, 0.0], [0.0, 0.0, 0.0]])
+      >>> print(jaxsoftmax.linear_kl_divergence(hidden, kernel, hidden, jnp.zeros((2, 3))))
+      1.1111111e-09
+    """
+    return _linear_divergence(
+        "linear_kl_divergence",
+        (hidden, kernel, bias),
+        (target_hidden, target_kernel, target_bias),
+        where,
+        None,
+        (temperature, soft_cap, target_soft_cap),
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+
+
+def linear_js_divergence(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    target_hidden: ArrayLike,
+    target_kernel: ArrayLike,
+    *,
+    weight: ArrayLike = 0.5,
+    bias: ArrayLike | None = None,
+    target_bias: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    target_soft_cap: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    compute_dtype: Any = None,
+) -> Float[Array, "..."]:
+    r"""The weighted Jensen–Shannon divergence of the softmaxes of two heads, chunk by chunk.
+
+    `softmax_js_divergence(hidden @ kernel + bias, target_hidden @ target_kernel + target_bias)` of
+    each token, and its mean; no more than the logits of one chunk of tokens exist at a time.
+
+    Args:
+      hidden: `[*tokens, H]`, floating.
+      kernel: `[H, V]`, floating.
+      target_hidden: `[*tokens, G]`, floating.
+      target_kernel: `[G, V]`, floating.
+      weight: w, the share of the first head's distribution in the mixture, between 0 and 1 and
+        neither.
+      bias: `[V]`; −inf excludes a class.
+      target_bias: `[V]`; −inf excludes a class.
+      weights: `[*tokens]`, the factor of each divergence (see `linear_kl_divergence`).
+      where: `[*tokens]`, boolean: the tokens to include (see `linear_kl_divergence`).
+      reduction: "mean", "sum" or None (see `linear_kl_divergence`).
+      denominator: a scalar that replaces the mean's divisor.
+      temperature: divides both (capped) logits; positive.
+      soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
+      target_soft_cap: the same of the target's logits.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes.
+      transpose_kernel: whether both kernels are `[V, …]`.
+      chunk_size: the most tokens in a chunk (see `linear_kl_divergence`).
+      precision: of the matrix products, as in `jax.lax.dot_general`.
+      compute_dtype: the dtype of the matrix products (see `linear_loss`).
+
+    Returns:
+      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Differentiable as `linear_kl_divergence`, and in `weight`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax
+      >>> hidden, kernel = jnp.ones((5, 2)), jnp.array([[0.0, 1e-4], [0.0, 0.0]])
+      >>> print(jaxsoftmax.linear_js_divergence(hidden, kernel, hidden, jnp.zeros((2, 2))))
+      3.125e-10
+    """
+    name = "linear_js_divergence"
+    return _linear_divergence(
+        name,
+        (hidden, kernel, bias),
+        (target_hidden, target_kernel, target_bias),
+        where,
+        _checks.as_between(name, "weight", weight),
+        (temperature, soft_cap, target_soft_cap),
+        weights=weights,
+        reduction=reduction,
+        denominator=denominator,
+        axis_name=axis_name,
+        transpose_kernel=transpose_kernel,
+        chunk_size=chunk_size,
+        precision=precision,
+        compute_dtype=compute_dtype,
+    )
+
+
+def _linear_divergence(  # noqa: PLR0917
+    name, operands, target, where, weight, transforms, *, chunk_size, compute_dtype, **others
+):
+    hidden, kernel, bias = operands
+    shared = {"chunk_size": chunk_size, "compute_dtype": compute_dtype}
+    head = as_head(name, hidden, kernel, bias=bias, **shared, **others)
+    target, products = as_target_head(name, head, *target, compute_dtype)
+    where = as_token_mask(name, where, head)
+    transform = as_transforms(name, *transforms)
+    with scope(name, OF_HEADS):
+        compared = Compared(*transform, weight)
+        return divergences(products, head, target, where, compared, chunk_size)
 
 
 def linear_top_k(

@@ -32,6 +32,16 @@ def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLi
     return Transform(soft_cap, upcast(_checks.as_positive(function, "temperature", temperature)))
 
 
+def as_transforms(
+    function: str, temperature: ArrayLike, soft_cap: ArrayLike | None, target: ArrayLike | None
+) -> tuple[Transform, Transform]:
+    """Of two logits with one temperature and soft caps of their own."""
+    transform = as_transform(function, soft_cap, temperature)
+    if target is not None:
+        target = upcast(_checks.as_positive(function, "target_soft_cap", target))
+    return transform, transform._replace(soft_cap=target)
+
+
 def transformed(x: jax.Array, transform: Transform) -> jax.Array:
     """The logits z = soft_cap · tanh(x / soft_cap) / temperature; without either, `x` unchanged.
 

@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,78 @@ def _real(*arrays):
     return [a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)]
 
 
+class TargetHead(NamedTuple):
+    """The checked operands of the head that a divergence is measured from."""
+
+    hidden: jax.Array  # [*tokens, H']
+    kernel: jax.Array  # [H', V], or [V, H']
+    bias: jax.Array | None
+
+
+def as_target_head(  # noqa: PLR0917
+    function: str,
+    head: Head,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    compute_dtype: Any,
+) -> tuple[TargetHead, Products]:
+    """Check a second head of the same tokens and classes, of any width."""
+    products, axis = head.products, head.products.class_axis
+    hidden, kernel, bias, dtype = _as_operands(
+        function, "target_", hidden, kernel, bias, axis, head.axis_name, compute_dtype
+    )
+    tokens, name = hidden.shape[:-1], "the tokens of target_hidden"
+    _checks.check_shape(function, name, tokens, head.shape, "those of hidden")
+    classes, name = kernel.shape[axis : axis + 1], "the classes of target_kernel"
+    _checks.check_shape(function, name, classes, head.kernel.shape[axis : axis + 1], "as kernel")
+    return TargetHead(hidden, kernel, bias), products._replace(dtype=dtype)
+
+
+def as_token_mask(function: str, where: ArrayLike | None, head: Head) -> jax.Array | None:
+    """`where`, a mask of tokens, as an array `[*tokens]`."""
+    if where is None:
+        return None
+    where = _checks.as_mask(function, "where", where)
+    _checks.check_shape(function, "where", where.shape, head.shape, "the tokens of hidden")
+    _checks.check_whole_classes(function, head.axis_name, {"where": where})
+    return where
+
+
+def _as_operands(  # noqa: PLR0917
+    function, of, hidden, kernel, bias, class_axis, axis_name, compute_dtype
+):
+    """The operands of a head, whose arguments' names begin with `of`; the products' dtype."""
+    names = [f"{of}{name}" for name in ("hidden", "kernel", "bias")]
+    of_hidden, of_kernel, of_bias = names
+    hidden = _checks.as_floating(function, of_hidden, hidden)
+    kernel = _checks.as_floating(function, of_kernel, kernel)
+    if hidden.ndim == 0:
+        raise ValueError(f"{function}: {of_hidden} must have shape [*tokens, H]; got a scalar")
+    width = hidden.shape[-1]
+    if kernel.ndim != 2 or kernel.shape[1 - class_axis] != width:
+        expected = f"({width}, V)" if class_axis == 1 else f"(V, {width}), as it is transposed"
+        raise ValueError(
+            f"{function}: {of_kernel} must have shape {expected}, with H = {width} the last axis "
+            f"of {of_hidden}; got {kernel.shape}"
+        )
+    _checks.check_has_classes(function, of_kernel, kernel.shape, (class_axis,))
+    classes = kernel.shape[class_axis]
+    if compute_dtype is None:
+        _checks.promoted(function, {of_hidden: hidden, of_kernel: kernel})
+        dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    else:
+        dtype = _checks.as_compute_dtype(function, "compute_dtype", compute_dtype)
+    if bias is not None:
+        bias = _checks.as_floating(function, of_bias, bias)
+        meaning = f"one number for each of the {classes} classes of {of_kernel}"
+        _checks.check_shape(function, of_bias, bias.shape, (classes,), meaning)
+    _checks.check_sharded_classes(function, axis_name, {of_kernel: kernel, of_bias: bias})
+    _checks.check_whole_classes(function, axis_name, {of_hidden: hidden})
+    _checks.check_mesh(function, hidden, kernel)
+    return hidden, kernel, bias, dtype
+
+
 def as_head(
     function: str,
     hidden: ArrayLike,
@@ -157,33 +229,11 @@ def as_head(
 ) -> Head:
     """Check the arguments that all heads share."""
     class_axis = 0 if _checks.as_flag(function, "transpose_kernel", transpose_kernel) else 1
-    hidden = _checks.as_floating(function, "hidden", hidden)
-    kernel = _checks.as_floating(function, "kernel", kernel)
-    if hidden.ndim == 0:
-        raise ValueError(f"{function}: hidden must have shape [*tokens, H]; got a scalar")
-    *tokens, width = hidden.shape
-    if kernel.ndim != 2 or kernel.shape[1 - class_axis] != width:
-        expected = f"({width}, V)" if class_axis == 1 else f"(V, {width}), as it is transposed"
-        raise ValueError(
-            f"{function}: kernel must have shape {expected}, with H = {width} the last axis of "
-            f"hidden; got {kernel.shape}"
-        )
-    _checks.check_has_classes(function, "kernel", kernel.shape, (class_axis,))
-    classes = kernel.shape[class_axis]
-    shape = tuple(tokens)
-    if compute_dtype is None:
-        _checks.promoted(function, {"hidden": hidden, "kernel": kernel})
-        dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
-    else:
-        dtype = _checks.as_compute_dtype(function, "compute_dtype", compute_dtype)
-    if bias is not None:
-        bias = _checks.as_floating(function, "bias", bias)
-        meaning = f"one number for each of the {classes} classes of kernel"
-        _checks.check_shape(function, "bias", bias.shape, (classes,), meaning)
     axis_name = _checks.as_axis_name(function, axis_name)
-    _checks.check_sharded_classes(function, axis_name, {"kernel": kernel, "bias": bias})
-    _checks.check_whole_classes(function, axis_name, {"hidden": hidden})
-    _checks.check_mesh(function, hidden, kernel)
+    hidden, kernel, bias, dtype = _as_operands(
+        function, "", hidden, kernel, bias, class_axis, axis_name, compute_dtype
+    )
+    shape = hidden.shape[:-1]
     if weights is not None:
         weights = _checks.as_inexact(function, "weights", weights)
         _checks.check_shape(function, "weights", weights.shape, shape, "the tokens of hidden")

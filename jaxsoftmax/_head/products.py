@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both orders of the linear head share: its products, and what is differentiated."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _cpu
 from .._numerics import accumulation_dtype
-from .._rules import is_primal, values
+from .._rules import instantiated, is_primal, values
 from .._sharding import is_local, psum_like, resharded, resharded_like
+from .layout import HeadSharding
 
 
 class Products(NamedTuple):
@@ -79,6 +81,39 @@ def as_cotangents(ds: Any, operands: Any) -> Any:
         return None if d is None else resharded_like(psum_like(d, x).astype(x.dtype), x)
 
     return jax.tree.map(like, operands, ds)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def logits_of(products: Products, sharding: HeadSharding, hidden: Any, kernel: Any, bias: Any):
+    """`products.logits`, for a loss: its derivative multiplies in the products' dtype as well."""
+    del sharding
+    return products.logits(hidden, kernel, bias)
+
+
+def _logits_fwd(products, sharding, hidden, kernel, bias):
+    operands, flags = split_perturbed((hidden, kernel, bias))
+    return logits_of(products, sharding, *operands), (operands, flags)
+
+
+def _logits_bwd(products, sharding, residuals, g):
+    operands, flags = residuals
+    (hidden, kernel, bias), wants = operands, perturbed(flags, operands)
+    tokens, classes = sharding.token_axes, sharding.classes
+    g = instantiated(g)
+    d_logits, scale = scale_for_float16(g, products.dtype)
+    d_hidden = d_kernel = d_bias = None
+    if wants[0]:
+        spec = sharding.spec(tokens, None, unreduced=classes)
+        d_hidden = undo_scale(products.d_hidden(d_logits, kernel, spec), scale)
+    if wants[1]:
+        spec = sharding.spec(*sharding.of_kernel(None, classes), unreduced=tokens)
+        d_kernel = undo_scale(products.d_kernel(hidden, d_logits, spec), scale)
+    if bias is not None and wants[2]:
+        d_bias = lax.reduce_sum(g, (0,), out_sharding=sharding.spec(classes, unreduced=tokens))
+    return as_cotangents((d_hidden, d_kernel, d_bias), operands)
+
+
+logits_of.defvjp(_logits_fwd, _logits_bwd, symbolic_zeros=True)
 
 
 def finite_if_counted(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -5,10 +5,11 @@ In every signature, the static arguments, which decide the program, come first, 
 traced after them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from .. import _checks
 from .._axes import IGNORED, per_label, to_index
 from .._cpu import in_bits
 from .._cross_entropy import LogProbs, as_log_probs
+from .._divergence import of_rows
 from .._options import (
     Options,
     ignored_tokens,
@@ -27,6 +29,7 @@ from .._options import (
     token_losses,
 )
 from .._sharding import (
+    axis_names,
     devices_of_automatic_mesh,
     is_local,
     is_mesh_unknown,
@@ -38,9 +41,10 @@ from .._sharding import (
 from .._statistics import Statistics, StatisticsSpec, token_statistics
 from .._transform import Transform
 from . import sizes, token_chunks, vocabulary_blocks
-from .arguments import Head
+from .arguments import Head, TargetHead
 from .closures import closed
 from .counted import counted_first
+from .products import Products, logits_of
 from .sizes import ByPlatform
 
 
@@ -90,6 +94,28 @@ def log_probs(  # noqa: PLR0917
     return _log_probs(spec, chunk_size, head, labels, where, transform)
 
 
+class Compared(NamedTuple):
+    """What both logits of a divergence are transformed by; the weight of a Jensen–Shannon one."""
+
+    transform: Transform
+    target_transform: Transform
+    weight: jax.Array | None
+
+
+def divergences(  # noqa: PLR0917
+    products: Products,
+    head: Head,
+    target: TargetHead,
+    where: jax.Array | None,
+    compared: Compared,
+    chunk_size: int | None,
+) -> jax.Array:
+    """The divergences of tokens `[*tokens]`, or their sum or mean: by chunks of both logits."""
+    in_parts = head.weights is not None or where is not None
+    chunks = None if 0 in head.shape else _chunks(head, chunk_size, in_parts=in_parts, logits=2)
+    return _divergences(chunks, products, head, target, where, compared)
+
+
 # A loss with a custom derivative is a new one in every call: its programs must be dropped again.
 @lru_cache(maxsize=16)
 def _any_loss(losses, chunks):
@@ -133,6 +159,36 @@ def _recomputed(chunk_size, ignore_index, head, labels, options):
     weights = None if options.class_weights is None else head.counts
     losses = token_losses(False, statistics, labels, weights, ignore_index, options)
     return head.unreduced(losses) if head.reduction is None else head.reduced(losses)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _divergences(chunks, products, head, target, where, compared):  # noqa: PLR0917
+    head = head.rows((target, where, compared))
+    sharding = head.sharding
+    hidden = sharding.merge_tokens(sharding.resharded(target.hidden, *sharding.tokens, None))
+    excluded = None if where is None else ~sharding.merge_tokens(where)
+    head, (hidden,) = head.without_uncounted(excluded, (hidden,))
+    args = (hidden,)
+    if excluded is not None:
+        head = dataclasses.replace(head, counts=(~excluded).astype(head.dtype))
+        args = (hidden, excluded)
+    if chunks is None:
+        return _over_tokens(None, chunks, head, (), (), uniform=False)
+    # Gathered once, before the loop.
+    kernel = sharding.gathered(products.operand(target.kernel))
+    bias = sharding.resharded(target.bias, sharding.classes)
+    # What devices share varies over them from here on, so that its derivative is summed once.
+    axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, hidden)))
+    axes = axes - axis_names(head.axis_name)
+    kernel, bias, options = jax.tree.map(lambda x: varying(x, axes), (kernel, bias, compared))
+
+    def loss_fn(logits, hidden, excluded=None):
+        targets = logits_of(products, sharding, hidden, kernel, bias)
+        losses = of_rows(logits, targets, *options, axis_name=head.axis_name)
+        return losses if excluded is None else jnp.where(excluded, 0, losses)
+
+    losses, consts, args = _closed(loss_fn, chunks, head, args, lambda *rows: rows)
+    return _over_tokens(losses, chunks, head, args, consts, uniform=head.axis_name is not None)
 
 
 def _of_spread(options):
@@ -305,14 +361,16 @@ def _is_real(x):
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _chunks(head, most, *, in_parts):
-    """The chunks of a head's tokens."""
+def _chunks(head, most, *, in_parts, logits=1):
+    """The chunks of a head's tokens, each of which holds so many arrays of logits."""
     sharding = head.sharding
     tokens, classes = _tokens_and_classes(head)
     width = head.kernel.shape[1 - sharding.class_axis]
     devices = unseen_devices() if sharding.mesh is None else 1
     itemsize = head.products.dtype.itemsize
-    return sizes.chunks(tokens, width, classes, itemsize, most, devices, in_parts=in_parts)
+    return sizes.chunks(
+        tokens, width, classes, itemsize, most, devices, in_parts=in_parts, logits=logits
+    )
 
 
 def _tokens_and_classes(head):

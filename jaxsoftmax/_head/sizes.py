@@ -67,17 +67,18 @@ def chunks(  # noqa: PLR0917
     devices: int,
     *,
     in_parts: bool = False,
+    logits: int = 1,
 ) -> ByPlatform:
     """The chunks of so many tokens, of hidden width and classes of one device.
 
     As few as `most` allows, of equal size. `itemsize`: bytes of a number in the products. On an
     automatic mesh of `devices` that may spread the tokens a multiple of their number: otherwise XLA
     gathers all of `hidden`, and every device computes the whole head. `in_parts`: some tokens may
-    not count, and chunks of such tokens are left out.
+    not count, and chunks of such tokens are left out. `logits`: the arrays of logits of a chunk.
     """
 
     def budget(platform):
-        size = _between(LOGITS_BYTES[platform] // (4 * classes), FEWEST, MOST)
+        size = _between(LOGITS_BYTES[platform] // (4 * logits * classes), FEWEST, MOST)
         return min(size, _part(tokens, devices, FEWEST_IN_PARTS[platform])) if in_parts else size
 
     cpu = Chunks(_equal(tokens, most or max(devices, budget("cpu")), devices))
