@@ -67,3 +67,27 @@ def test_half_precision_training(tmp_path):
             assert len(one["excess_loss"]) == len(one["gradient_error"]) == len(steps)
             assert 0 < one["excess_loss"][-1] < one["excess_loss"][0] < 12
             assert max(one["gradient_error"]) < (0.1 if "bfloat16" in name else 1e-5)
+
+
+@pytest.mark.wide
+def test_distillation(tmp_path):
+    """The divergence falls to where float32 logits end, and is known all the way; not optax's."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("optax")
+    pytest.importorskip("sklearn")
+    example("distillation", "--output", tmp_path)
+    assert (tmp_path / "distillation.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "distillation.json").read_text())
+    for optimizer in ("Adam", "L-BFGS"):
+        ours, theirs = (results[f"{name}, {optimizer}"] for name in ("jaxsoftmax", "optax"))
+        exact, reported = (np.array(ours[curve]) for curve in ("exact", "reported"))
+        assert exact[-1] < 1e-11
+        assert reported.min() > 0
+        # A logit of 10 is rounded by 5e-7, and δ by as much: 1e-5 where the divergence is 1e-10.
+        known = exact > 1e-10
+        np.testing.assert_allclose(reported[known], exact[known], rtol=0.1)
+        assert abs(theirs["reported"][-1]) > 1e-10
+        assert min(theirs["reported"]) < 0
+        assert ours["accuracy"] == theirs["accuracy"] == results["teacher"]["accuracy"] > 0.9
+        assert ours["agreement"] == 1
+    assert results["optax, L-BFGS"]["exact"][-1] > 1e-10
