@@ -25,6 +25,8 @@ ROWS: dict[str, str] = {}  # row of the table: name of its test
 dense = jaxsoftmax.softmax_cross_entropy
 integer = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 head = jaxsoftmax.linear_softmax_cross_entropy
+kl, js = jaxsoftmax.softmax_kl_divergence, jaxsoftmax.softmax_js_divergence
+head_kl, head_js = jaxsoftmax.linear_kl_divergence, jaxsoftmax.linear_js_divergence
 
 Z = np.array([[1.0, -2.0, 0.5, 3.0], [0.0, 4.0, 4.0, -1.0]])
 LABELS = np.array([3, 0])
@@ -381,6 +383,136 @@ def test_dense_labels():
     d = gradient(lambda x: dense(x, labels), X)
     np.testing.assert_allclose(d, y.sum() * p - y, rtol=0, atol=4 * ULPS)
     np.testing.assert_allclose(gradient(lambda y: dense(X, y), labels)[0], nll.sum(0), rtol=ULPS)
+
+
+def divergence(z: Any, t: Any) -> Any:
+    """Σ p (log p − log q) in float64, from the definition; 0 · −∞ is 0."""
+    log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (z, t))
+    return np.sum(np.exp(log_p) * np.where(log_p == -INF, 0, log_p - log_q), axis=-1)
+
+
+def js_divergence(z: Any, t: Any, w: float = 0.5) -> Any:
+    """From the definition, by the logits of the mixture."""
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (t, z))
+    m = np.log((1 - w) * p + w * q)
+    return (1 - w) * divergence(m, t) + w * divergence(m, z)
+
+
+@row("direction of a divergence")
+def test_direction_of_a_divergence():
+    forward, reverse = divergence(Z[0], Z[1]), divergence(Z[1], Z[0])
+    assert abs(forward - reverse) > 0.1
+    np.testing.assert_allclose(kl(X[0], X[1]), forward, rtol=ULPS)
+    np.testing.assert_allclose(kl(X[1], X[0]), reverse, rtol=ULPS)
+    for w in (0.5, 0.2):
+        want = js_divergence(Z[0], Z[1], w)
+        np.testing.assert_allclose(js(X[0], X[1], weight=w), want, rtol=ULPS)
+        np.testing.assert_allclose(js(X[1], X[0], weight=1 - w), want, rtol=ULPS)
+    eye = jnp.eye(4)
+    np.testing.assert_allclose(head_kl(X[:1], eye, X[1:], eye), forward, rtol=ULPS)
+    np.testing.assert_allclose(head_js(X[:1], eye, X[1:], eye), js_divergence(*Z), rtol=ULPS)
+
+
+@row("`temperature` of a divergence")
+def test_temperature_of_a_divergence():
+    z, t = (2.0 * np.tanh(z / 2.0) / 3.0 for z in Z)
+    options: Any = {"temperature": 3.0, "soft_cap": 2.0}
+    np.testing.assert_allclose(kl(*X, **options), divergence(z, t), rtol=ULPS)
+    np.testing.assert_allclose(js(*X, **options), js_divergence(z, t), rtol=ULPS)
+
+
+@row("equal logits")
+@pytest.mark.parametrize("function", [kl, js])
+def test_equal_logits(function):
+    assert function(X, X).tolist() == [0, 0]
+    for d in jax.grad(lambda x, y: function(x, y).sum(), (0, 1))(X, X):
+        assert (d == 0).all()
+    close = Z * (1 + np.geomspace(1e-7, 1, 300)[:, None, None])
+    assert (function(close.astype(np.float32), np.tile(X, (300, 1, 1))) >= 0).all()
+
+
+@row("−inf logits of a divergence")
+def test_minus_infinite_logits_of_a_divergence():
+    (z, t), (x, y) = Z, X
+    gone, left_out = x.at[0].set(-INF), y.at[0].set(-INF)
+    np.testing.assert_allclose(kl(gone, left_out), divergence(z[1:], t[1:]), rtol=ULPS)
+    np.testing.assert_allclose(js(gone, left_out), js_divergence(z[1:], t[1:]), rtol=ULPS)
+    # Σ_k p_k (log p_k − log q_k) + q_k − p_k, class by class; of p_k = 0 it is q_k.
+    only_p = np.where(np.arange(4) == 0, -INF, t)
+    q, p = (np.exp(a) / np.exp(a).sum() for a in (z, only_p))
+    others = np.sum(p[1:] * np.log(p[1:] / q[1:]) + q[1:] - p[1:])
+    np.testing.assert_allclose(kl(x, left_out), others + q[0], rtol=ULPS)
+    assert kl(gone, y) == INF
+    small = p.min() / 2  # finite: at most log 2
+    for pair in ((x, left_out), (gone, y)):
+        assert small < js(*pair) < math.log(2)
+
+
+@row("a row of a divergence with NaN, +inf or nothing but −inf, in either logits")
+@pytest.mark.parametrize("bad", [[INF, 0, 0, 0], [math.nan, 0, 0, 0], [-INF] * 4])
+@pytest.mark.parametrize("function", [kl, js])
+def test_a_bad_row_of_a_divergence(function, bad):
+    right = X, X[::-1]
+    broken = jnp.stack([jnp.asarray(bad, jnp.float32), X[1]])
+    gradients = jax.grad(lambda x, y: function(x, y).sum(), (0, 1))
+    for pair in ((broken, right[1]), (right[1], broken)):
+        good = (X, X[::-1]) if pair[0] is broken else (X[::-1], X)
+        got, want = function(*pair), function(*good)
+        assert np.isnan(got[0])
+        assert got[1] == want[1]
+        for d, unbroken in zip(gradients(*pair), gradients(*good), strict=True):
+            assert np.isnan(d[0]).all()
+            np.testing.assert_array_equal(d[1], unbroken[1])
+
+
+@row("`where` of a divergence")
+def test_where_of_a_divergence():
+    classes = np.array([[True, False, True, True], [False] * 4])
+    kept = [0, 2, 3]
+    for function, definition in ((kl, divergence), (js, js_divergence)):
+        masked = partial(function, where=classes)
+        want = definition(Z[0, kept], Z[1, kept])
+        np.testing.assert_allclose(masked(X, X[::-1]), [want, 0], rtol=ULPS)
+        for d in jax.grad(lambda x, y, f=masked: f(x, y).sum(), (0, 1))(X, X[::-1]):
+            assert (d[~classes] == 0).all()
+            assert (d[classes] != 0).all()
+        of_examples = function(X, X[::-1], where=np.array([[False], [True]]))
+        np.testing.assert_allclose(of_examples, [0, definition(Z[1], Z[0])], rtol=ULPS)
+
+
+@row("`weight` of a JS divergence")
+def test_weight_of_a_js_divergence():
+    for w in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match="weight must be between 0 and 1, and neither"):
+            js(*X, weight=w)
+        assert not js(*X, weight=1e-6) < 0
+    # The next term is smaller by w times the ratio of the probabilities, below 400 here.
+    np.testing.assert_allclose(js(*X, weight=1e-6), 1e-6 * divergence(Z[1], Z[0]), rtol=1e-3)
+    last = np.float32(1 - 1e-6)  # 1 − 17 · 2⁻²⁴
+    want = (1 - float(last)) * divergence(Z[0], Z[1])
+    np.testing.assert_allclose(js(*X, weight=last), want, rtol=1e-3)
+
+
+@row("`where` of `linear_kl_divergence`, `linear_js_divergence`")
+def test_where_of_linear_divergences():
+    broken = jnp.stack([X[0], jnp.full(4, math.nan)])
+    where, eye = np.array([True, False]), jnp.eye(4)
+    for function, definition in ((head_kl, divergence), (head_js, js_divergence)):
+        of_heads = partial(function, where=where)
+        want = definition(Z[0], Z[1])
+        args = broken, eye, broken.at[0].set(X[1]), eye
+        np.testing.assert_allclose(of_heads(*args), want, rtol=ULPS)
+        each = of_heads(*args, reduction=None)
+        np.testing.assert_allclose(each, [want, 0], rtol=ULPS)
+        d = jax.grad(of_heads, (0, 1, 2, 3))(*args)
+        assert all(np.isfinite(x).all() for x in d)
+        assert (d[0][1] == 0).all()
+        assert (d[2][1] == 0).all()
+        bias = jnp.array([0, -INF, 0, 0])
+        kept = [0, 2, 3]
+        want = definition(Z[0, kept], Z[1, kept])
+        got = of_heads(*args, bias=bias, target_bias=bias)
+        np.testing.assert_allclose(got, want, rtol=ULPS)
 
 
 @row("`axis_name`")
