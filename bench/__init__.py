@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each way of computing softmax cross-entropy costs, and how exact it is.
+"""What each way of computing softmax cross-entropy costs, and how exact it is; divergences too.
 
 `python -m bench --help` lists the commands. Every command measures into one *section*: a plain
 dictionary that goes to a JSON file as it is, and from which its tables are printed. So a table can
@@ -21,6 +21,8 @@ be printed again from a committed file.
                     the commands: measure(), then tables and figures of what was measured
     speed_tables.py  accuracy_tables.py
                     those of speed and accuracy
+    divergence_accuracy.py
+                    accuracy --op divergence
     targets.py calibration.py
                     speed --target and --calibrate
     sharding.py     memory --mesh

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench accuracy`: error of loss and gradient as the target's lead grows."""
+"""`python -m bench accuracy`: error of loss and gradient as the target's lead grows.
+
+And of divergences as two softmaxes come closer: `divergence_accuracy`.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -10,11 +13,20 @@ import mpmath
 import numpy as np
 import typer
 
-from bench import accuracy_tables, contenders, environment, options, results, tables
+from bench import (
+    accuracy_tables,
+    contenders,
+    divergence_accuracy,
+    environment,
+    options,
+    results,
+    tables,
+)
 from bench.accuracy_tables import DIGITS, QUANTITIES
-from bench.cases import Dtype, Labels
+from bench.cases import Dtype, Labels, Op
+from bench.divergence_accuracy import DELTAS
 
-KEY = "accuracy/{}"  # by labels
+KEY = "accuracy/{}"  # by labels, or of divergences
 LEADS = (
     *(0.0, 2.0, 5.0, 8.0, 10.0, 12.0, 14.0, 15.0, 16.0, 17.0, 18.0, 20.0, 25.0),
     *(30.0, 35.0, 40.0, 50.0, 60.0, 70.0, 75.0, 80.0, 82.0, 84.0, 86.0, 88.0, 90.0),
@@ -27,6 +39,9 @@ CLASSES = 1000
 def command(
     context: typer.Context,
     *,
+    op: Annotated[
+        Op, typer.Option(help="Losses of given logits, or divergences of two softmaxes.")
+    ] = Op.LOGITS,
     labels: Annotated[
         Labels, typer.Option(help="Targets as class numbers, or one-hot.")
     ] = Labels.INTEGER,
@@ -53,6 +68,16 @@ def command(
             show_default=", ".join(f"{offset:g}" for offset in OFFSETS),
         ),
     ] = None,
+    deltas: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--delta",
+            min=0.0,
+            help="With --op divergence: the logits are those of the target plus so many times "
+            "normal numbers; repeatable.",
+            show_default=f"{len(DELTAS)} from {DELTAS[0]:g} to {DELTAS[-1]:g}",
+        ),
+    ] = None,
     device: options.Device = None,
     output: options.Output = results.DEFAULT,
 ) -> None:
@@ -60,10 +85,28 @@ def command(
 
     Shown is the largest relative error over all rows: of the loss, of the gradient's entry at the
     target, and of its other entries; the file has the medians too. 100 % means that zero came
-    back. A complete run takes about two minutes.
+    back. A complete run takes about two minutes, and so do the divergences of --op divergence: KL,
+    its gradients by the logits and by the target, and JS.
     """
     environment.use(device)
+    given = options.given(context)
+    if op not in (Op.LOGITS, Op.DIVERGENCE):
+        raise typer.BadParameter("expected logits or divergence", param_hint="--op")
+    if op is Op.DIVERGENCE and given.keys() & {"labels", "lead", "offset"}:
+        raise typer.BadParameter(
+            "expected --delta with --op divergence", param_hint="--labels, --lead, --offset"
+        )
+    if op is Op.LOGITS and deltas:
+        raise typer.BadParameter("expected --op divergence with it", param_hint="--delta")
     path = results.destination(output)
+    if op is Op.DIVERGENCE:
+        section = divergence_accuracy.measure(
+            dtypes or list(Dtype), deltas or DELTAS, tokens=tokens, classes=vocab
+        )
+        section["command"] = results.command_line("accuracy", given)
+        tables.show(*divergence_accuracy.in_docs(section))
+        results.keep(path, section, KEY.format(op) if given.keys() <= {"op"} else None)
+        return
     section = measure(
         dtypes or list(Dtype),
         labels,
@@ -72,7 +115,6 @@ def command(
         tokens=tokens,
         classes=vocab,
     )
-    given = options.given(context)
     section["command"] = results.command_line("accuracy", given)
     tables.show(*accuracy_tables.in_terminal(section))
     results.keep(path, section, KEY.format(labels) if given.keys() <= {"labels"} else None)
@@ -145,7 +187,7 @@ def _load(
 def _by_lead(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         quantity: {
-            which: [error[quantity] and float(f"{error[quantity][which]:.2g}") for error in errors]
+            which: [error[quantity] and results.short(error[quantity][which]) for error in errors]
             for which in ("max", "median")
         }
         for quantity in QUANTITIES
@@ -196,7 +238,7 @@ def evaluate(
     arrays = jnp.asarray(targets, jnp.int32)
     if labels is Labels.DENSE:
         arrays = jax.nn.one_hot(arrays, logits.shape[-1], dtype=logits.dtype)
-    losses, gradients = contenders.losses_and_gradients(contender, logits, arrays)
+    losses, (gradients,) = contenders.losses_and_gradients(contender, 1, logits, arrays)
     return np.asarray(losses, np.float64), np.asarray(gradients, np.float64)
 
 

@@ -2,7 +2,7 @@
 """What `python -m bench accuracy` measured: tables for terminal, README and docs, two figures."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ QUANTITIES = {
 
 
 def percent(error: float | None) -> str:
-    """Write an error: a power of ten while it is small, then in percent."""
+    """Write an error: in percent, as a power of ten while it is small, and where it is large."""
     if error is None:
         return "–"
-    if error < 9.5e-4:
+    if error < 9.5e-4 or error >= 99.5:
         digits, exponent = f"{error:.0e}".split("e")
         return f"{digits}e{int(exponent)}" if error else "0"
     return f"{error * 100:.1f} %" if error < 0.0995 else f"{error * 100:.0f} %"
@@ -147,6 +147,9 @@ def _explained(section: dict[str, Any]) -> str:
 # The range of errors drawn; smaller ones are drawn at LEAST, since 0 has no logarithm.
 LEAST, MOST = 1e-9, 20.0
 Points = list[tuple[float, int]]  # offsets, and places among the leads
+# Of a dtype, contender, quantity and "max" or "median": the errors, NaN where there is none.
+Errors = Callable[[str, str, str, str], np.ndarray]
+_DRAWN = {"loss": "loss", "target": "gradient at the target"}
 
 
 def figure(section: dict[str, Any]) -> Figure:
@@ -154,10 +157,10 @@ def figure(section: dict[str, Any]) -> Figure:
     leads = np.array(section["leads"])
     points = [(0.0, place) for place in range(len(leads))]
     label = "lead of the target's logit (nats)"
-    drawn, grid = _panels(section, label, leads, points, marker="")
+    drawn, grid = panels(section, _DRAWN, label, leads, _errors_at(points, section), marker="")
     for (quantity, dtype), axes in grid.items():
         axes.set_xlim(0, leads[-1])
-        held = ~np.isnan(_errors_at(points, section, dtype, contenders.OURS, quantity, "max"))
+        held = ~np.isnan(_errors_at(points, section)(dtype, contenders.OURS, quantity, "max"))
         if not held.all():
             last = leads[held][-1] if held.any() else 0
             words = f"the truth is below {dtype}'s\nsmallest normal number"
@@ -171,7 +174,8 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
     place, offsets = _place_of_offsets(section), _all(section, "offset")
     lead, points = section["leads"][place], [(offset, place) for offset in offsets]
     label = f"constant added to all logits (lead {lead:g} nats)"
-    drawn, grid = _panels(section, label, np.arange(len(offsets)), points, markersize=5)
+    errors = _errors_at(points, section)
+    drawn, grid = panels(section, _DRAWN, label, np.arange(len(offsets)), errors, markersize=5)
     for (_, dtype), axes in grid.items():
         axes.set_xlim(-0.3, len(offsets) - 0.6)
         axes.set_xticks(range(len(offsets)), [f"{offset:g}" for offset in offsets])
@@ -183,24 +187,42 @@ def figure_of_offsets(section: dict[str, Any]) -> Figure:
     return drawn
 
 
-def _errors_at(points: Points, section: dict[str, Any], *of: str) -> np.ndarray:
-    """The errors `of` a dtype, contender, quantity and "max" or "median"; NaN if there is none."""
-    dtype, name, quantity, which = of
-    series = {one["offset"]: one for one in _of(section, dtype=dtype, name=name)}
-    errors = [series[offset][quantity][which][place] for offset, place in points]
-    return np.array(errors, np.float64)
+def _errors_at(points: Points, section: dict[str, Any]) -> Errors:
+    def errors(dtype: str, name: str, quantity: str, which: str) -> np.ndarray:
+        series = {one["offset"]: one for one in _of(section, dtype=dtype, name=name)}
+        found = [series[offset][quantity][which][place] for offset, place in points]
+        return np.array(found, np.float64)
+
+    return errors
 
 
-def _panels(
-    section: dict[str, Any], label: str, x: np.ndarray, points: Points, **style: Any
+def panels(
+    section: dict[str, Any],
+    quantities: Mapping[str, str],
+    label: str,
+    x: np.ndarray,
+    errors: Errors,
+    *,
+    at_one: tuple[str, str] = ("comes back as 0", "left"),
+    most: float = MOST,
+    **style: Any,
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """Draw the largest error as a line and shade down to the median: one row per quantity.
+
+    Args:
+        section: of the results file.
+        quantities: what is drawn, and its words.
+        label: of `x`.
+        x: a number for each of the errors.
+        errors: finds them.
+        at_one: what an error of 1 means, and at which end this is said.
+        most: the upper end of the axis of errors.
+        **style: of the lines.
 
     Returns:
         The figure, and its axes by quantity and dtype.
     """
     dtypes = _all(section, "dtype")
-    quantities = {"loss": "loss", "target": "gradient at the target"}
     drawn = Figure(figsize=(1.2 + 4 * len(dtypes), 7.4), layout="constrained")
     rows = drawn.subplots(len(quantities), len(dtypes), sharex="col", sharey=True, squeeze=False)
     grid = {}
@@ -209,28 +231,29 @@ def _panels(
             grid[quantity, dtype] = axes
             figures.dress(axes)
             axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
-            for one in _of(section, dtype=dtype, offset=_all(section, "offset")[0]):
-                look = figures.STYLES.get(one["name"], {})
+            of_dtype = _of(section, dtype=dtype)
+            for name in dict.fromkeys(one["name"] for one in of_dtype if quantity in one):
+                look = figures.STYLES.get(name, {})
                 largest, median = (
-                    np.maximum(
-                        _errors_at(points, section, dtype, one["name"], quantity, which), LEAST
-                    )
+                    np.maximum(errors(dtype, name, quantity, which), LEAST)
                     for which in ("max", "median")
                 )
-                axes.plot(x, largest, label=one["name"], **look | style)
+                axes.plot(x, largest, label=name, **look | style)
                 axes.fill_between(
                     x, median, largest, color=look.get("color"), alpha=0.15, linewidth=0
                 )
             axes.set_yscale("log")
-            axes.set_ylim(LEAST, MOST)
-            axes.yaxis.set_major_locator(FixedLocator([1e-8, 1e-6, 1e-4, 1e-2, 1]))
+            axes.set_ylim(LEAST, most)
+            ticks = [10.0**power for power in range(-8, 9, 2) if 10.0**power < most]
+            axes.yaxis.set_major_locator(FixedLocator(ticks))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: percent(error)))
         row[0].set_ylabel(f"relative error: {words}")
         row[0].text(
-            0.02,
+            0.02 if at_one[1] == "left" else 0.98,
             1.5,
-            "comes back as 0",
+            at_one[0],
+            ha=at_one[1],
             color=figures.INK,
             transform=row[0].get_yaxis_transform(),
         )

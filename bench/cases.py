@@ -46,11 +46,19 @@ class Labels(StrEnum):
     DENSE = "dense"
 
 
+class Divergence(StrEnum):
+    """Of two softmaxes: Kullback and Leibler's, or Jensen and Shannon's."""
+
+    KL = "kl"
+    JS = "js"
+
+
 class Op(StrEnum):
-    """What is measured: a loss of given logits, or a linear head with its loss."""
+    """What is measured: a loss of given logits, a linear head with its loss, a divergence."""
 
     LOGITS = "logits"
     LINEAR = "linear"
+    DIVERGENCE = "divergence"
 
 
 class Size(StrEnum):
@@ -345,10 +353,14 @@ def program(
     return step
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def losses_and_gradients(
-    loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Run a contender's loss of logits: one loss per row, and each row's gradient of its loss."""
-    losses, pullback = jax.vjp(lambda logits: loss(logits, labels), logits)
-    return losses, pullback(jnp.ones_like(losses))[0]
+    loss: Callable[..., jax.Array], parameters: int, *inputs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Run a contender's loss of logits: one loss per row, and each row's gradients of its loss.
+
+    The gradients are by the first inputs, as many as there are `parameters`.
+    """
+    rest = inputs[parameters:]
+    losses, pullback = jax.vjp(lambda *logits: loss(*logits, *rest), *inputs[:parameters])
+    return losses, pullback(jnp.ones_like(losses))

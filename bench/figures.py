@@ -24,6 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
     contenders.BASELINE: _OPTAX,
     "optax, no upcast": _OPTAX | {"color": "#e69f00", "linewidth": 2.0},
     "optax, checkpointed chunks": _OPTAX | _VARIANT,
+    "optax, log targets": _OPTAX | {"color": "#e69f00", "linestyle": (0, (1, 2))},
+    "optax, generalized": _OPTAX | {"color": "#56b4e9", "linewidth": 1.6},
     "jax.nn": {"color": "#009e73", "marker": "^", "linewidth": 2.4, "linestyle": (0, (4, 2))},
     "torch": _TORCH | {"linestyle": (3, (2, 4))},
     "torch, chunked": _TORCH | _VARIANT,
@@ -42,7 +44,8 @@ def dress(axes: Axes) -> None:
 def shade(axes: Axes, begin: float, end: float, words: str, *, at: float, **style: Any) -> None:
     """Grey the range from `begin` to `end`, with words in its middle that say why."""
     axes.axvspan(begin, end, color="0.94", zorder=0)
-    axes.text((begin + end) / 2, at, words, ha="center", color=FAINT, **style)
+    middle = (begin * end) ** 0.5 if axes.get_xscale() == "log" else (begin + end) / 2
+    axes.text(middle, at, words, ha="center", color=FAINT, **style)
 
 
 def legend(figure: Figure, axes: Axes, *, beside: bool = False) -> None:

@@ -14,6 +14,7 @@ from bench import (
     accuracy_tables,
     calibration,
     cycles,
+    divergence_accuracy,
     environment,
     memory,
     results,
@@ -30,6 +31,7 @@ BENCHMARKS = environment.ROOT / "docs" / "benchmarks.md"
 FIGURES_FOLDER = environment.ROOT / "docs" / "figures"
 
 ACCURACY = accuracy.KEY.format(Labels.INTEGER)
+OF_DIVERGENCES = accuracy.KEY.format(Op.DIVERGENCE)
 SPEED_BY_MODEL = (
     "speed --op linear --tokens 512 --hidden 256 --dtype float32 --model all --mode value-and-grad"
 )
@@ -50,6 +52,7 @@ Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
 DOCUMENTS: dict[Path, Blocks] = {
     README: {
         "accuracy": (ACCURACY, accuracy_tables.in_readme),
+        "accuracy --op divergence": (OF_DIVERGENCES, divergence_accuracy.in_readme),
         "speed": ("speed/integer", speed_tables.ratios),
         "speed --op linear": ("speed/linear", speed_tables.over_baseline),
         SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_readme),
@@ -82,6 +85,7 @@ DOCUMENTS: dict[Path, Blocks] = {
         MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
         "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
         "accuracy": (ACCURACY, accuracy_tables.in_docs),
+        "accuracy --op divergence": (OF_DIVERGENCES, divergence_accuracy.in_docs),
     },
 }
 
@@ -92,6 +96,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
     "memory_vocabulary": (MEMORY_BY_MODEL, memory.figure),
     "accuracy": (ACCURACY, accuracy_tables.figure),
     "accuracy_offsets": (ACCURACY, accuracy_tables.figure_of_offsets),
+    "accuracy_divergence": (OF_DIVERGENCES, divergence_accuracy.figure),
 }
 
 

@@ -77,6 +77,11 @@ def save(path: Path, name: str, section: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def short(number: float) -> float:
+    """Keep two digits of an error."""
+    return float(f"{number:.2g}")
+
+
 def command_line(name: str, options: dict[str, Any]) -> str:
     """Write the command that measures a section again; its option is repeated for a list."""
     words = [*shlex.split(PROGRAM), name]

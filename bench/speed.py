@@ -128,12 +128,7 @@ def command(
     """
     environment.use(device)
     integer = labels is Labels.INTEGER
-    if op is Op.LINEAR and not integer:
-        raise typer.BadParameter("--op linear takes integer labels", param_hint="--labels")
-    if confident and (op is Op.LINEAR or not integer):
-        raise typer.BadParameter(
-            "expected logits and integer labels with it", param_hint="--confident"
-        )
+    _check_labels(op, confident=confident, integer=integer)
     given = options.given(context)
     if calibrate:
         if not given.keys() <= {"calibrate", "target"}:
@@ -190,6 +185,17 @@ def command(
     complete = given.keys() <= {"op", "labels", "confident"}
     kind = op if op is Op.LINEAR else "confident" if confident else labels
     results.keep(path, section, f"speed/{kind}" if complete else None)
+
+
+def _check_labels(op: Op, *, confident: bool, integer: bool) -> None:
+    if op is Op.DIVERGENCE:
+        raise typer.BadParameter("expected logits or linear", param_hint="--op")
+    if op is Op.LINEAR and not integer:
+        raise typer.BadParameter("--op linear takes integer labels", param_hint="--labels")
+    if confident and (op is Op.LINEAR or not integer):
+        raise typer.BadParameter(
+            "expected logits and integer labels with it", param_hint="--confident"
+        )
 
 
 def _check_with_ignored(op: Op, *, alone: bool) -> None:

@@ -30,6 +30,7 @@ from bench import (
     calibration,
     cases,
     contenders,
+    divergence_accuracy,
     environment,
     figures,
     memory,
@@ -43,7 +44,7 @@ from bench import (
     timing,
 )
 from bench.__main__ import COMMANDS, app
-from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Op, Size, choose
+from bench.cases import Case, Divergence, Dtype, Head, Labels, Logits, Mode, Op, Size, choose
 from bench.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +101,13 @@ def sections() -> dict[str, Any]:
         timed = speed.measure(heads, modes, repeats=2)
         compiled = memory.measure(heads, [memory.HERE])
     everything = list(Dtype), INTEGER, [1.0, 30.0], [0.0, 1e4]
+    divergences = divergence_accuracy.measure(list(Dtype), [1e-7, 0.1], tokens=2, classes=5)
     return {
         key: section | {"command": f"python -m bench {command}"}
         for key, command, section in (
             ("speed/integer", "speed", speed.measure(logits, modes, repeats=2)),
             ("accuracy/integer", "accuracy", accuracy.measure(*everything, tokens=1, classes=5)),
+            (report.OF_DIVERGENCES, "accuracy --op divergence", divergences),
             ("speed/linear", "speed --op linear", timed),
             ("memory", "memory", compiled),
             (report.SPEED_OF_IGNORED, report.SPEED_OF_IGNORED, ignored),
@@ -403,6 +406,10 @@ WRONG = {
     "memory --vocab 9": "expected --hidden with --vocab",
     "speed --model gpt-9": "expected llama-2, gpt-2, .*, all; got 'gpt-9'",
     "speed --size huge": "'huge' is not one of 'fast', 'regular', 'large'",
+    "accuracy --op linear": "expected logits or divergence",
+    "accuracy --op divergence --lead 1": "expected --delta with --op divergence",
+    "accuracy --op divergence --labels dense": "expected --delta with --op divergence",
+    "accuracy --delta 1": "expected --op divergence with it",
     "speed --op linear --labels dense": "takes integer labels",
     "speed --op linear --confident": "expected logits and integer labels with it",
     "speed --ignored 0.5": "expected --op linear with it",
@@ -734,6 +741,62 @@ def test_torch_differentiates_each_loss_by_itself():
             np.testing.assert_allclose(got, true, rtol=1e-5)
 
 
+def test_the_exact_divergences_are_exact_far_beyond_float64():
+    """Of two classes: where KL is a²/2 and JS a²/8 to all digits of float64, and by hand."""
+    a = 1e-7
+    near = divergence_accuracy.exact(np.array([[a, -a]]), np.zeros((1, 2)))
+    np.testing.assert_allclose(near["kl"], a**2 / 2, rtol=1e-13)
+    np.testing.assert_allclose(near["js"], a**2 / 8, rtol=1e-13)
+    np.testing.assert_allclose(near["by_logits"], [[a / 2, -a / 2]], rtol=1e-13)
+    np.testing.assert_allclose(near["by_target"], [[-a / 2, a / 2]], rtol=1e-13)
+    # p = (1/4, 3/4), q = (1/2, 1/2), by hand.
+    far = divergence_accuracy.exact(np.zeros((1, 2)), np.array([[0.0, math.log(3)]]))
+    kl = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    js = (0.25 * math.log(2 / 3) + 0.75 * math.log(1.2) + 0.5 * math.log(4 / 3 * 0.8)) / 2
+    by_target = [0.25 * (math.log(0.5) - kl), 0.75 * (math.log(1.5) - kl)]
+    np.testing.assert_allclose(far["kl"], kl, rtol=1e-14)
+    np.testing.assert_allclose(far["js"], js, rtol=1e-14)
+    np.testing.assert_allclose(far["by_logits"], [[0.25, -0.25]], rtol=1e-14)
+    np.testing.assert_allclose(far["by_target"], [by_target], rtol=1e-14)
+
+
+def test_errors_of_divergences_are_of_rows():
+    reduce = divergence_accuracy.relative_errors
+    true = np.array([2.0, 4.0, 1.0, 0.0])
+    found = reduce(np.array([2.0, 5.0, -0.1, 7.0]), true, FLOAT32)
+    assert found == pytest.approx({"max": 1.1, "median": 0.25, "negative": 1})
+    true = np.array([[3.0, -4.0, 0.0], [0.0, 1e-50, 0.0]])  # no float32 is near 1e-50
+    assert reduce(true + np.array([0.3, 0.4, 0.0]), true, FLOAT32) == pytest.approx(
+        {"max": 0.1, "median": 0.1}
+    )
+    assert reduce(true, 1e-50 * true, FLOAT32) is None
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_the_logits_are_as_far_from_the_target_as_was_asked(dtype):
+    logits, target = divergence_accuracy.draw(dtype, 0.5, 4, 500)
+    assert logits.dtype == target.dtype == jnp.dtype(dtype)
+    assert np.std(f64(logits) - f64(target)) == pytest.approx(0.5, rel=0.1)
+    _, same = divergence_accuracy.draw(dtype, 1e-3, 4, 500)
+    np.testing.assert_array_equal(f64(same), f64(target))
+
+
+@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("dtype", Dtype)
+def test_divergences_of_all_contenders_agree_where_they_are_far_from_0(divergence, dtype):
+    """To what each computes in: some in the dtype of the logits."""
+    entries = contenders.DIVERGENCES[divergence] + contenders.TORCH_DIVERGENCES[divergence]
+    found, left_out = contenders.load(entries, dtype)
+    assert not [line for line in left_out if "torch" not in line]
+    pair = divergence_accuracy.draw(dtype, 2.0, 3, 50)
+    truth = divergence_accuracy.exact(*pair)
+    for one in found:
+        for quantity, computed in divergence_accuracy.evaluate(divergence, one, *pair).items():
+            error = divergence_accuracy.relative_errors(computed, truth[quantity], dtype)
+            assert error
+            assert error["max"] < 32 * float(jnp.finfo(dtype).eps), (one.name, quantity)
+
+
 # Tables.
 
 
@@ -750,6 +813,8 @@ def test_torch_differentiates_each_loss_by_itself():
         (accuracy_tables.percent, 0.048, "4.8 %"),
         (accuracy_tables.percent, 0.12, "12 %"),
         (accuracy_tables.percent, 1, "100 %"),
+        (accuracy_tables.percent, 99, "9900 %"),
+        (accuracy_tables.percent, 99.5, "1e2"),
         (timing.summarize, [5.0, 1.0, 2.0, 3.0, 4.0], (3.0, 2.0, 4.0)),
     ],
 )
@@ -783,6 +848,7 @@ def test_tables_print_again_from_a_file(capsys, monkeypatch):
 
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
+    report.OF_DIVERGENCES: divergence_accuracy.in_docs,
     "accuracy": accuracy_tables.in_terminal,
     report.SPEED_OF_IGNORED: speed_tables.ignored_in_docs,
     "speed": speed_tables.in_terminal,
@@ -1060,15 +1126,21 @@ def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
         assert (f"README's commands install jax {environment.JAX} on Python" in line) == others
 
 
-def test_the_committed_accuracy_is_that_of_the_code(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "command", "along", "places"),
+    [
+        (report.ACCURACY, "accuracy --offset 0", "lead", [0.0, 5.0, 20.0]),
+        (report.OF_DIVERGENCES, "accuracy --op divergence", "delta", [1e-5, 0.01, 3.0]),
+    ],
+    ids=["losses", "divergences"],
+)
+def test_the_committed_accuracy_is_that_of_the_code(tmp_path, key, command, along, places):
     """A little of it measured again, on the machine and with the JAX of the committed results."""
-    leads = [0.0, 5.0, 20.0]
-    chosen = "".join(f" --lead {lead:g}" for lead in leads)
-    done = as_a_process(f"accuracy --offset 0{chosen}", tmp_path)
+    done = as_a_process(command + "".join(f" --{along} {place:g}" for place in places), tmp_path)
     assert done.returncode == 0, done.stderr
     (new,) = sections_in(tmp_path / results.DEFAULT).values()
     here = environment.device_name(), jax.__version__
-    measured = [file[report.ACCURACY] for file in report.committed() if report.ACCURACY in file]
+    measured = [file[key] for file in report.committed() if key in file]
     committed = [
         section
         for section in measured
@@ -1079,26 +1151,31 @@ def test_the_committed_accuracy_is_that_of_the_code(tmp_path):
     (old,) = committed
 
     def errors(section: dict[str, Any], dtype: Dtype) -> dict[tuple[str, str], list[float | None]]:
-        wanted = contenders.OURS, dtype, 0.0
         (one,) = (
-            one for one in section["series"] if (one["name"], one["dtype"], one["offset"]) == wanted
+            one
+            for one in section["series"]
+            if (one["name"], one["dtype"], one.get("offset", 0)) == (contenders.OURS, dtype, 0)
         )
-        places = [section["leads"].index(lead) for lead in leads]
+        shown = [section[f"{along}s"].index(place) for place in places]
         return {
-            (quantity, which): [one[quantity][which][place] for place in places]
-            for quantity in accuracy_tables.QUANTITIES
-            for which in ("max", "median")
+            (quantity, which): [found[place] for place in shown]
+            for quantity, of_quantity in one.items()
+            if isinstance(of_quantity, dict)
+            for which, found in of_quantity.items()
         }
 
     for dtype in Dtype:
         assert errors(new, dtype) == errors(old, dtype), (
-            f"{dtype}: the numerics have changed since {report.ACCURACY} was measured; run "
-            "python -m bench accuracy --output bench/results (see CONTRIBUTING.md)"
+            f"{dtype}: the numerics have changed since {key} was measured; run "
+            f"{old['command']} --output bench/results (see CONTRIBUTING.md)"
         )
 
 
 def test_every_figure_shown_is_drawn_by_a_command():
-    drawn = {f"{stem}.png" for stem in report.FIGURES} | {"half_precision_training.png"}
+    drawn = {f"{stem}.png" for stem in report.FIGURES} | {
+        "half_precision_training.png",
+        "distillation.png",
+    }
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         shown = re.findall(r"figures/([\w.]+)", document.read_text(encoding="utf-8"))
         assert set(shown) <= drawn, document
@@ -1118,7 +1195,7 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
         return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
 
     before = outside()
-    assert len(before) == 7
+    assert len(before) == 8
     readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
     with pytest.raises(typer.Exit, match="1"):
         report.command(check=True)
@@ -1138,7 +1215,7 @@ def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
     device = one["speed/integer"]["environment"]["device"]
     render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
     both = render(readme, [one, other])
-    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 5
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 6
     alone = render(readme, [one, {}])
     assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
     assert render(both, [one]) == alone
@@ -1194,6 +1271,19 @@ def test_figures_draw_every_contender(sections):
     (optax,) = (line for line in by_lead.axes[0].lines if line.get_label() == "optax")
     np.testing.assert_array_equal(optax.get_xdata(), [1, 30])
     assert np.max(optax.get_ydata()) == 1
+    divergences = json.loads(json.dumps(sections[report.OF_DIVERGENCES]))
+    grid = divergence_accuracy.figure(divergences).axes
+    assert [axes.get_title(loc="left") for axes in grid[:3]] == titles[:3]
+    for axes in grid:
+        drawn = {line.get_label(): f64(line.get_ydata()) for line in axes.lines[1:]}
+        ours, optax = drawn["jaxsoftmax"], drawn["optax"]
+        assert ours[1] < optax[1] * 1.1
+        assert {"optax, log targets", "optax, generalized", "jax.nn"} < {*drawn}
+    assert grid[1].texts[0].get_text() == "equal logits"
+    for one in divergences["series"]:
+        one["kl"]["max"] = [1e-7, 1e-7]
+    grid = divergence_accuracy.figure(divergences).axes
+    assert "below float16's" in grid[5].texts[0].get_text()
     assert "below float16's" in by_lead.axes[5].texts[0].get_text()
     assert "numbers\nare 64\napart" in by_offset.axes[1].texts[0].get_text()
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is measured. One module per package, with a few plain functions; the tables below name them.
 
-A function of `LOGITS` takes `(logits, labels)` and returns one loss per row; one of `HEAD` takes
-`(hidden, kernel, labels)` and returns the mean loss. Its module imports its package at the top, so
+A function of `LOGITS` takes `(logits, labels)` and returns one loss per row; one of `DIVERGENCES`
+takes `(logits, target_logits)`; one of `HEAD` takes `(hidden, kernel, labels)` and returns the mean
+loss. Its module imports its package at the top, so
 a package that is not installed is noticed when the module is loaded, and only then. What JAX cannot
 compile comes from a module with functions of its own in place of `bench.cases.program` and
 `bench.cases.losses_and_gradients`.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from bench import cases
-from bench.cases import Dtype, Labels, Mode
+from bench.cases import Divergence, Dtype, Labels, Mode
 
 OURS = "jaxsoftmax"
 BASELINE = "optax"
@@ -78,6 +79,27 @@ TORCH_LOGITS = {
         Entry("torch, compiled", "with_torch_compiled", f"{labels}_labels", jax=False),
     )
     for labels in Labels
+}
+
+# optax and torch have no JS: theirs is the mean of two divergences to the mixture.
+DIVERGENCES = {
+    Divergence.KL: (
+        Entry(OURS, "ours", "kl_divergence"),
+        Entry(BASELINE, "with_optax", "kl_divergence"),
+        Entry("optax, log targets", "with_optax", "kl_divergence_with_log_targets"),
+        Entry("optax, generalized", "with_optax", "generalized_kl_divergence"),
+        Entry("jax.nn", "with_jax_nn", "kl_divergence"),
+    ),
+    Divergence.JS: (
+        Entry(OURS, "ours", "js_divergence"),
+        Entry(BASELINE, "with_optax", "js_divergence"),
+        Entry("jax.nn", "with_jax_nn", "js_divergence"),
+    ),
+}
+
+TORCH_DIVERGENCES = {
+    divergence: (Entry("torch", "with_torch", f"{divergence}_divergence", jax=False),)
+    for divergence in Divergence
 }
 
 HEAD = (
@@ -155,16 +177,24 @@ NOTES = {
     "jax.nn": "log_softmax of the logits as they come, then the labels' share",
 }
 
+NOTES_OF_DIVERGENCES = {
+    BASELINE: "kl_divergence of log_softmax and softmax, of the logits upcast to float32",
+    "optax, log targets": "the same by kl_divergence_with_log_targets",
+    "optax, generalized": "the same by generalized_kl_divergence, once convex_kl_divergence",
+    "jax.nn": "p · (log p − log q) of log_softmax, of the logits as they come",
+    "torch": "kl_div of log_softmax with log_target, eager, of the logits as they come",
+}
+
 
 def names(cases: Sequence[dict[str, Any]]) -> list[str]:
     """Those who were measured in any of the cases of a section of the results file."""
     return list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
 
 
-def explain(names: Iterable[str]) -> str:
+def explain(names: Iterable[str], notes: Mapping[str, str] = NOTES) -> str:
     """Say in one line what the names stand for that do not say it themselves."""
-    notes = [f"{name}: {NOTES[name]}" for name in dict.fromkeys(names) if name in NOTES]
-    return "; ".join(notes) + "." if notes else ""
+    found = [f"{name}: {notes[name]}" for name in dict.fromkeys(names) if name in notes]
+    return "; ".join(found) + "." if found else ""
 
 
 def load(entries: Sequence[Entry], dtype: Dtype) -> tuple[list[Contender], list[str]]:
@@ -224,10 +254,12 @@ def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., 
     return _module(entry).program(function, mode, parameters)
 
 
-def losses_and_gradients(contender: Contender, logits: Any, labels: Any) -> tuple[Any, Any]:
+def losses_and_gradients(
+    contender: Contender, parameters: int, *inputs: Any
+) -> tuple[Any, tuple[Any, ...]]:
     """Run a contender, as `bench.cases.losses_and_gradients`."""
     module = cases if contender.entry.jax else _module(contender.entry)
-    return module.losses_and_gradients(contender.function, logits, labels)
+    return module.losses_and_gradients(contender.function, parameters, *inputs)
 
 
 def _module(entry: Entry) -> Any:

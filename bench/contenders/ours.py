@@ -11,6 +11,8 @@ TOP = 64  # classes of each token
 
 integer_labels = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 dense_labels = jaxsoftmax.softmax_cross_entropy
+kl_divergence = jaxsoftmax.softmax_kl_divergence
+js_divergence = jaxsoftmax.softmax_js_divergence
 
 
 def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What users write with JAX alone: the log-softmax, then the labels' share of it; a choice."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,22 @@ def integer_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def dense_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Sum minus the log-probabilities weighted by the labels."""
     return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
+
+
+def kl_divergence(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Sum the difference of the log-probabilities, weighted by the target's."""
+    return _kl(jax.nn.log_softmax(logits), jax.nn.log_softmax(target))
+
+
+def js_divergence(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Take the mean of both divergences to the mixture."""
+    log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(target)
+    log_m = jnp.logaddexp(log_p, log_q) - math.log(2)
+    return (_kl(log_m, log_p) + _kl(log_m, log_q)) / 2
+
+
+def _kl(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

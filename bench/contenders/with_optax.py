@@ -5,6 +5,8 @@ In half precision optax accumulates in the dtype of the logits, so careful users
 is what ours is compared with.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,6 +27,36 @@ def integer_labels_upcast(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def dense_labels_upcast(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Upcast logits and labels, then as optax."""
     return dense_labels(logits.astype(jnp.float32), labels.astype(jnp.float32))
+
+
+def kl_divergence(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Upcast the logits; optax takes log-probabilities, and probabilities of the target."""
+    return _kl(_log_probs(logits), _log_probs(target))
+
+
+def kl_divergence_with_log_targets(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Hand over the target's log-probabilities."""
+    return optax.losses.kl_divergence_with_log_targets(_log_probs(logits), _log_probs(target))
+
+
+def generalized_kl_divergence(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Also add `q − p`, whose sum is 0."""
+    return optax.losses.generalized_kl_divergence(_log_probs(logits), jnp.exp(_log_probs(target)))
+
+
+def js_divergence(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Take the mean of both divergences to the mixture."""
+    log_q, log_p = _log_probs(logits), _log_probs(target)
+    log_m = jnp.logaddexp(log_p, log_q) - math.log(2)
+    return (_kl(log_m, log_p) + _kl(log_m, log_q)) / 2
+
+
+def _kl(log_q: jax.Array, log_p: jax.Array) -> jax.Array:
+    return optax.losses.kl_divergence(log_q, jnp.exp(log_p))
+
+
+def _log_probs(logits: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 
 def head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's own losses, eager, on the same memory as the JAX arrays."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,22 @@ def integer_labels(logits: Any, labels: Any) -> Any:
 def dense_labels(logits: Any, labels: Any) -> Any:
     """Return one loss per row."""
     return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def kl_divergence(logits: Any, target: Any) -> Any:
+    """Return one divergence per row."""
+    return _kl(functional.log_softmax(logits, -1), functional.log_softmax(target, -1))
+
+
+def js_divergence(logits: Any, target: Any) -> Any:
+    """Take the mean of both divergences to the mixture."""
+    log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(target, -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (_kl(log_m, log_p) + _kl(log_m, log_q)) / 2
+
+
+def _kl(log_q: Any, log_p: Any) -> Any:
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def head(hidden: Any, kernel: Any, labels: Any) -> Any:
@@ -51,13 +68,16 @@ def program(loss: Callable[..., Any], mode: Mode, parameters: int) -> Callable[.
     return run
 
 
-def losses_and_gradients(loss: Callable[..., Any], logits: Any, labels: Any) -> tuple[Any, Any]:
+def losses_and_gradients(
+    loss: Callable[..., Any], parameters: int, *inputs: Any
+) -> tuple[Any, tuple[Any, ...]]:
     """As `bench.cases.losses_and_gradients`, in float64 arrays of NumPy, which has no bfloat16."""
-    leaf = torch.from_dlpack(logits).detach().requires_grad_()
-    losses = loss(leaf, torch.from_dlpack(labels))
-    (gradients,) = torch.autograd.grad(losses.sum(), leaf)
-    losses, gradients = (tensor.detach().double().cpu().numpy() for tensor in (losses, gradients))
-    return losses, gradients
+    tensors = [torch.from_dlpack(array) for array in inputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:parameters]]
+    losses = loss(*leaves, *tensors[parameters:])
+    gradients = torch.autograd.grad(losses.sum(), leaves)
+    losses, *gradients = (tensor.detach().double().cpu().numpy() for tensor in (losses, *gradients))
+    return losses, tuple(gradients)
 
 
 def _computed(tensor: Any) -> Any:
