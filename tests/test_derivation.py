@@ -10,7 +10,8 @@ logit's gap adds as many u again (equation 41). Where the document says that not
 ``scale`` is the true value: the tolerance is relative, down to probabilities of e^-200.
 
 The bounds of section 11 are checked in float32, with correctly rounded exp and log1p
-(alpha = lambda = 1) and a sum in a tree, so that they must hold as they stand.
+(alpha = lambda = 1) and a sum in a tree, so that they must hold as they stand. So are those of
+section 16, in float64 too; its identities are checked in 540 digits on both sides.
 
 A test names its equation by number, and by a digest of what the document displays under it: who
 changes an equation is told to look at its test.
@@ -19,7 +20,8 @@ changes an equation is told to look at its test.
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -847,6 +849,582 @@ def test_vjp_of_several_labels(case):
                 own_size = abs(g[labels == case.j]).sum()
                 scale[case.j] = (own_size * case.r + size) / (1 + case.r)
             assert_close(vjp, truth, scale, 2 * case.units)
+
+
+# 16. Divergences.
+
+
+def _in_dtype(f: Callable, x: Any) -> Any:
+    """`f`, in float32 correctly rounded (alpha = lambda = 1)."""
+    return f(np.asarray(x, np.float64)).astype(x.dtype)
+
+
+def _two_difference(a, b):
+    """Equation (68)."""
+    high = a - b
+    of_b = high - a
+    return high, (a - (high - of_b)) - (b + of_b)
+
+
+def _nested(x, degree: int):
+    series = 1 + 0 * x
+    for n in range(degree, 2, -1):
+        series = 1 + x / n * series
+    return x * x / 2 * series
+
+
+def _artanh_terms(x, count: int):
+    y = x / (2 + x)
+    series = 0 * x
+    for n in range(count, 0, -1):
+        series = 1 / (2 * n + x**0) + y * y * series
+    return x * y, 2 * y * (y * y) * series
+
+
+def _phi(x):
+    """Equation (72), for |x| <= 1/2."""
+    return _nested(x, 9 if x.dtype == np.float32 else 16)
+
+
+def _lam(x):
+    """Equation (83), for |x| <= 1/2."""
+    parts = _artanh_terms(x, 7 if x.dtype == np.float32 else 16)
+    return parts[0] - parts[1]
+
+
+class Classes(NamedTuple):
+    """From the larger probability and the log-ratio: equation (70)."""
+
+    delta: np.ndarray
+    larger: np.ndarray
+    below: np.ndarray
+    ratio: np.ndarray
+    p: np.ndarray
+    q: np.ndarray
+
+
+def _classes(delta, larger) -> Classes:
+    below, ratio = delta < 0, _in_dtype(np.exp, -abs(delta))
+    smaller = larger * ratio
+    p, q = np.where(below, larger, smaller), np.where(below, smaller, larger)
+    return Classes(delta, larger, below, ratio, p, q)
+
+
+def _split(near, x):
+    """Where the series holds, else 0."""
+    return np.where(near, x, 0 * x)
+
+
+def _excess(c: Classes):
+    """Equation (74)."""
+    near = abs(c.delta) < 0.5
+    small = _split(near, c.delta)
+    apart = c.larger * np.where(c.below, c.ratio - 1, 1 - c.ratio)
+    return np.where(near, c.p * (small + _phi(small)), apart)
+
+
+def _kl_terms(c: Classes):
+    near = abs(c.delta) < 0.5
+    series = c.p * _phi(_split(near, c.delta))
+    return np.where(near, series, _excess(c) - c.p * c.delta)
+
+
+class Mixture(NamedTuple):
+    to_larger: np.ndarray  # log(m / larger)
+    to_smaller: np.ndarray
+    cost_of_larger: np.ndarray  # larger · lambda
+    cost_of_smaller: np.ndarray
+    of_larger: np.ndarray  # its weight
+    of_smaller: np.ndarray
+
+    @property
+    def terms(self):
+        return self.of_larger * self.cost_of_larger + self.of_smaller * self.cost_of_smaller
+
+
+def _mixture(c: Classes, w) -> Mixture:
+    """Equations (79) and (80)."""
+    of_larger, of_smaller = np.where(c.below, 1 - w, w), np.where(c.below, w, 1 - w)
+    s, smaller = abs(c.delta), c.larger * c.ratio
+    small = _split(s < 0.5, -s)
+    e = np.where(s < 0.5, small + _phi(small), c.ratio - 1)
+    v = of_smaller * e
+    near = v > -0.5
+    lost = _lam(_split(near, v))
+    log_mixed = _in_dtype(np.log, np.where(near, 1 + 0 * v, of_larger + of_smaller * c.ratio))
+    to_larger = np.where(near, v - lost, log_mixed)
+    cost_of_larger = c.larger * np.where(near, lost, v - to_larger)
+    near = of_larger * -e < 0.5 * c.ratio
+    u = _split(near, of_larger * -e) / np.where(near, c.ratio, 1 + 0 * v)
+    gained = _lam(u)
+    to_smaller = np.where(near, u - gained, to_larger + s)
+    apart = -of_larger * c.larger * e - smaller * to_smaller
+    cost_of_smaller = np.where(near, smaller * gained, apart)
+    return Mixture(to_larger, to_smaller, cost_of_larger, cost_of_smaller, of_larger, of_smaller)
+
+
+def _kl(p: Row, q: Row):
+    return mpmath.fsum(a * mpmath.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def _mixed(p: Row, q: Row, w) -> list:
+    return [(1 - w) * a + w * b for a, b in zip(p, q, strict=True)]
+
+
+def _js(p: Row, q: Row, w):
+    m = _mixed(p, q, w)
+    return (1 - w) * _kl(p, m) + w * _kl(q, m)
+
+
+def _by_own(x, p, r, at_max):
+    """Equation (76), times p."""
+    a, count = x[at_max].sum() / x.dtype.type(at_max.sum()), at_max.sum().astype(x.dtype)
+    others = _tree_sum(np.where(at_max, 0 * x, p * x))[0]
+    rest = (r - (count - 1)) / (1 + r)
+    return p * ((others - rest * a) - (x - a))
+
+
+class Pair:
+    """Logits z and a target's t: what is computed in their dtype, the truth, and the bounds in u.
+
+    The truth is in long double, rounded from more digits. In float64 alpha and lambda are about 1.
+    """
+
+    def __init__(self, z: np.ndarray, t: np.ndarray, w: float):
+        self.z, self.t, self.w = z, t, z.dtype.type(w)
+        self.u = float(np.finfo(z.dtype).eps) / 2
+        self._compute()
+        self._truth(_mp(z), _mp(t), mpmath.mpf(float(self.w)))
+
+    def _compute(self):
+        z, t, w = self.z, self.t, self.w
+        self.m, self.m_t = z.max(), t.max()
+        self.a, self.b = z - self.m, t - self.m_t
+        e, e_t = _in_dtype(np.exp, self.a), _in_dtype(np.exp, self.b)
+        self.r, d = _tree_sum(np.delete(e, np.argmax(z)))
+        self.r_t, _ = _tree_sum(np.delete(e_t, np.argmax(t)))
+        self.d = d + 1  # of a sum over all classes
+        (high, low), (c_high, c_low) = _two_difference(z, t), _two_difference(self.m, self.m_t)
+        self.x = (high - c_high) + (low - c_low)
+        change, _ = _tree_sum(_excess(_classes(self.x, np.where(self.x < 0, e_t, e))))
+        rho = change / (1 + self.r_t)
+        apart = _in_dtype(np.log1p, self.r) - _in_dtype(np.log1p, self.r_t)
+        self.change = rho - _lam(rho) if abs(rho) <= 0.5 else apart
+        delta = self.x - self.change
+        e, e_t = e * (1 / (1 + self.r)), e_t * (1 / (1 + self.r_t))
+        self.c = c = _classes(delta, np.where(delta < 0, e_t, e))
+        self.kl, _ = _tree_sum(_kl_terms(c))
+        self.by_z = _excess(c)
+        self.by_t = _by_own(self.x, c.p, self.r_t, t == self.m_t)
+        self.mixture = mixture = _mixture(c, w)
+        self.js, _ = _tree_sum(mixture.terms)
+        change = mixture.cost_of_smaller - mixture.cost_of_larger
+        self.js_by_w, _ = _tree_sum(np.where(c.below, change, -change))
+        logs = mixture.to_larger, mixture.to_smaller
+        self.log_mp, self.log_mq = np.where(c.below, logs, logs[::-1])
+        self.js_by_t = _by_own(self.log_mp, c.p, self.r_t, t == self.m_t)
+        self.js_by_z = _by_own(self.log_mq, c.q, self.r, z == self.m)
+        computed = self.kl, self.by_z, self.by_t, self.js, self.js_by_w, self.js_by_t, self.js_by_z
+        assert all(part.dtype == z.dtype for part in computed)
+
+    def _truth(self, z: Row, t: Row, w):
+        p, q = _softmax(t), _softmax(z)
+        m = _mixed(p, q, w)
+        delta, log_mp, log_mq = (
+            [mpmath.log(a / b) for a, b in zip(*rows, strict=True)]
+            for rows in ((q, p), (m, p), (m, q))
+        )
+        x = [(a - max(z)) - (b - max(t)) for a, b in zip(z, t, strict=True)]
+        by_z = [b - a for a, b in zip(p, q, strict=True)]
+        kl_terms = [c - a * d for a, c, d in zip(p, by_z, delta, strict=True)]
+        mixed = zip(p, q, log_mp, log_mq, strict=True)
+        js_terms = [-(1 - w) * a * c - w * b * d for a, b, c, d in mixed]
+        mixed = zip(p, q, m, log_mp, log_mq, strict=True)
+        self.parts = wide([(c - a - a * d) + (c - b - b * e) for a, b, c, d, e in mixed])
+        own = [
+            [a * (_inner(p, values) - b) for a, b in zip(p, values, strict=True)]
+            for p, values in ((p, x), (p, log_mp), (q, log_mq))
+        ]
+        by_w = _kl(q, m) - _kl(p, m)
+        numbers = wide([x[0] - delta[0], _kl(p, q), _js(p, q, w), by_w])
+        self.true_change, self.true_kl, self.true_js, self.true_js_by_w = numbers
+        self.true_by_t, self.true_js_by_t, self.true_js_by_z = map(wide, own)
+        self.p, self.q, self.delta, self.true_x, self.true_by_z = map(wide, (p, q, delta, x, by_z))
+        self.kl_terms, self.js_terms = wide(kl_terms), wide(js_terms)
+        self.true_log_mp, self.true_log_mq = wide(log_mp), wide(log_mq)
+        self.below = self.delta < 0
+
+    def off(self, computed, truth):
+        """The error in u, not relative."""
+        return abs(np.asarray(computed).astype(np.longdouble) - truth) / self.u
+
+    def assert_within(self, computed, truth, bound):
+        assert (self.off(computed, truth) <= bound * SLACK).all()
+
+    def _own(self, row, p, r):
+        """Equation (45), with a product with 1 / (1 + r) for the quotient."""
+        gap = -row.astype(np.longdouble)
+        return gap + (p * gap).sum() + 1 + r / (1 + r) * (1 + self.d) + 3
+
+    @cached_property
+    def errors(self):
+        """Of the larger probability, epsilon, of p, epsilon', and of q."""
+        of_t, of_z = self._own(self.b, self.p, self.r_t), self._own(self.a, self.q, self.r)
+        larger, more = np.where(self.below, of_t, of_z), self.ratio_error + 2
+        return larger, *(larger + np.where(at, more, 0) for at in (~self.below, self.below))
+
+    @cached_property
+    def x_error(self):
+        offset = max(abs(self.z - self.t).max(), abs(self.m - self.m_t))
+        return 2 * abs(self.true_x) + 4 * self.u * offset
+
+    @cached_property
+    def change_error(self):
+        """Delta D as it is."""
+        return self.off(self.change, self.true_change)
+
+    @cached_property
+    def change_bound(self):
+        """Of the sum (69), its terms by (77); of two logarithms if they are far apart."""
+        gap = -np.where(self.true_x < 0, self.b, self.a).astype(np.longdouble)
+        larger = np.exp(-gap)
+        terms = -larger * np.expm1(-abs(self.true_x))
+        smaller = larger * np.exp(-abs(self.true_x))
+        rho, size = np.expm1(self.true_change), abs(self.true_change)
+        of_total, of_total_t = (
+            (p * -row).sum() + r / (1 + r) * (1 + self.d) + 1
+            for p, row, r in ((self.q, self.a, self.r), (self.p, self.b, self.r_t))
+        )
+        if abs(rho) > 0.5:
+            return of_total + of_total_t + np.log1p(self.r) + np.log1p(self.r_t) + size
+        of_sum = (terms * (gap + 7 + self.d) + smaller * self.x_error).sum()
+        return (of_sum / (1 + self.r_t) + abs(rho) * (of_total_t + 1)) / (1 + rho) + 4 * size
+
+    @cached_property
+    def ratio_error(self):
+        """Delta delta."""
+        return self.x_error + abs(self.delta) + self.change_error
+
+    def divergence_bound(self, terms, by_ratio, units):
+        """Equation (73), with the derivative of each term by its log-ratio."""
+        of_ratios = by_ratio * (self.x_error + abs(self.delta))
+        of_terms = terms * (self.errors[0] + units + self.d)
+        return self.change_error * terms.sum() + (of_terms + of_ratios).sum()
+
+    @cached_property
+    def js_by_ratio(self):
+        """w_< times the smaller times its logarithm."""
+        by_p, by_q = (1 - self.w) * self.p * self.true_log_mp, self.w * self.q * self.true_log_mq
+        return np.where(self.below, by_q, by_p)
+
+    def own_bound(self, own, values, at_max, truth):
+        """Equation (77): 3 |x| and 3 |a| are the error of each and a rounding; so for others."""
+        (p, error), (value, value_error) = own, values
+        a, a_error = abs(value[at_max]).max(), value_error[at_max].max()
+        size, own_error = abs(value) + a, value_error + a_error
+        sums = (p * ((error + self.d + 2) * size + own_error)).sum()
+        return (error + 1) * abs(truth) + p * (own_error + size + sums)
+
+    @property
+    def weight_bound(self):
+        """Of (81), relative to the sum of its parts, which move by at most q - p with delta."""
+        of_terms = self.parts * (self.errors[0] + 8 + self.d)
+        return (of_terms + abs(self.true_by_z) * self.ratio_error).sum()
+
+
+def _two_rows(dtype, sizes):
+    rng, small = np.random.default_rng(71), np.sqrt(np.finfo(dtype).eps)
+    for size, gap, offset in product(sizes, (0, 1, 10, 40), (0, 100)):
+        for distance in (small / 100, small, 0.01, 0.3, 1, 8):
+            t = (rng.normal(size=size) + offset).astype(dtype)
+            t[rng.integers(size)] += gap
+            z = (t + distance * rng.normal(size=size) - 0.9 * offset).astype(dtype)
+            yield z, t, rng.uniform(0.001, 0.999)
+    for size in sizes:
+        tied, other = np.zeros(size, dtype), 0.01 * np.arange(size).astype(dtype)
+        yield from ((tied, other, 0.5), (other, tied, 0.5))
+
+
+@cache
+def _pairs() -> list[Pair]:
+    """Of different rows: some are equal but for their offset."""
+    rows = [*_two_rows(np.float32, (2, 3, 10, 60)), *_two_rows(np.float64, (2, 5))]
+    with mpmath.workdps(120):
+        return [pair for pair in (Pair(*row) for row in rows) if pair.true_kl > 1e-60]
+
+
+@equations({73: "8af2dbde", 77: "fba32439"})
+def test_errors_of_kl():
+    """And those of x and D, with what the text says of the parts of (73)."""
+    for pair in _pairs():
+        pair.assert_within(pair.x, pair.true_x, pair.x_error)
+        pair.assert_within(pair.change, pair.true_change, pair.change_bound)
+        by_ratio = np.minimum(abs(pair.true_by_z), pair.p * abs(pair.delta))
+        units = np.where(abs(pair.delta) < 0.5, 6, 27)
+        bound = pair.divergence_bound(pair.kl_terms, by_ratio, units)
+        pair.assert_within(pair.kl, pair.true_kl, bound)
+        last = (by_ratio * (2 * abs(pair.true_x) + abs(pair.delta))).sum()
+        limit = 6 * pair.true_kl + 2 * abs(pair.true_change) * abs(pair.true_by_z).sum()
+        assert last <= limit * (1 + 1e-12)
+        larger, of_p, _ = pair.errors
+        bound = (larger + 6) * abs(pair.true_by_z) + np.minimum(pair.p, pair.q) * pair.ratio_error
+        pair.assert_within(pair.by_z, pair.true_by_z, bound)
+        bound = pair.own_bound(
+            (pair.p, of_p), (pair.true_x, pair.x_error), pair.t == pair.m_t, pair.true_by_t
+        )
+        pair.assert_within(pair.by_t, pair.true_by_t, bound)
+
+
+def test_errors_of_js():
+    """As the text derives them from those of KL."""
+    for pair in _pairs():
+        bound = pair.divergence_bound(pair.js_terms, pair.js_by_ratio, 18)
+        pair.assert_within(pair.js, pair.true_js, bound)
+        by_change = np.where(pair.below, -1, 1) * pair.js_by_ratio
+        assert abs(by_change.sum()) <= pair.true_js * (1 + 1e-12)
+        bound = pair.ratio_error + abs(pair.delta)
+        pair.assert_within(pair.log_mp, pair.true_log_mp, bound)
+        pair.assert_within(pair.log_mq, pair.true_log_mq, bound)
+        _, of_p, of_q = pair.errors
+        own = pair.own_bound(
+            (pair.p, of_p), (pair.true_log_mp, bound), pair.t == pair.m_t, pair.true_js_by_t
+        )
+        pair.assert_within(pair.js_by_t, pair.true_js_by_t, own)
+        own = pair.own_bound(
+            (pair.q, of_q), (pair.true_log_mq, bound), pair.z == pair.m, pair.true_js_by_z
+        )
+        pair.assert_within(pair.js_by_z, pair.true_js_by_z, own)
+        if (abs(pair.delta) < 0.4).all():
+            pair.assert_within(pair.js_by_w, pair.true_js_by_w, pair.weight_bound)
+
+
+@equations({68: "0fa3e372"})
+def test_two_difference():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        first, second = rng.normal(size=(2, 300)) * 2.0 ** rng.integers(-30, 30, (2, 300))
+        for other in (second, first + second, 1.001 * first):
+            a, b = first.astype(dtype), other.astype(dtype)
+            found = zip(_mp(a), _mp(b), *map(_mp, _two_difference(a, b)), strict=True)
+            for a_k, b_k, high, low in found:
+                assert high + low == a_k - b_k
+                assert abs(low) <= np.finfo(dtype).eps / 2 * abs(high)
+
+
+# Rows in 540 digits, with one and several maxima: identities.
+SMALL = mpmath.mpf(10) ** -100
+TWO_ROWS = [
+    (_mp(z), _mp(t))
+    for z, t in (
+        ((0.3, -1.0, 2.0), (0.3, -1.001, 2.0)),
+        ((1.0, 5.0, -3.0, 0.5), (4.0, 0.0, 4.0, -2.0)),
+        ((0.25, 0.25, 0.0), (0.0, 0.0, 0.0)),
+        ((90.0, 0.0, 1.0, 89.0), (0.0, 30.0, 0.0, 30.5)),
+    )
+]
+two_rows = pytest.mark.parametrize(("z", "t"), TWO_ROWS, ids=range(len(TWO_ROWS)))
+
+
+def _equal(actual, truth):
+    actual, truth = ([x] if isinstance(x, mpmath.mpf) else x for x in (actual, truth))
+    for a, b in zip(actual, truth, strict=True):
+        assert abs(a - b) <= SMALL * (1 + abs(b))
+
+
+def _measured_pair(z, t):
+    """p, q, x and D."""
+    r, r_t = (mpmath.fsum(mpmath.exp(k - max(row)) for k in row) - 1 for row in (z, t))
+    x = [(a - max(z)) - (b - max(t)) for a, b in zip(z, t, strict=True)]
+    return _softmax(t), _softmax(z), x, mpmath.log1p(r) - mpmath.log1p(r_t), r, r_t
+
+
+@two_rows
+@equations({67: "7c59baec", 69: "a52a839c", 70: "55ff59b0"})
+def test_log_ratio(z, t):
+    p, q, x, change, r, r_t = _measured_pair(z, t)
+    delta = [mpmath.log(b / a) for a, b in zip(p, q, strict=True)]
+    _equal([x_k - change for x_k in x], delta)
+    _equal(_inner(p, [mpmath.exp(x_k) for x_k in x]), (1 + r) / (1 + r_t))
+    _equal(mpmath.log1p(_inner(p, [mpmath.expm1(x_k) for x_k in x])), change)
+    smaller = [max(a, b) * mpmath.exp(-abs(d)) for a, b, d in zip(p, q, delta, strict=True)]
+    _equal(smaller, list(map(min, p, q)))
+    i, j = z.index(max(z)), t.index(max(t))
+    assert x[j] <= 0 <= x[i]
+    assert delta[j] - SMALL <= -change <= delta[i] + SMALL
+
+
+@two_rows
+@equations({71: "0c61574f", 74: "e57b18d1", 75: "0c983239", 76: "8d4071fd"})
+def test_kl_and_its_gradients(z, t):
+    p, q, x, change, _, r_t = _measured_pair(z, t)
+    delta = [x_k - change for x_k in x]
+    phi = [mpmath.exp(d) - 1 - d for d in delta]
+    kl = _kl(p, q)
+    _equal(-_inner(p, delta), kl)
+    _equal(_inner(p, phi), kl)
+    assert min(phi) >= 0
+    # An error of D, with the larger probabilities kept.
+    kept = lambda change: mpmath.fsum(  # noqa: E731
+        b - b * mpmath.exp(-d) * (1 + d) if d > 0 else a * (mpmath.exp(d) - 1 - d)
+        for a, b, d in zip(p, q, (x_k - change for x_k in x), strict=True)
+    )
+    by_change = (kept(change + STEP) - kept(change - STEP)) / (2 * STEP)
+    _equal(by_change, mpmath.fsum(a * f for a, f, d in zip(p, phi, delta, strict=True) if d > 0))
+    # (74)
+    by_z = _gradient(lambda z: _kl(p, _softmax(z)), z)
+    _equal([b - a for a, b in zip(p, q, strict=True)], by_z)
+    _equal([a * mpmath.expm1(d) for a, d in zip(p, delta, strict=True)], by_z)
+    # (75)
+    by_t = _gradient(lambda t: _kl(_softmax(t), q), t)
+    for values in (delta, x):
+        mean = _inner(p, values)
+        _equal([a * (mean - v) for a, v in zip(p, values, strict=True)], by_t)
+    # (76)
+    others = [k for k, t_k in enumerate(t) if t_k < max(t)]
+    n = len(t) - len(others)
+    a = mpmath.fsum(x_k for x_k, t_k in zip(x, t, strict=True) if t_k == max(t)) / n
+    rest = (r_t - (n - 1)) / (1 + r_t)
+    mean = mpmath.fsum(p[k] * x[k] for k in others) - rest * a
+    _equal([p_k * (mean - (x_k - a)) for p_k, x_k in zip(p, x, strict=True)], by_t)
+
+
+@two_rows
+@pytest.mark.parametrize("w", [0.5, 0.03125])
+@equations({79: "40a62f6d", 80: "88db4765", 81: "75545bd2", 82: "2d86529a"})
+def test_js_and_its_gradients(z, t, w):
+    p, q, x, change, *_ = _measured_pair(z, t)
+    w, m = mpmath.mpf(w), _mixed(p, q, w)
+    parts = [
+        (a * (c / a - 1 - mpmath.log(c / a)), b * (c / b - 1 - mpmath.log(c / b)))
+        for a, b, c in zip(p, q, m, strict=True)
+    ]
+    assert min(min(pair) for pair in parts) >= -SMALL
+    _equal(mpmath.fsum((1 - w) * of_p + w * of_q for of_p, of_q in parts), _js(p, q, w))
+    for a, b, c, x_k in zip(p, q, m, x, strict=True):
+        delta = x_k - change
+        of_larger, of_smaller = (w, 1 - w) if delta > 0 else (1 - w, w)
+        e = mpmath.exp(-abs(delta))
+        _equal(of_smaller * (e - 1), c / max(a, b) - 1)
+        _equal(of_larger * (1 - e) / e, c / min(a, b) - 1)
+    by_w = (_js(p, q, w + STEP) - _js(p, q, w - STEP)) / (2 * STEP)
+    _equal(_kl(q, m) - _kl(p, m), by_w)
+    _equal(mpmath.fsum(of_q - of_p for of_p, of_q in parts), by_w)
+    for own, share, by_own in (
+        (p, 1 - w, _gradient(lambda t: _js(_softmax(t), q, w), t)),
+        (q, w, _gradient(lambda z: _js(p, _softmax(z), w), z)),
+    ):
+        logs = [mpmath.log(c / a) for a, c in zip(own, m, strict=True)]
+        mean = _inner(own, logs)
+        _equal([share * a * (mean - v) for a, v in zip(own, logs, strict=True)], by_own)
+
+
+def test_js_by_the_weight_is_of_third_order_at_one_half():
+    for size in (mpmath.mpf(10) ** -10, mpmath.mpf(10) ** -12):
+        q = _softmax([size, -2 * size, 3 * size])
+        p, half = _softmax([0, 0, 0]), mpmath.mpf(1) / 2
+        m = _mixed(p, q, half)
+        assert size**3 / 100 < abs(_kl(q, m) - _kl(p, m)) < size**3
+        assert size**2 / 10 < _kl(p, m) < size**2
+
+
+@pytest.mark.parametrize("c", [5.0, 30.0])
+@equations({78: "69a3554f"})
+def test_difference_of_soft_capped_logits(c):
+    for x, y in product([-3.0, -1e-3, 0.7, 0.7 + 1e-12, 2.0, 12.0], repeat=2):
+        truth = mpmath.tanh(mpmath.mpf(x) / c) - mpmath.tanh(mpmath.mpf(y) / c)
+        slope = 1 - np.tanh(x / c) * np.tanh(y / c)
+        assert_close(np.tanh((x - y) / c) * slope, truth, units=10 + 8 / slope)
+
+
+@equations({72: "6fbf2fa2", 83: "aa92af94"})
+def test_the_two_functions_near_zero():
+    """What the series leave out, their roundings, and what cancels where they end."""
+    phi, lam = (lambda x: mpmath.expm1(x) - x), (lambda x: x - mpmath.log1p(x))
+    half = mpmath.mpf(1) / 2
+    for dtype, degree, count, left_out, of_lam in (
+        (np.float32, 9, 7, 0.041, 0.088),
+        (np.float64, 16, 16, 0.0018, 0.060),
+    ):
+        u = float(np.finfo(dtype).eps) / 2
+        for x in (half, -half, half / 3):
+            assert abs(_nested(x, degree) / phi(x) - 1) <= left_out * u
+            first, second = _artanh_terms(x, count)
+            assert abs((first - second) / lam(x) - 1) <= of_lam * u
+            assert abs(second) < abs(first) / 5
+        rng = np.random.default_rng(0)
+        x = np.concatenate([rng.uniform(-0.5, 0.5, 900), 2 ** -rng.uniform(1, 20, 100)])
+        x = x.astype(dtype)
+        for computed, f in ((_phi(x), phi), (_lam(x), lam)):
+            assert computed.dtype == dtype
+            errors = [abs(a / f(b) - 1) for a, b in zip(_mp(computed), _mp(x), strict=True)]
+            assert max(errors) <= 4 * u
+    shown = lambda x: f"{float(x):.1f}"  # noqa: E731
+    assert shown(mpmath.expm1(half) / phi(half)) == "4.4"
+    assert shown(half / phi(-half)) == "4.7"
+    assert shown(half / lam(half)) == "5.3"
+    assert shown(mpmath.log(2) / lam(-half)) == "3.6"
+
+
+def test_the_units_of_a_term_from_its_log_ratio():
+    """`beta`: proved 6 and 27 for KL, measured 11 for it; 8 and 18 for JS."""
+    # What alpha = 1 and each rounding add to (q - p) - p delta, over the result; and one more.
+    x = np.linspace(0.5, 20, 2000)
+    positive = (1 + x + 2 * np.expm1(x) + 2 * x) / (np.expm1(x) - x) + 1
+    negative = (np.exp(-x) - 2 * np.expm1(-x) + x) / (np.expm1(-x) + x) + 1
+    assert max(positive.max(), negative.max()) <= 27
+    rng = np.random.default_rng(1)
+    delta = np.concatenate([rng.uniform(-0.7, 0.7, 9000), rng.uniform(-8, 8, 3000)])
+    delta = np.concatenate([delta, np.exp(rng.uniform(-12, 3, 3000))]).astype(np.float32)
+    c = _classes(delta, np.ones_like(delta))
+    true, s = delta.astype(np.longdouble), abs(delta).astype(np.longdouble)
+    smaller = np.exp(-s)
+
+    def of(f, near, apart):  # to 64 bits
+        return np.where(abs(near) < 0.5, f(np.where(abs(near) < 0.5, near, 0)), apart)
+
+    phi = of(lambda x: _nested(x, 22), true, np.expm1(true) - true)
+    truth = np.where(c.below, 1, smaller) * phi
+    error = abs(_kl_terms(c) / truth - 1) / U32
+    assert error[s < 0.5].max() <= 6
+    assert 10 < error.max() <= 11.5
+
+    def lam(x):
+        return of(lambda x: np.subtract(*_artanh_terms(x, 24)), x, x - np.log1p(x))
+
+    worst = []
+    for w in np.array([1e-6, 0.01, 0.3, 0.5, 0.7, 0.99, 1 - 1e-6], np.float32):
+        weight = np.longdouble(w)
+        of_larger = np.where(c.below, 1 - weight, weight)
+        of_smaller = 1 - of_larger
+        truth = of_larger * lam(of_smaller * np.expm1(-s))
+        truth += of_smaller * smaller * lam(of_larger * np.expm1(s))
+        error = abs(_mixture(c, w).terms / truth - 1) / U32
+        worst.append((error[s < 0.4].max(), error.max()))
+    worst = np.max(worst, axis=0)
+    assert ((worst > (6, 14)) & (worst <= (8, 18))).all()
+
+
+def test_the_edges_of_the_divergences():
+    """The limits of a class far below all others in one row."""
+    far = -(mpmath.mpf(10) ** 6)
+    w, row = mpmath.mpf(0.25), _mp((0.5, -1.0, 2.0))
+    low = [far, *row[1:]]
+    p, q = _softmax(low), _softmax(row)
+    term = p[0] * (q[0] / p[0] - 1 - mpmath.log(q[0] / p[0]))
+    _equal(term, q[0])
+    m = _mixed(p, q, w)
+    _equal(
+        -(1 - w) * p[0] * mpmath.log(m[0] / p[0]) - w * q[0] * mpmath.log(m[0] / q[0]),
+        -w * q[0] * mpmath.log(w),
+    )
+    m = _mixed(q, p, w)
+    _equal(
+        -(1 - w) * q[0] * mpmath.log(m[0] / q[0]) - w * p[0] * mpmath.log(m[0] / p[0]),
+        -(1 - w) * q[0] * mpmath.log(1 - w),
+    )
+    first, *others = _gradient(lambda t: _kl(_softmax(t), p), row)
+    assert first > 10**3
+    assert max(others) < -(10**3)
 
 
 # What the document computes in passing.
