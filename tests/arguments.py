@@ -27,6 +27,13 @@ def squared(logits, *targets):
     return jnp.sum(logits**2, axis=-1) + sum(targets)
 
 
+_two_heads = {
+    "hidden": HIDDEN,
+    "kernel": KERNEL,
+    "target_hidden": HIDDEN[:, :3],
+    "target_kernel": KERNEL[:3],
+}
+
 # What each function needs at least, by name.
 RIGHT: dict[str, dict[str, Any]] = {
     "softmax": {"x": X},
@@ -44,6 +51,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     },
     "linear_softmax_cross_entropy": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
     "linear_log_probs": {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS},
+    "linear_kl_divergence": _two_heads,
+    "linear_js_divergence": _two_heads,
     "linear_top_k": {"hidden": HIDDEN, "kernel": KERNEL, "k": 3},
     "linear_sample": {"key": KEY, "hidden": HIDDEN, "kernel": KERNEL},
     "check_labels": {"labels": LABELS, "num_classes": 16},
@@ -65,6 +74,7 @@ _classes = {"ignore_index": -100, "class_weights": BIAS + 1}
 _head = {"axis_name": None, "bias": BIAS, "chunk_size": 5, "precision": "highest"}
 _embedding = {"kernel": KERNEL.T, "transpose_kernel": True, "compute_dtype": "bfloat16"}
 _reduced = {"weights": WEIGHTS, "reduction": "mean", "denominator": 8}
+_target = {"target_bias": BIAS, "target_soft_cap": 20.0, "where": MASK[:, 0]}
 
 # Every other argument, rightly: changes to the above, each a call.
 MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
@@ -111,6 +121,19 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
         {**_head, **_transform, "with_entropy": True},
         {"labels": SEVERAL, "with_predictions": True, "where": MASK[:, 0]},
         {**_embedding, "compute_dtype": jnp.dtype(jnp.bfloat16)},
+    ],
+    "linear_kl_divergence": [
+        {**_head, **_reduced, **_transform, **_target},
+        {
+            "reduction": None,
+            "hidden": HIDDEN.astype(np.float16),
+            "kernel": KERNEL.astype(np.float16),
+        },
+        {**_embedding, "target_kernel": KERNEL[:3].T},
+    ],
+    "linear_js_divergence": [
+        {**_head, **_reduced, **_transform, **_target, "weight": np.float32(0.3)},
+        {**_embedding, "target_kernel": KERNEL[:3].T},
     ],
     "linear_top_k": [{**_head, **_transform, "k": 16}, _embedding],
     "linear_sample": [
@@ -394,6 +417,35 @@ def _compute_dtype() -> Iterator[Wrong]:
         yield Wrong("compute_dtype", value, ValueError, expected)
 
 
+def _target_head() -> Iterator[Wrong]:
+    """The head that a divergence is measured from, of width 3."""
+    yield from _floating("target_hidden")
+    said = "target_hidden must have shape [*tokens, H]; got a scalar"
+    yield Wrong("target_hidden", np.float32(1), ValueError, said)
+    said = "the tokens of target_hidden must have shape (8,), those of hidden; got"
+    for value in (HIDDEN[:3, :3], WIDE[..., :3]):
+        yield Wrong("target_hidden", value, ValueError, f"{said} {value.shape[:-1]}")
+    yield from _floating("target_kernel")
+    said = "target_kernel must have shape (3, V), with H = 3 the last axis of target_hidden; got"
+    for value in (KERNEL, BIAS, KERNEL[None], np.float32(1)):
+        yield Wrong("target_kernel", value, ValueError, f"{said} {np.shape(value)}")
+    expected = "target_kernel must have at least one class along axis 1; got shape (3, 0)"
+    yield Wrong("target_kernel", KERNEL[:3, :0], ValueError, expected)
+    expected = "the classes of target_kernel must have shape (16,), as kernel; got (15,)"
+    yield Wrong("target_kernel", KERNEL[:3, 1:], ValueError, expected)
+    transposed = {"transpose_kernel": True, "kernel": KERNEL.T}
+    expected = "target_kernel must have shape (V, 3), as it is transposed, with H = 3 the last axis"
+    expected = f"{expected} of target_hidden; got (3, 16)"
+    yield Wrong("target_kernel", KERNEL[:3], ValueError, expected, transposed)
+    yield from _floating("target_bias", optional=True)
+    said = "target_bias must have shape (16,), one number for each of the 16 classes of"
+    for value in (WEIGHTS, X, np.float32(1)):
+        expected = f"{said} target_kernel; got {np.shape(value)}"
+        yield Wrong("target_bias", value, ValueError, expected)
+    values = (0, -2, 1e-60, np.inf, np.nan)
+    yield from _in_range("target_soft_cap", "positive and finite", *values, optional=True)
+
+
 def _reduction() -> Iterator[Wrong]:
     yield from _real("weights", optional=True)
     said = "weights must have shape (8,), the tokens of hidden; got"
@@ -527,6 +579,10 @@ _of_tokens = list(_token_labels("the tokens of hidden"))
 _of_log_probs = [*_transforms(), *_flag("with_entropy"), *_flag("with_predictions"), *_axis_name()]
 _of_classes = [*_ignore_index(), *_class_weights()]
 _of_head = [*_linear(), *_of_tokens]
+_of_two_heads = [
+    *(*_linear(), *_target_head(), *_reduction()),
+    *(*_token_mask(), *_transforms(), *_axis_name()),
+]
 
 WRONG: dict[str, list[Wrong]] = {
     "softmax": [*_real("x"), *_axis(_ANY), *_mask("x"), *_class_axis_of("x")],
@@ -543,6 +599,11 @@ WRONG: dict[str, list[Wrong]] = {
         *_token_labels("the tokens of hidden", several=True),
         *_token_mask(),
         *_of_log_probs,
+    ],
+    "linear_kl_divergence": _of_two_heads,
+    "linear_js_divergence": [
+        *_of_two_heads,
+        *_in_range("weight", "between 0 and 1, and neither", 0, 1, -0.5, np.inf, np.nan),
     ],
     "linear_top_k": [*_linear(), *_transforms(), *_number_of_classes("k"), *_axis_name()],
     "linear_sample": [
