@@ -6,6 +6,7 @@ a table of the forms and what each was measured against.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -348,8 +349,31 @@ def pick(x: jax.Array, labels: jax.Array) -> jax.Array:
 def row_sums(
     terms: Callable[..., tuple[jax.Array, ...]], rows: tuple[jax.Array, ...], scalars: Any
 ) -> tuple[jax.Array, ...]:
-    """The sums over each row's classes of `terms(*rows, *scalars)`, by chunks of rows."""
+    """The sums over each row's classes of `terms(*rows, *scalars)`, by chunks of rows.
+
+    Of few classes one class at a time, elementwise over the rows: a reduction of a short axis is
+    slow.
+    """
+    classes = rows[0].shape[-1]
+    if isinstance(classes, int) and 0 < classes <= _FEW:
+        return _sums_by_class(terms, rows, scalars)
     return _in_chunks(partial(_written_sums, lambda *rows: terms(*rows, *scalars)), *rows)
+
+
+def _sums_by_class(terms, rows, scalars):
+    per_class = [a.ndim == rows[0].ndim for a in rows]
+    columns = [jnp.moveaxis(a, -1, 0)[..., None] for a in itertools.compress(rows, per_class)]
+
+    def of_class(columns):
+        left = iter(columns)
+        parts = [next(left) if flag else a for a, flag in zip(rows, per_class, strict=True)]
+        return [term[..., 0] for term in terms(*parts, *scalars)]
+
+    def add(sums, columns):
+        return [s + term for s, term in zip(sums, of_class(columns), strict=True)], None
+
+    first_class = of_class([column[0] for column in columns])
+    return tuple(lax.scan(add, first_class, [column[1:] for column in columns])[0])
 
 
 def add_by_block(

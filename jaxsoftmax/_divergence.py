@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import _checks
 from ._axes import broadcast_mask, masked, to_rows
-from ._merge import BlockSums, merge_shards
 from ._numerics import (
     accumulation_dtype,
     exp_beyond_linear,
@@ -34,9 +34,9 @@ from ._numerics import (
     two_difference,
     upcast,
 )
-from ._row_sums import row_sums, shift_and_remainder
+from ._row_sums import row_sums
 from ._rules import ON_LOGITS, Rule, in_forward_mode, instantiated, rule, scope
-from ._sharding import AxisName, in_one_sharding, sum_over
+from ._sharding import AxisName, in_one_sharding, maximum_over, sum_over
 from ._transform import Transform, as_function, as_transform, difference, transformed
 
 Axis = int | Sequence[int] | None
@@ -243,8 +243,10 @@ class _Pair(NamedTuple):
     valid: Any  # whether both rows have a log-sum-exp
     m: Any  # of z, the logits
     r: Any
+    maxima: Any  # how many classes are at m
     m_t: Any  # of t, the target
     r_t: Any
+    maxima_t: Any
     change: Any  # D = log1p(r) − log1p(r_t), without cancellation
 
 
@@ -264,43 +266,36 @@ class _Classes(NamedTuple):
 # equation (69). Far from 0 the two logarithms are far apart, and may be subtracted. D's derivative
 # is theirs in any case: what is added to D is 0.
 def _fwd(axis_name, same_cap, x, y, transform, target_transform, weight):  # noqa: PLR0917
-    of, scalars = as_function(transform)
-    of_t, scalars_t = as_function(target_transform)
-    (m, r), (m_t, r_t) = (
-        shift_and_remainder(x, None, of, *scalars),
-        shift_and_remainder(y, None, of_t, *scalars_t),
-    )
     sums_of = partial(_sums, same_cap, axis_name, x, y, transform, target_transform)
-    if axis_name is None:
-        change = _unscaled_change(sums_of, m, m_t)
-    else:
-        sums, changes = merge_shards(
-            axis_name,
-            BlockSums(jnp.stack([m, m_t]), jnp.stack([r, r_t])),
-            lambda m: jnp.stack([_unscaled_change(sums_of, *m, local=True)] * 2),
-        )
-        (m, m_t), (r, r_t), change = sums.m, sums.r, changes[0]
-    valid = jnp.isfinite(r) & jnp.isfinite(r_t)
-    m, r, m_t, r_t, change = (jnp.where(valid, s, 0) for s in (m, r, m_t, r_t, change))
+    m, m_t = _maximum(axis_name, x, transform), _maximum(axis_name, y, target_transform)
+    valid = jnp.isfinite(m) & jnp.isfinite(m_t)
+    m, m_t = (jnp.where(valid, s, 0) for s in (m, m_t))
+    zero = jnp.zeros_like(m)
+    alone = _Pair(valid, m, zero, zero, m_t, zero, zero, zero)
+    rest, maxima, rest_t, maxima_t, change = sums_of(_first_terms, alone, None)
+    r, r_t = rest + (maxima - 1), rest_t + (maxima_t - 1)
+    valid = valid & jnp.isfinite(r) & jnp.isfinite(r_t)
+    r, r_t, change = (jnp.where(valid, s, 0) for s in (r, r_t, change))
+    r = checkpoint_name(r, "jaxsoftmax.remainder")
+    r_t = checkpoint_name(r_t, "jaxsoftmax.remainder")
     relative = change / (1 + r_t)
     near = jnp.abs(relative) <= 0.5
     apart = jnp.log1p(r) - jnp.log1p(r_t)
     exact = jnp.where(near, _log1p(jnp.where(near, relative, 0)), apart)
-    pair = _Pair(valid, m, r, m_t, r_t, lax.stop_gradient(exact) + _no_value(apart))
+    change = lax.stop_gradient(exact) + _no_value(apart)
+    pair = _Pair(valid, m, r, maxima, m_t, r_t, maxima_t, change)
     (out,) = sums_of(_kl_terms if weight is None else _js_terms, pair, weight)
-    # Not `nan_where` of the sum: what is not valid may come from any class.
+    # Not by the sum: what is not valid may come from any class.
     out = out + nan_where(~valid, out.dtype)
     return out, (x, y, transform, target_transform, weight, pair, out)
 
 
-def _unscaled_change(sums_of, m, m_t, *, local=False):
-    """Σ_k e^(z − m) − e^(t − m_t), from the differences of the logits; a constant."""
-    valid = jnp.isfinite(m) & jnp.isfinite(m_t)
-    m, m_t = (lax.stop_gradient(jnp.where(valid, s, 0)) for s in (m, m_t))
-    zero = jnp.zeros_like(m)
-    pair = _Pair(valid, m, zero, m_t, zero, zero)
-    (change,) = sums_of(_change_terms, pair, None, local=local)
-    return lax.stop_gradient(change)
+def _maximum(axis_name, x, transform):
+    """The maximum of each row, a constant: what is computed from z − m does not depend on it."""
+    of, scalars = as_function(transform)
+    m = jnp.max(lax.stop_gradient(of(x, *scalars)), axis=-1)
+    m = m if axis_name is None else maximum_over(axis_name, m)
+    return checkpoint_name(m, "jaxsoftmax.shift")
 
 
 def _no_value(x):
@@ -309,26 +304,25 @@ def _no_value(x):
 
 
 def _sums(  # noqa: PLR0917
-    same_cap, axis_name, x, y, transform, target_transform, terms, pair, weight, *, local=False
+    same_cap, axis_name, x, y, transform, target_transform, terms, pair, weight
 ):
     """The sums over each row's classes of the `terms` of its classes."""
     _, scalars = as_function(transform)
     _, scalars_t = as_function(target_transform)
     known = transform, target_transform
 
-    def of_classes(x, m, y, *rest):
-        numbers, scalars = rest[: len(pair) - 1], rest[len(pair) - 1 :]
-        valid, r, m_t, r_t, change = numbers
+    def of_classes(x, m, y, valid, *rest):
+        numbers, scalars = rest[: len(pair) - 2], rest[len(pair) - 2 :]
         transform, target_transform, weight = _unflattened(known, scalars)
-        z, t, x_ = _compared(same_cap, x, y, transform, target_transform, valid)
-        row = _Pair(valid, m, r, m_t, r_t, change)
-        return terms(z, t, _classes(z, t, x_, row), row, weight)
+        row = _Pair(valid, m, *numbers)
+        z, t, c = _compared(same_cap, x, y, transform, target_transform, row)
+        return terms(z, t, c, row, weight)
 
     valid, m, *numbers = pair
     weights = () if weight is None else (weight,)
     rows = (x, m, y, valid, *numbers)
     sums = row_sums(of_classes, rows, *scalars, *scalars_t, *weights)
-    return sums if axis_name is None or local else sum_over(axis_name, sums)
+    return sums if axis_name is None else sum_over(axis_name, sums)
 
 
 def _unflattened(known, scalars):
@@ -341,25 +335,16 @@ def _unflattened(known, scalars):
     return *transforms, next(leaves, None)
 
 
-def _compared(same_cap, x, y, transform, target_transform, valid):  # noqa: PLR0917
-    """The logits z, t, and z − t as a pair of numbers that add up to it."""
-    x, y = (jnp.where(valid[..., None], a, 0) for a in (x, y))
+def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR0917
+    """The logits z, t, and everything of the classes; one at −inf in both has p = q = δ + D = 0."""
+    x, y = (jnp.where(row.valid[..., None], a, 0) for a in (x, y))
     z, t = upcast(transformed(x, transform)), upcast(transformed(y, target_transform))
-    return z, t, difference(x, y, transform, target_transform, same_cap=same_cap)
-
-
-def _classes(z, t, z_less_t, row) -> _Classes:
-    """Everything of the classes; a class at −inf in both has p = q = δ + D = 0."""
     a, b = z - row.m[..., None], t - row.m_t[..., None]
-    high, low = z_less_t
-    c_high, c_low = two_difference(row.m, row.m_t)
-    exact = lax.stop_gradient((high - c_high[..., None]) + (low - c_low[..., None]))
+    shift = [s[..., None] for s in two_difference(row.m, row.m_t)]
+    x = difference(x, y, transform, target_transform, shift, same_cap=same_cap)
     equal = a == b
-    plain = lax.stop_gradient(jnp.where(equal, 0, a) - jnp.where(equal, 0, b))
-    finite = jnp.isfinite(z) & jnp.isfinite(t)
-    x = jnp.where(finite & jnp.isfinite(exact), exact, plain)
-    # The derivative of z − t, whatever x was computed from.
-    x = x + (_no_value(jnp.where(finite, z, 0)) - _no_value(jnp.where(finite, t, 0)))
+    plain = jnp.where(equal, 0, a) - jnp.where(equal, 0, b)
+    x = jnp.where(jnp.isfinite(x) & jnp.isfinite(a) & jnp.isfinite(b), x, plain)
     log_ratio = x - row.change[..., None]
     below = log_ratio < 0
     scale, scale_t = (1 / (1 + r)[..., None] for r in (row.r, row.r_t))
@@ -367,7 +352,7 @@ def _classes(z, t, z_less_t, row) -> _Classes:
     ratio = jnp.exp(jnp.where(below, log_ratio, -log_ratio))
     smaller = larger * ratio
     p, q = jnp.where(below, larger, smaller), jnp.where(below, smaller, larger)
-    return _Classes(p, q, x, log_ratio, larger, ratio, below)
+    return z, t, _Classes(p, q, x, log_ratio, larger, ratio, below)
 
 
 def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -379,9 +364,15 @@ def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(near, c.p * (small + beyond), apart), beyond, near
 
 
-def _change_terms(z, t, c, row, weight):
-    del z, t, row, weight
-    return (_excess(c)[0],)
+# Of rows whose r are still 0: q and p are the exponentials. As (m, r) of `_numerics`, r counts all
+# but one of the maxima, and its derivative is over every class.
+def _first_terms(z, t, c, row, weight):
+    del weight
+    terms = []
+    for logits, m, e in ((z, row.m, c.q), (t, row.m_t, c.p)):
+        at_max = logits == m[..., None]
+        terms += [jnp.where(at_max, _no_value(e), e), at_max.astype(e.dtype)]
+    return (*terms, lax.stop_gradient(_excess(c)[0]))
 
 
 # p_k (e^δ − 1 − δ) = (q_k − p_k) − p_k δ_k
@@ -448,16 +439,12 @@ def _js_terms(z, t, c, row, weight):
 def _own_terms(own, z, t, c, row, weight):  # noqa: PLR0917
     p, v, at_max = own(z, t, c, row, weight)
     cost = p * v
-    return (
-        jnp.where(at_max, _no_value(cost), cost),
-        lax.stop_gradient(jnp.where(at_max, v, 0)),
-        at_max.astype(v.dtype),
-    )
+    return jnp.where(at_max, _no_value(cost), cost), lax.stop_gradient(jnp.where(at_max, v, 0))
 
 
-def _by_own(sums, r, p, v):
-    others, at_max, maxima = sums
-    reference = lax.stop_gradient(at_max / maxima)
+def _by_own(sums, r, maxima, p, v):
+    others, at_max = sums
+    reference = lax.stop_gradient(at_max / jnp.maximum(maxima, 1))
     mean = others - lax.stop_gradient((r - (maxima - 1)) / (1 + r)) * reference
     return p * (mean[..., None] - (v - reference[..., None]))
 
@@ -509,24 +496,23 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
     z, pull = jax.vjp(transformed, x, transform)
     t, pull_t = jax.vjp(transformed, y, target_transform)
     dtypes, g_ = (z.dtype, t.dtype), g[..., None]
-    z, t, less = _compared(same_cap, x, y, transform, target_transform, pair.valid)
-    c = _classes(z, t, less, pair)
+    z, t, c = _compared(same_cap, x, y, transform, target_transform, pair)
 
-    def by_own(own, r):
+    def by_own(own, r, maxima):
         sums = sums_of(partial(_own_terms, own), pair, weight)
         p, v, _ = own(z, t, c, pair, weight)
-        return _by_own(sums, r, p, v)
+        return _by_own(sums, r, maxima, p, v)
 
     d_weight = None
     if weight is None:
-        dz, dt = g_ * _excess(c)[0], g_ * by_own(_target_of_kl, pair.r_t)
+        dz, dt = g_ * _excess(c)[0], g_ * by_own(_target_of_kl, pair.r_t, pair.maxima_t)
         if infinite is not None:  # which a linear map cannot give
             sign = jnp.where(c.x == -jnp.inf, 1, -1) * jnp.sign(g_)
             unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, jnp.inf * sign)
             dt = jnp.where(infinite[..., None], lax.stop_gradient(unbounded), dt)
     else:
-        dz = g_ * weight * by_own(_logits_of_js, pair.r)
-        dt = g_ * (1 - weight) * by_own(_target_of_js, pair.r_t)
+        dz = g_ * weight * by_own(_logits_of_js, pair.r, pair.maxima)
+        dt = g_ * (1 - weight) * by_own(_target_of_js, pair.r_t, pair.maxima_t)
         (by_weight,) = sums_of(_weight_terms, pair, weight)
         d_weight = jnp.sum(g * by_weight)
     (dx, d_transform), (dy, d_target) = pull(dz.astype(dtypes[0])), pull_t(dt.astype(dtypes[1]))

@@ -558,7 +558,7 @@ def _linear_divergence(  # noqa: PLR0917
     hidden, kernel, bias = operands
     shared = {"chunk_size": chunk_size, "compute_dtype": compute_dtype}
     head = as_head(name, hidden, kernel, bias=bias, **shared, **others)
-    target, products = as_target_head(name, head, *target, compute_dtype)
+    target, products = as_target_head(name, head, *target, compute_dtype=compute_dtype)
     where = as_token_mask(name, where, head)
     transform = as_transforms(name, *transforms)
     with scope(name, OF_HEADS):

@@ -63,30 +63,33 @@ def transformed(x: jax.Array, transform: Transform) -> jax.Array:
 
 
 def difference(
-    x: jax.Array, y: jax.Array, of_x: Transform, of_y: Transform, *, same_cap: bool
-) -> tuple[jax.Array, jax.Array]:
-    """`transformed(x, of_x) − transformed(y, of_y)` as two numbers that add up to it: constants.
+    x: jax.Array,
+    y: jax.Array,
+    of_x: Transform,
+    of_y: Transform,
+    less: tuple[jax.Array, jax.Array],
+    *,
+    same_cap: bool,
+) -> jax.Array:
+    """`transformed(x, of_x) − transformed(y, of_y)`, less a constant that two numbers add up to.
 
-    Exact without options. With `same_cap`, and one temperature in any case, its relative error is a
-    few roundings, however close the two are. 0 stands for an infinity.
+    Without a soft cap only the result is rounded, and the quotient if there is a temperature, which
+    both share. With `same_cap` the difference has a relative error of a few roundings before
+    anything is subtracted from it, however small it is. 0 stands for an infinity.
     """
-    x, y = (lax.stop_gradient(jnp.where(jnp.isfinite(a), upcast(a), 0)) for a in (x, y))
-    if same_cap and of_x.soft_cap is not None:
+    x, y = (jnp.where(jnp.isfinite(a), upcast(a), 0) for a in (x, y))
+    cap, cap_y = (jax.tree.map(lambda c: c.astype(x.dtype), of.soft_cap) for of in (of_x, of_y))
+    if same_cap and cap is not None:
         # tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b)
-        cap = lax.stop_gradient(of_x.soft_cap.astype(x.dtype))
-        slope = 1 - jnp.tanh(x / cap) * jnp.tanh(y / cap)
-        high = _capped(x - y, cap) * slope
+        high = _capped(x - y, cap) * (1 - jnp.tanh(x / cap) * jnp.tanh(y / cap))
         low = jnp.zeros_like(high)
     else:
-        capped = (
-            a if of.soft_cap is None else _capped(a, lax.stop_gradient(of.soft_cap.astype(a.dtype)))
-            for a, of in ((x, of_x), (y, of_y))
-        )
-        high, low = two_difference(*capped)
-    if of_x.temperature is not None:
-        temperature = lax.stop_gradient(of_x.temperature.astype(high.dtype))
-        high, low = high / temperature, low / temperature
-    return high, low
+        x, y = (a if of is None else _capped(a, of) for a, of in ((x, cap), (y, cap_y)))
+        high, low = x - y, lax.stop_gradient(two_difference(x, y)[1])
+    if of_x.temperature is None:
+        return (high - less[0]) + (low - less[1])
+    temperature = of_x.temperature.astype(high.dtype)
+    return ((high - less[0] * temperature) + (low - less[1] * temperature)) / temperature
 
 
 def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:

@@ -148,12 +148,13 @@ class TargetHead(NamedTuple):
     bias: jax.Array | None
 
 
-def as_target_head(  # noqa: PLR0917
+def as_target_head(
     function: str,
     head: Head,
     hidden: ArrayLike,
     kernel: ArrayLike,
     bias: ArrayLike | None,
+    *,
     compute_dtype: Any,
 ) -> tuple[TargetHead, Products]:
     """Check a second head of the same tokens and classes, of any width."""

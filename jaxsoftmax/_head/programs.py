@@ -183,7 +183,7 @@ def _divergences(chunks, products, head, target, where, compared):  # noqa: PLR0
     kernel, bias, options = jax.tree.map(lambda x: varying(x, axes), (kernel, bias, compared))
 
     def loss_fn(logits, hidden, excluded=None):
-        targets = logits_of(products, sharding, hidden, kernel, bias)
+        targets: Any = logits_of(products, sharding, hidden, kernel, bias)
         losses = of_rows(logits, targets, *options, axis_name=head.axis_name)
         return losses if excluded is None else jnp.where(excluded, 0, losses)
 
