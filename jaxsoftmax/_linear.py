@@ -440,7 +440,7 @@ def linear_kl_divergence(
     Differentiable in the operands of both heads, `weights`, `temperature` and the soft caps, in
     reverse mode, to any order; forward mode over reverse works. Gradients that are not asked for
     are not computed. Those of the target's kernel and bias are rounded to their dtype in each
-    chunk, and then added in float32.
+    chunk, and then added in float32. docs/derivation.md equations (71), (74) and (75).
 
     The work and the temporary memory are those of `linear_loss` with chunks of half as many tokens,
     and one product more for the target (three, if it is differentiated).
@@ -448,8 +448,9 @@ def linear_kl_divergence(
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> hidden, kernel = jnp.ones((5, 2)), jnp.array([[0.0, 1e-4, 0.0], [0.0, 0.0, 0.0]])
-      >>> print(jaxsoftmax.linear_kl_divergence(hidden, kernel, hidden, jnp.zeros((2, 3))))
-      1.1111111e-09
+      >>> target = hidden, jnp.zeros((2, 3))
+      >>> print(f"{jaxsoftmax.linear_kl_divergence(hidden, kernel, *target):.5g}")
+      1.1111e-09
     """
     return _linear_divergence(
         "linear_kl_divergence",
@@ -525,12 +526,14 @@ def linear_js_divergence(
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Differentiable as `linear_kl_divergence`, and in `weight`.
+    Differentiable in all that `linear_kl_divergence` is, and in `weight`, in reverse mode, to any
+    order; forward mode over reverse works. docs/derivation.md equations (79) to (82).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
       >>> hidden, kernel = jnp.ones((5, 2)), jnp.array([[0.0, 1e-4], [0.0, 0.0]])
-      >>> print(jaxsoftmax.linear_js_divergence(hidden, kernel, hidden, jnp.zeros((2, 2))))
+      >>> target = hidden, jnp.zeros((2, 2))
+      >>> print(f"{jaxsoftmax.linear_js_divergence(hidden, kernel, *target):.5g}")
       3.125e-10
     """
     name = "linear_js_divergence"
