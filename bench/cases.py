@@ -37,6 +37,7 @@ class Mode(StrEnum):
     FORWARD = "forward"
     VALUE_AND_GRAD = "value-and-grad"
     TRAINING_STEP = "training-step"
+    BOTH_GRADS = "value-and-both-grads"  # of a divergence: by the target too
 
 
 class Labels(StrEnum):
@@ -54,11 +55,28 @@ class Divergence(StrEnum):
 
 
 class Op(StrEnum):
-    """What is measured: a loss of given logits, a linear head with its loss, a divergence."""
+    """What is measured: a loss or divergence of given logits, or that with its linear heads."""
 
     LOGITS = "logits"
     LINEAR = "linear"
     DIVERGENCE = "divergence"
+    LINEAR_DIVERGENCE = "linear-divergence"
+
+    @property
+    def heads(self) -> bool:
+        """Whether the logits come from linear heads."""
+        return self in (Op.LINEAR, Op.LINEAR_DIVERGENCE)
+
+    @property
+    def divergence(self) -> bool:
+        """Whether it is of two distributions."""
+        return self in (Op.DIVERGENCE, Op.LINEAR_DIVERGENCE)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """What is measured of it by default."""
+        last = Mode.BOTH_GRADS if self.divergence else Mode.TRAINING_STEP
+        return Mode.FORWARD, Mode.VALUE_AND_GRAD, last
 
 
 class Size(StrEnum):
@@ -219,12 +237,108 @@ class Head(NamedTuple):
         ]
 
 
+class TwoLogits(NamedTuple):
+    """A divergence of given logits, of those of the target."""
+
+    tokens: int
+    classes: int
+    dtype: Dtype
+    divergence: Divergence
+
+    parameters = 1  # or 2, for `Mode.BOTH_GRADS`
+
+    @property
+    def shape(self) -> str:
+        """The shape, and the divergence."""
+        return f"{self.tokens}x{self.classes} {self.divergence.upper()}"
+
+    def __str__(self) -> str:
+        """As the tables say it."""
+        return f"{self.shape} {self.dtype}"
+
+    def bytes(self, mode: Mode) -> int:
+        """The bytes that an ideal program moves; `BYTES_MODEL` says it in words."""
+        passes = {Mode.FORWARD: 2, Mode.BOTH_GRADS: 6}.get(mode, 5)
+        return passes * self.tokens * self.classes * jnp.dtype(self.dtype).itemsize
+
+    def flops(self, mode: Mode) -> int:
+        """No matrix product: never what limits."""
+        del mode
+        return 0
+
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """Draw `(logits, target_logits)`, normal numbers whose distance is normal too."""
+        rng = np.random.default_rng(0)
+
+        def draw() -> tuple[jax.Array, jax.Array]:
+            target = rng.standard_normal((self.tokens, self.classes), np.float32)
+            change = rng.standard_normal(target.shape, np.float32)
+            return jnp.asarray(target + change, self.dtype), jnp.asarray(target, self.dtype)
+
+        return _copies(draw, self.bytes(Mode.FORWARD))
+
+    def abstract_inputs(self, sharding: Sharding) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `inputs` draws, for compiling."""
+        shape = self.tokens, self.classes
+        return [jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)] * 2
+
+
+class TwoHeads(NamedTuple):
+    """A divergence of two linear heads of one width."""
+
+    tokens: int
+    hidden: int
+    classes: int
+    dtype: Dtype
+    divergence: Divergence
+
+    parameters = 2  # or 4, for `Mode.BOTH_GRADS`
+
+    @property
+    def shape(self) -> str:
+        """The shape, and the divergence."""
+        return f"{self.tokens}x{self.hidden}x{self.classes} {self.divergence.upper()}"
+
+    def __str__(self) -> str:
+        """As the tables say it."""
+        return f"{self.shape} {self.dtype}"
+
+    def bytes(self, mode: Mode) -> int:
+        """The bytes an ideal program moves; `BYTES_MODEL` says it in words."""
+        head = Head(self.tokens, self.hidden, self.classes, self.dtype).bytes(Mode.FORWARD)
+        return {Mode.FORWARD: 2, Mode.BOTH_GRADS: 4}.get(mode, 3) * head
+
+    def flops(self, mode: Mode) -> int:
+        """The operations of a product of each head, and two more of each that is differentiated."""
+        product = 2 * self.tokens * self.hidden * self.classes
+        return {Mode.FORWARD: 2, Mode.BOTH_GRADS: 6}.get(mode, 4) * product
+
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """Draw `(hidden, kernel, target_hidden, target_kernel)`, each head as `Head.inputs`."""
+        rng = np.random.default_rng(0)
+
+        def head() -> tuple[jax.Array, jax.Array]:
+            hidden = rng.standard_normal((self.tokens, self.hidden), np.float32)
+            kernel = rng.standard_normal((self.hidden, self.classes), np.float32)
+            return (
+                jnp.asarray(hidden, self.dtype),
+                jnp.asarray(kernel / math.sqrt(self.hidden), self.dtype),
+            )
+
+        return _copies(lambda: (*head(), *head()), 4 * self.bytes(Mode.FORWARD))
+
+    def abstract_inputs(self, sharding: Sharding) -> list[jax.ShapeDtypeStruct]:
+        """Describe what `inputs` draws, for compiling."""
+        shapes = (self.tokens, self.hidden), (self.hidden, self.classes)
+        return [jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding) for shape in shapes * 2]
+
+
 def several(labels: jax.Array, classes: int) -> jax.Array:
     """Labels `[tokens]` and seven more beside each: `[tokens, 8]`."""
     return (labels[:, None] + 97 * jnp.arange(8, dtype=labels.dtype)[None]) % classes
 
 
-Case = Logits | Head
+Case = Logits | Head | TwoLogits | TwoHeads
 
 
 def head_of(row: dict[str, Any]) -> Head:
@@ -239,6 +353,11 @@ BYTES_MODEL = {
     "both twice and write the logits' size once. Losses are not counted.",
     Op.LINEAR: "forward reads hidden and kernel once, the others write as much again; flops: one "
     "matrix product forward, three with gradients.",
+    Op.DIVERGENCE: "forward reads both logits once; value-and-grad reads both twice and writes the "
+    "size of one, value-and-both-grads that of both. Divergences are not counted.",
+    Op.LINEAR_DIVERGENCE: "forward reads hidden and kernel of both heads once, value-and-grad "
+    "writes those of one, value-and-both-grads of both; flops: a matrix product of each head "
+    "forward, two more of each that is differentiated.",
 }
 
 SHAPES = ((4096, 32000), (4096, 50257), (512, 256000), (65536, 1000), (16384, 10))
@@ -248,6 +367,21 @@ HEADS = (
     Head(2048, 768, 32768, Dtype.FLOAT32),
     Head(2048, 768, 50257, Dtype.FLOAT32),
     Head(2048, 512, 131072, Dtype.BFLOAT16),
+)
+DIVERGENCES = tuple(
+    TwoLogits(*shape, dtype, divergence)
+    for divergence in Divergence
+    for shape in ((4096, 32000), (65536, 1000), (16384, 10), (1024, 10))
+    for dtype in DTYPES
+)
+TWO_HEADS = tuple(
+    TwoHeads(*shape, divergence)
+    for divergence in Divergence
+    for shape in (
+        (4096, 256, 32768, Dtype.FLOAT32),
+        (2048, 768, 32768, Dtype.FLOAT32),
+        (2048, 512, 65536, Dtype.BFLOAT16),
+    )
 )
 
 
@@ -288,7 +422,7 @@ def choose(
                 case._replace(dtype=dtype) for case in scaled for dtype in dtypes or (case.dtype,)
             )
         )
-    heads = isinstance(default[0], Head)
+    heads = isinstance(default[0], Head | TwoHeads)
     if hidden and not heads:
         raise typer.BadParameter("logits have no width", param_hint="--hidden")
     if not (vocab or models):
@@ -310,9 +444,12 @@ def choose(
         for classes, own in shapes
         for width in hidden or [own]
     ]
-    combined = itertools.product(tokens or [size.tokens(TOKENS)], fields, dtypes or DTYPES)
+    kinds = [default[0]]  # of a divergence: one of each
+    if isinstance(default[0], TwoLogits | TwoHeads):
+        kinds = [default[0]._replace(divergence=divergence) for divergence in Divergence]
+    combined = itertools.product(kinds, tokens or [size.tokens(TOKENS)], fields, dtypes or DTYPES)
     chosen = (
-        default[0]._replace(tokens=count, dtype=dtype, **shape) for count, shape, dtype in combined
+        kind._replace(tokens=count, dtype=dtype, **shape) for kind, count, shape, dtype in combined
     )
     return list(dict.fromkeys(chosen))
 

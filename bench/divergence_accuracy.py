@@ -196,7 +196,7 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
         f"{TRUTH}, and the median where it differs. {_drawn(section)}, then both rounded to the "
         f"dtype. {_meaning(section)} –: equal logits, or the truth is below the smallest normal "
         "number of the dtype.",
-        f"{_explained(section)} JS of others: the mean of their divergences to the mixture.",
+        f"{_explained(section)} {contenders.MIXTURE}",
         tables.origin(section),
     )
     return [*found[:-1], found[-1]._replace(notes=notes)]
@@ -260,7 +260,7 @@ def _meaning(section: dict[str, Any]) -> str:
 
 def _explained(section: dict[str, Any]) -> str:
     names = (one["name"] for one in section["series"])
-    return contenders.explain(names, contenders.NOTES_OF_DIVERGENCES)
+    return contenders.explain(names, Op.DIVERGENCE)
 
 
 def figure(section: dict[str, Any]) -> Figure:

@@ -44,6 +44,8 @@ SPEED_OF_LLAMA = "speed --dtype bfloat16 --model llama-3"
 MEMORY_BY_MODEL = "memory --target v5e --tokens 8192 --hidden 2304 --dtype bfloat16 --model all"
 ON_TPUS = f"speed {' '.join(f'--target {target}' for target in cycles.CHIPS)}"
 HEADS_ON_TPUS = f"speed --op linear{ON_TPUS.removeprefix('speed')}"
+DIVERGENCES_ON_TPUS = f"speed --op divergence{ON_TPUS.removeprefix('speed')}"
+TWO_HEADS_ON_TPUS = f"speed --op linear-divergence{ON_TPUS.removeprefix('speed')}"
 ESTIMATES = {op: targets.KEY.format(op) for op in Op}
 
 # A document's blocks by command: the section of a results file, and the function that lays it out.
@@ -78,6 +80,10 @@ DOCUMENTS: dict[Path, Blocks] = {
         SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
         SPEED_OF_MODELS: (SPEED_OF_MODELS, speed_tables.details),
         SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_docs),
+        "speed --op divergence": ("speed/divergence", speed_tables.of_divergences),
+        "speed --op linear-divergence": ("speed/linear-divergence", speed_tables.of_divergences),
+        DIVERGENCES_ON_TPUS: (ESTIMATES[Op.DIVERGENCE], targets.in_docs),
+        TWO_HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR_DIVERGENCE], targets.in_docs),
         HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_docs),
         ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
         "speed --calibrate": (calibration.KEY, calibration.in_docs),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench speed`: time of softmax cross-entropy, on logits or with its linear head."""
+"""`python -m bench speed`: time of losses and divergences, on logits or with linear heads."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,10 +23,12 @@ from bench import (
 )
 from bench import targets as by_target
 from bench.cases import (
+    DIVERGENCES,
     DTYPES,
     HEADS,
     LEAD,
     SHAPES,
+    TWO_HEADS,
     Case,
     Head,
     Labels,
@@ -34,6 +36,8 @@ from bench.cases import (
     Mode,
     Op,
     Size,
+    TwoHeads,
+    TwoLogits,
     choose,
     with_ignored,
 )
@@ -46,7 +50,11 @@ def command(
     context: typer.Context,
     *,
     op: Annotated[
-        Op, typer.Option(help="Losses of given logits, or linear heads with their loss.")
+        Op,
+        typer.Option(
+            help="Losses of given logits, or linear heads with their loss; KL and JS of given "
+            "logits, or of two linear heads."
+        ),
     ] = Op.LOGITS,
     labels: Annotated[
         Labels,
@@ -69,7 +77,12 @@ def command(
     size: options.TheSize = Size.REGULAR,
     modes: Annotated[
         list[Mode] | None,
-        typer.Option("--mode", help="What to compute; repeatable.", show_default="all"),
+        typer.Option(
+            "--mode",
+            help="What to compute; repeatable. The training-step is of losses, and "
+            "value-and-both-grads of divergences.",
+            show_default="all",
+        ),
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds a case.", show_default="by --size")
@@ -120,7 +133,7 @@ def command(
     ] = None,
     output: options.Output = results.DEFAULT,
 ) -> None:
-    """Time the losses on logits, or the linear heads: ours and the others'.
+    """Time losses or divergences on logits, or with linear heads: ours and the others'.
 
     Every contender is compiled ahead, warmed up, and timed once a round in random order; the
     tables show medians and quartiles. Options that are repeated are all combined; without any, the
@@ -129,6 +142,8 @@ def command(
     environment.use(device)
     integer = labels is Labels.INTEGER
     _check_labels(op, confident=confident, integer=integer)
+    if not {*(modes or ())} <= {*op.modes}:
+        raise typer.BadParameter(f"expected {', '.join(op.modes)}", param_hint="--mode")
     given = options.given(context)
     if calibrate:
         if not given.keys() <= {"calibrate", "target"}:
@@ -152,13 +167,21 @@ def command(
     if ignored:
         _check_with_ignored(op, alone=not (modes or profile or detail))
     path = results.destination(output, by_target.FILE if targets else None)
-    default = HEADS if op is Op.LINEAR else logits(labels, confident=confident)
-    if ignored:
-        default = HEADS[:1]
-    elif targets:
-        default = by_target.HEADS if op is Op.LINEAR else by_target.LOGITS
+    here = {
+        Op.LOGITS: logits(labels, confident=confident),
+        Op.LINEAR: HEADS[:1] if ignored else HEADS,
+        Op.DIVERGENCE: DIVERGENCES,
+        Op.LINEAR_DIVERGENCE: TWO_HEADS,
+    }
+    default = by_target.CASES if targets and not ignored else here
     cases = choose(
-        default, tokens=tokens, hidden=hidden, vocab=vocab, dtypes=dtypes, models=models, size=size
+        default[op],
+        tokens=tokens,
+        hidden=hidden,
+        vocab=vocab,
+        dtypes=dtypes,
+        models=models,
+        size=size,
     )
     if ignored:
         section = (
@@ -178,21 +201,20 @@ def command(
         results.keep(path, section, by_target.KEY.format(op) if complete else None)
         return
     section = measure(
-        cases, modes or list(Mode), repeats=repeats, seconds=size.seconds, profile=profile
+        cases, modes or op.modes, repeats=repeats, seconds=size.seconds, profile=profile
     )
     section["command"] = results.command_line("speed", given)
     tables.show(*speed_tables.in_terminal(section))
     complete = given.keys() <= {"op", "labels", "confident"}
-    kind = op if op is Op.LINEAR else "confident" if confident else labels
+    kind = op if op is not Op.LOGITS else "confident" if confident else labels
     results.keep(path, section, f"speed/{kind}" if complete else None)
 
 
 def _check_labels(op: Op, *, confident: bool, integer: bool) -> None:
-    if op is Op.DIVERGENCE:
-        raise typer.BadParameter("expected logits or linear", param_hint="--op")
-    if op is Op.LINEAR and not integer:
-        raise typer.BadParameter("--op linear takes integer labels", param_hint="--labels")
-    if confident and (op is Op.LINEAR or not integer):
+    if op is not Op.LOGITS and not integer:
+        takes = "no labels" if op.divergence else "integer labels"
+        raise typer.BadParameter(f"--op {op} takes {takes}", param_hint="--labels")
+    if confident and (op is not Op.LOGITS or not integer):
         raise typer.BadParameter(
             "expected logits and integer labels with it", param_hint="--confident"
         )
@@ -227,7 +249,7 @@ def measure(
     """Time every contender on every case.
 
     Args:
-        cases: all logits, or all heads.
+        cases: all of one kind.
         modes: what to compute.
         repeats: rounds a case and mode; None for as many as fit in `seconds`.
         seconds: time for a case and mode when `repeats` is None.
@@ -236,18 +258,8 @@ def measure(
     Returns:
         A section of the results file.
     """
-    first, dtypes = cases[0], dict.fromkeys(case.dtype for case in cases)
-    if isinstance(first, Logits):
-        entries = contenders.LOGITS[first.labels] + contenders.TORCH_LOGITS[first.labels]
-        what = {
-            "op": Op.LOGITS.value,
-            "labels": first.labels.value,
-            "confident": first.confident,
-        }
-    else:
-        entries = contenders.HEAD + contenders.OPTIONS + contenders.CHOICES
-        what = {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}
-    found = {dtype: contenders.load(entries, dtype) for dtype in dtypes}
+    dtypes = dict.fromkeys(case.dtype for case in cases)
+    found = {case: contenders.load(_entries(case), case.dtype) for case in cases}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
 
     timed = []
@@ -262,9 +274,7 @@ def measure(
                 words = f"{case} {mode}"
                 now(words)
                 call = timing.caller(rotation, donated=_donated(case, mode))
-                ready = _prepare(
-                    case, mode, found[case.dtype][0], rotation[0], call, left_out=left_out
-                )
+                ready = _prepare(case, mode, found[case][0], rotation[0], call, left_out=left_out)
                 programs = {name: one.program for name, one in ready.items()}
                 timings = timing.interleave(programs, call, rounds=repeats, seconds=seconds)
                 timed.append(_row(case, mode, ready, timings, roofs))
@@ -276,12 +286,35 @@ def measure(
     tables.say(*left_out)
     return {
         "environment": environment.describe(),
-        **what,
+        **_what(cases[0]),
         "roofs": roofs,
         "left_out": left_out,
         "cases": timed,
         "geometric_means": compare(timed),
     }
+
+
+def _entries(case: Case) -> tuple[contenders.Entry, ...]:
+    match case:
+        case Logits():
+            return contenders.LOGITS[case.labels] + contenders.TORCH_LOGITS[case.labels]
+        case TwoLogits(divergence=divergence):
+            return contenders.DIVERGENCES[divergence] + contenders.TORCH_DIVERGENCES[divergence]
+        case TwoHeads(divergence=divergence):
+            return contenders.HEAD_DIVERGENCES[divergence]
+    return contenders.HEAD + contenders.OPTIONS + contenders.CHOICES
+
+
+def _what(case: Case) -> dict[str, Any]:
+    match case:
+        case Logits():
+            labels = {"labels": case.labels.value, "confident": case.confident}
+            return {"op": Op.LOGITS.value, **labels}
+        case TwoLogits():
+            return {"op": Op.DIVERGENCE.value}
+        case TwoHeads():
+            return {"op": Op.LINEAR_DIVERGENCE.value}
+    return {"op": Op.LINEAR.value, "labels": Labels.INTEGER.value}
 
 
 def measure_ignored(
@@ -428,6 +461,7 @@ def _row(
         "tokens": case.tokens,
         "classes": case.classes,
         "hidden": getattr(case, "hidden", None),
+        "divergence": getattr(case, "divergence", None),
         "dtype": case.dtype.value,
         "mode": mode.value,
         "bytes": nbytes,
@@ -455,22 +489,26 @@ def _trace(folder: Path, ready: dict[str, Ready], call: Callable[[timing.Program
 
 
 def compare(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Average over the shapes our time divided by each contender's, for each dtype and mode."""
-    ratios: dict[tuple[str, str, str], dict[str, float]] = {}
+    """Average over the shapes our time divided by each contender's, for each dtype and mode.
+
+    And for each divergence, if there are.
+    """
+    ratios: dict[tuple[str, str, str, str | None], dict[str, float]] = {}
     for case in cases:
         for row in case["contenders"]:
             if row["name"] != contenders.OURS:
-                key = case["dtype"], case["mode"], row["name"]
+                key = case["dtype"], case["mode"], row["name"], case.get("divergence")
                 ratios.setdefault(key, {})[case["shape"]] = row["ratio"]
     return [
         {
             "dtype": dtype,
             "mode": mode,
             "contender": name,
+            "divergence": divergence,
             "ratio": geometric_mean(by_shape.values()),
             "best": min(by_shape.values()),
             "worst": max(by_shape.values()),
             "worst_shape": max(by_shape, key=lambda shape: by_shape[shape]),
         }
-        for (dtype, mode, name), by_shape in ratios.items()
+        for (dtype, mode, name, divergence), by_shape in ratios.items()
     ]

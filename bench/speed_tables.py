@@ -16,7 +16,7 @@ IN_README = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
 
 def in_terminal(section: dict[str, Any]) -> list[Table]:
     """Lay out everything: one table per dtype and mode, then the geometric means."""
-    head = section["op"] == Op.LINEAR
+    head = Op(section["op"]).heads
     rate = "GFLOP/s" if head else "GB/s"
     headings = [
         *("head" if head else "logits", "who"),
@@ -39,7 +39,7 @@ def in_terminal(section: dict[str, Any]) -> list[Table]:
         f"{rate}: what must be done at least, over the time. {_model(section)}",
         timing.roofs_in_words(section["roofs"]),
         "temp MB: what the compiled program allocates beyond its arguments and results.",
-        contenders.explain(contenders.names(section["cases"])),
+        _explained(section),
         tables.origin(section),
     )
     return [*found[:-1], found[-1]._replace(notes=notes)]
@@ -64,7 +64,10 @@ def _everything(case: dict[str, Any]) -> Iterator[list[str]]:
 def _summary(section: dict[str, Any]) -> Table:
     rows = [
         [
-            *(row[key] for key in ("dtype", "mode", "contender")),
+            *(row[key] for key in ("dtype", "mode")),
+            f"{row['contender']}, {row['divergence'].upper()}"
+            if row.get("divergence")
+            else row["contender"],
             *(f"{row[key]:.2f}" for key in ("ratio", "best", "worst")),
             row["worst_shape"],
         ]
@@ -195,6 +198,38 @@ def details(section: dict[str, Any]) -> list[Table]:
     return [Table([kind, "by", *(f"{mode}, ms" for mode in modes)], rows, notes)]
 
 
+def of_divergences(section: dict[str, Any]) -> list[Table]:
+    """Lay divergences out for docs/benchmarks.md: time, that over optax's, temporary memory."""
+    modes = list(dict.fromkeys(case["mode"] for case in section["cases"]))
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for case in section["cases"]:
+        of_case = found.setdefault(f"{case['shape']} {case['dtype']}", {})
+        base = {row["name"]: row["median_s"] for row in case["contenders"]}.get(BASELINE)
+        for row in case["contenders"]:
+            parts = [
+                f"{milliseconds(row['median_s'])} ± {_spread(row)}",
+                f"{row['median_s'] / base:.2f}" if base else "",
+                f"{tables.megabytes(row['temp_bytes'])} MB" if row["temp_bytes"] else "",
+            ]
+            cell = ", ".join(filter(None, parts))
+            of_case.setdefault(row["name"], {})[case["mode"]] = cell
+    rows = [
+        [shape if name == next(iter(of_case)) else "", name, *(cells.get(m, "–") for m in modes)]
+        for shape, of_case in found.items()
+        for name, cells in of_case.items()
+    ]
+    notes = (
+        "Each cell: the median in ms, the quartile farther from it, the median over that of "
+        f"{BASELINE}, temporary memory if any. value-and-grad is by the logits"
+        f"{' (by hidden and kernel of the first head)' if Op(section['op']).heads else ''}, "
+        "value-and-both-grads by the target too.",
+        f"{_explained(section)} {contenders.MIXTURE}",
+        tables.origin(section),
+    )
+    kind = "heads" if Op(section["op"]).heads else "logits"
+    return [Table([kind, "by", *(f"{mode}, ms" for mode in modes)], rows, notes)]
+
+
 def figure(section: dict[str, Any]) -> Figure:
     """Draw heads' time of value and gradient against the number of classes."""
     return figures.against_vocabulary(
@@ -208,13 +243,20 @@ def figure(section: dict[str, Any]) -> Figure:
     )
 
 
+def _explained(section: dict[str, Any]) -> str:
+    return contenders.explain(contenders.names(section["cases"]), Op(section["op"]))
+
+
 def _model(section: dict[str, Any]) -> str:
-    head = section["op"] == Op.LINEAR
-    return "Bytes: " + BYTES_MODEL[Op.LINEAR if head else Labels(section["labels"])]
+    op = Op(section["op"])
+    return "Bytes: " + BYTES_MODEL[Labels(section["labels"]) if op is Op.LOGITS else op]
 
 
 def _what(section: dict[str, Any]) -> str:
-    if section["op"] == Op.LINEAR:
+    op = Op(section["op"])
+    if op.divergence:
+        return "divergence of two linear heads" if op.heads else "divergence of logits"
+    if op.heads:
         return "linear head"
     return f"{section['labels']} labels" + (", confident" if section["confident"] else "")
 

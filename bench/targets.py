@@ -10,13 +10,29 @@ from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
 
 from bench import contenders, cycles, environment, figures, tables, timing
-from bench.cases import Case, Dtype, Head, Labels, Logits, Mode, Op
+from bench.cases import (
+    Case,
+    Divergence,
+    Dtype,
+    Head,
+    Labels,
+    Logits,
+    Mode,
+    Op,
+    TwoHeads,
+    TwoLogits,
+)
 from bench.tables import Table
 
 FILE = "tpus-estimated"
 KEY = "cycles/{}"  # of this file, by op
 MODES = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
-COMPLETE = {Op.LOGITS: MODES, Op.LINEAR: MODES[1:]}  # what is compiled by default
+COMPLETE = {  # what is compiled by default
+    Op.LOGITS: MODES,
+    Op.LINEAR: MODES[1:],
+    Op.DIVERGENCE: Op.DIVERGENCE.modes,
+    Op.LINEAR_DIVERGENCE: Op.LINEAR_DIVERGENCE.modes[1:],
+}
 LOGITS = (
     Logits(8192, 50304, Dtype.FLOAT32),
     Logits(8192, 50304, Dtype.BFLOAT16),
@@ -30,6 +46,27 @@ HEADS = (
     Head(16384, 1152, 262144, Dtype.BFLOAT16),
     Head(2048, 1024, 32768, Dtype.BFLOAT16),
 )
+DIVERGENCES = tuple(
+    TwoLogits(*shape, divergence)
+    for divergence in Divergence
+    for shape in (
+        (8192, 50304, Dtype.FLOAT32),
+        (8192, 50304, Dtype.BFLOAT16),
+        (65536, 1000, Dtype.FLOAT32),
+    )
+)
+TWO_HEADS = (
+    TwoHeads(4096, 4096, 128256, Dtype.BFLOAT16, Divergence.KL),
+    TwoHeads(4096, 2880, 201088, Dtype.BFLOAT16, Divergence.KL),
+    TwoHeads(2048, 1024, 32768, Dtype.BFLOAT16, Divergence.KL),
+    TwoHeads(2048, 1024, 32768, Dtype.BFLOAT16, Divergence.JS),
+)
+CASES = {
+    Op.LOGITS: LOGITS,
+    Op.LINEAR: HEADS,
+    Op.DIVERGENCE: DIVERGENCES,
+    Op.LINEAR_DIVERGENCE: TWO_HEADS,
+}
 FLOOR = {"color": figures.FAINT, "marker": "*"}  # in the figure: the three products
 SHOWN = 8  # instructions of a program
 ESTIMATE = (
@@ -48,7 +85,7 @@ def measure(
     """Compile every JAX contender for every case and target: a section of the results file.
 
     Args:
-        cases: all logits, or all heads.
+        cases: all of one kind.
         modes: what to compute.
         targets: of `cycles.CHIPS`.
         detail: also keep the costliest instructions.
@@ -56,10 +93,7 @@ def measure(
     Raises:
         typer.BadParameter: there is no compiler for a target.
     """
-    head = isinstance(cases[0], Head)
-    of_heads = contenders.HEAD + contenders.VARIANTS
-    entries = of_heads if head else contenders.LOGITS[Labels.INTEGER]
-    found = {case.dtype: contenders.load(entries, case.dtype) for case in cases}
+    found = {case: contenders.load(_entries(case)[1], case.dtype) for case in cases}
     left_out = list(dict.fromkeys(line for _, lines in found.values() for line in lines))
     measured = []
     with tables.progress(len(targets) * len(cases) * len(modes)) as now:
@@ -71,7 +105,7 @@ def measure(
                     now(f"{target}: {case} {mode}")
                     rows = [
                         _compile(one, case, mode, device, chip)[0]
-                        for one in found[case.dtype][0]
+                        for one in found[case][0]
                         if one.entry.jax and not (one.entry.whole and mode is Mode.FORWARD)
                     ]
                     if not detail:
@@ -82,13 +116,23 @@ def measure(
                     measured.append({**fields, "at_peak": at_peak or None, "contenders": rows})
                     now(done=1)
     tables.say(*left_out)
-    op = Op.LINEAR if head else Op.LOGITS
     return {
         "environment": environment.describe(runs=False),
-        "op": op.value,
+        "op": _entries(cases[0])[0].value,
         "left_out": left_out,
         "cases": measured,
     }
+
+
+def _entries(case: Case) -> tuple[Op, tuple[contenders.Entry, ...]]:
+    match case:
+        case Logits():
+            return Op.LOGITS, contenders.LOGITS[Labels.INTEGER]
+        case TwoLogits(divergence=divergence):
+            return Op.DIVERGENCE, contenders.DIVERGENCES[divergence]
+        case TwoHeads(divergence=divergence):
+            return Op.LINEAR_DIVERGENCE, contenders.HEAD_DIVERGENCES[divergence]
+    return Op.LINEAR, contenders.HEAD + contenders.VARIANTS
 
 
 def _compile(
@@ -179,7 +223,7 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     found = []
     for (target, mode), cases in groups.items():
         rows = tables.by_contender(cases, _cell)
-        if section["op"] == Op.LINEAR:
+        if Op(section["op"]).heads:
             peak = [_ratio(case["at_peak"], _baseline(case)) for case in cases]
             rows.append([f"the products at {target}'s peak", *peak])
         headings = [f"{target}, {mode}", *(f"{case['shape']} {case['dtype']}" for case in cases)]
@@ -187,7 +231,8 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     notes = (
         f"Each cell: cycles over those of optax, temporary MB. {ESTIMATE}",
         _not_counted(row for case in section["cases"] for row in case["contenders"]),
-        contenders.explain(contenders.names(section["cases"])),
+        contenders.explain(contenders.names(section["cases"]), Op(section["op"])),
+        contenders.MIXTURE if Op(section["op"]).divergence else "",
         tables.origin(section),
     )
     return [*found[:-1], found[-1]._replace(notes=notes)]

@@ -44,7 +44,20 @@ from bench import (
     timing,
 )
 from bench.__main__ import COMMANDS, app
-from bench.cases import Case, Divergence, Dtype, Head, Labels, Logits, Mode, Op, Size, choose
+from bench.cases import (
+    Case,
+    Divergence,
+    Dtype,
+    Head,
+    Labels,
+    Logits,
+    Mode,
+    Op,
+    Size,
+    TwoHeads,
+    TwoLogits,
+    choose,
+)
 from bench.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,6 +424,13 @@ WRONG = {
     "accuracy --op divergence --labels dense": "expected --delta with --op divergence",
     "accuracy --delta 1": "expected --op divergence with it",
     "speed --op linear --labels dense": "takes integer labels",
+    "speed --op divergence --labels dense": "takes no labels",
+    "speed --op divergence --confident": "expected logits and integer labels with it",
+    "speed --op divergence --mode training-step": "expected forward, value-and-grad, value-and-bo",
+    "speed --mode value-and-both-grads": "expected forward, value-and-grad, training-step",
+    "speed --op divergence --hidden 8 --vocab 9": "logits have no width",
+    "speed --op linear-divergence --vocab 9": "expected --hidden with --vocab",
+    "speed --op linear-divergence --ignored 0.5": "expected --op linear with it",
     "speed --op linear --confident": "expected logits and integer labels with it",
     "speed --ignored 0.5": "expected --op linear with it",
     "speed --op linear --ignored 1.5": "'--ignored': .*(0<=x<=1|less than or equal to 1)",
@@ -453,6 +473,8 @@ def test_options_are_combined():
     assert choose(cases.HEADS, **given) == [Head(n, 4, v, half) for n in (8, 9) for v in (50257, 5)]
     by_size = choose(cases.HEADS, models=["gpt-2"], size=Size.FAST)
     assert by_size == [Head(256, 768, 50257, dtype) for dtype in cases.DTYPES]
+    both = choose(cases.DIVERGENCES, tokens=[8], vocab=[5], dtypes=[half])
+    assert both == [TwoLogits(8, 5, half, divergence) for divergence in Divergence]
     by_model = choose(speed.logits(Labels.DENSE), tokens=[3], models=["all"], dtypes=[half])
     every = 32000, 50257, 128256, 151936, 201088, 256000, 262144
     assert by_model == [Logits(3, v, half, Labels.DENSE) for v in every]
@@ -536,7 +558,7 @@ def assert_all_agree(
 @pytest.mark.parametrize(
     ("dtype", "rtol", "atol"), [(FLOAT32, 1e-5, 1e-7), (BFLOAT16, 0.05, 1e-3)], ids=cases.DTYPES
 )
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", Op.LOGITS.modes)
 def test_contenders_compute_the_same(labels, dtype, rtol, atol, mode):
     case = Logits(6, 37, dtype, labels)
     assert assert_all_agree(case, contenders.LOGITS[labels], mode, rtol, atol) == []
@@ -546,6 +568,57 @@ def test_the_heads_of_all_contenders_agree():
     by_jax = [entry for entry in contenders.HEAD if entry.jax and not entry.whole]
     optax_first = sorted(by_jax, key=lambda entry: entry.name != "optax")
     assert_all_agree(Head(6, 5, 37, FLOAT32), optax_first, Mode.VALUE_AND_GRAD, 2e-4, 1e-6)
+
+
+@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("mode", Op.LINEAR_DIVERGENCE.modes)
+def test_divergences_of_all_contenders_agree(divergence, mode):
+    """Value and gradients, of logits and of heads, where δ is of size 1."""
+    logits, heads = (
+        TwoLogits(6, 37, FLOAT32, divergence),
+        TwoHeads(6, 5, 37, FLOAT32, divergence),
+    )
+    of_logits = contenders.DIVERGENCES[divergence] + contenders.TORCH_DIVERGENCES[divergence]
+    for case, entries in ((logits, of_logits), (heads, contenders.HEAD_DIVERGENCES[divergence])):
+        left_out = assert_all_agree(case, entries, mode, 2e-4, 1e-6)
+        assert not [line for line in left_out if "torch" not in line]
+        one = contenders.load(entries[:1], FLOAT32)[0][0]
+        got = contenders.program(one, mode, case.parameters)(*case.inputs()[0])
+        differentiated = {Mode.FORWARD: 0, Mode.BOTH_GRADS: 2}.get(mode, 1) * case.parameters
+        assert len(jax.tree.leaves(got)) == 1 + differentiated
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("divergence", ""), ("linear-divergence", " --hidden 3")],
+    ids=["logits", "heads"],
+)
+def test_divergences_are_timed_in_every_mode(bench, tmp_path, op, shape):
+    """Both of them, and where they are laid out."""
+    chosen = f"--op {op} --tokens 4{shape} --vocab 9 --dtype float32 --repeats 1"
+    done = bench(f"speed {chosen}", without=["torch"])
+    ((key, section),) = sections_in(tmp_path / results.DEFAULT).items()
+    assert (key, section["op"]) == (f"speed {chosen}", op)
+    size = "4x3x9" if shape else "4x9"
+    found = [(case["shape"], case["divergence"], case["mode"]) for case in section["cases"]]
+    modes = "forward", "value-and-grad", "value-and-both-grads"
+    assert found == [(f"{size} {d.upper()}", d, mode) for d in ("kl", "js") for mode in modes]
+    for case in section["cases"]:
+        assert names_of(case)[:2] == ["jaxsoftmax", "optax"]
+        assert case["bytes"] > 0
+    assert "divergence of " in done.stdout
+    (table,) = speed_tables.of_divergences(section)
+    assert table.headings[2:] == [f"{mode}, ms" for mode in modes]
+    first = {row["name"]: row for row in section["cases"][0]["contenders"]}
+    ours, optax = first["jaxsoftmax"], first["optax"]
+    assert table.rows[0][:2] == [f"{size} KL float32", "jaxsoftmax"]
+    assert f", {ours['median_s'] / optax['median_s']:.2f}" in table.rows[0][2]
+    assert ", 1.00" in table.rows[1][2]
+    means = {
+        (one["mode"], one["contender"], one["divergence"]): one["ratio"]
+        for one in section["geometric_means"]
+    }
+    assert means["forward", "optax", "kl"] == pytest.approx(ours["median_s"] / optax["median_s"])
 
 
 def test_the_heads_that_ignore_tokens_compute_what_the_others_compute():
@@ -566,7 +639,7 @@ def test_the_heads_that_ignore_tokens_compute_what_the_others_compute():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it compiles
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", Op.LOGITS.modes)
 def test_torch_computes_the_same(mode):
     pytest.importorskip("torch")
     heads = tuple(entry for entry in contenders.HEAD if not entry.jax)
@@ -605,6 +678,12 @@ def test_what_counts_as_bytes_and_operations():
     head, forward = Head(8, 4, 16, FLOAT32), Mode.FORWARD
     assert head.flops(Mode.VALUE_AND_GRAD) == 3 * head.flops(forward) == 3 * 2 * 8 * 4 * 16
     assert head.bytes(Mode.VALUE_AND_GRAD) == 2 * head.bytes(forward) == 2 * 4 * 4 * (8 + 16)
+    two = TwoLogits(8, 16, BFLOAT16, Divergence.KL)
+    modes = Op.DIVERGENCE.modes
+    assert [two.bytes(mode) // size for mode in modes] == [2, 5, 6]
+    heads = TwoHeads(8, 4, 16, FLOAT32, Divergence.JS)
+    assert [heads.flops(mode) // head.flops(forward) for mode in modes] == [2, 4, 6]
+    assert [heads.bytes(mode) // head.bytes(forward) for mode in modes] == [2, 3, 4]
 
 
 def test_every_call_runs_twice_a_round_in_changing_order_on_fresh_inputs():
@@ -1069,6 +1148,15 @@ def test_the_tables_of_estimates(sections):
     assert table.rows[-1] == ["the products at v6e's peak", "0.25", "1 Mcycles"]
     (short,) = targets.in_readme(section)
     assert short.rows[0] == ["jaxsoftmax", "0.75", "0.75", "2 to 9"]
+
+    of_heads = TwoHeads(4, 3, 5, BFLOAT16, Divergence.KL)
+    of_logits = TwoLogits(4, 5, BFLOAT16, Divergence.JS)
+    for op, case in ((Op.LINEAR_DIVERGENCE, of_heads), (Op.DIVERGENCE, of_logits)):
+        *_, table = targets.in_docs(estimated(op, case) | {"command": "python -m bench"})
+        assert table.headings == ["v6e, value-and-grad", f"{case}"]
+        assert table.rows[0] == ["jaxsoftmax", "0.75, 2 MB"]
+        assert (table.rows[-1][0] == "the products at v6e's peak") == op.heads
+        assert contenders.MIXTURE in table.notes
 
     ours["costs"] = [{"cycles": 3e6, "times": 7, "operation": "a", "result": "b", "source": "c"}]
     (detail,) = targets.details({"cases": [larger | {"contenders": [ours]}]})

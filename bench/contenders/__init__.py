@@ -3,14 +3,14 @@
 
 A function of `LOGITS` takes `(logits, labels)` and returns one loss per row; one of `DIVERGENCES`
 takes `(logits, target_logits)`; one of `HEAD` takes `(hidden, kernel, labels)` and returns the mean
-loss. Its module imports its package at the top, so
-a package that is not installed is noticed when the module is loaded, and only then. What JAX cannot
-compile comes from a module with functions of its own in place of `bench.cases.program` and
-`bench.cases.losses_and_gradients`.
+loss, one of `HEAD_DIVERGENCES` takes `(hidden, kernel, target_hidden, target_kernel)`. Its
+module imports its package at the top, so a package that is not installed is noticed when the module
+is loaded, and only then. What JAX cannot compile comes from a module with functions of its own in
+place of `bench.cases.program` and `bench.cases.losses_and_gradients`.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from bench import cases
-from bench.cases import Divergence, Dtype, Labels, Mode
+from bench.cases import Divergence, Dtype, Labels, Mode, Op
 
 OURS = "jaxsoftmax"
 BASELINE = "optax"
@@ -95,6 +95,15 @@ DIVERGENCES = {
         Entry(BASELINE, "with_optax", "js_divergence"),
         Entry("jax.nn", "with_jax_nn", "js_divergence"),
     ),
+}
+
+HEAD_DIVERGENCES = {
+    divergence: (
+        Entry(OURS, "ours", f"head_{divergence}"),
+        Entry(BASELINE, "with_optax", f"head_{divergence}"),
+        Entry("optax, checkpointed chunks", "with_optax", f"head_{divergence}_in_chunks"),
+    )
+    for divergence in Divergence
 }
 
 TORCH_DIVERGENCES = {
@@ -182,8 +191,10 @@ NOTES_OF_DIVERGENCES = {
     "optax, log targets": "the same by kl_divergence_with_log_targets",
     "optax, generalized": "the same by generalized_kl_divergence, once convex_kl_divergence",
     "jax.nn": "p · (log p − log q) of log_softmax, of the logits as they come",
+    "optax, checkpointed chunks": "jax.checkpoint inside lax.map over 512 tokens",
     "torch": "kl_div of log_softmax with log_target, eager, of the logits as they come",
 }
+MIXTURE = "JS of others: the mean of two such divergences to the mixture."
 
 
 def names(cases: Sequence[dict[str, Any]]) -> list[str]:
@@ -191,8 +202,9 @@ def names(cases: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["name"] for case in cases for row in case["contenders"]))
 
 
-def explain(names: Iterable[str], notes: Mapping[str, str] = NOTES) -> str:
+def explain(names: Iterable[str], op: Op = Op.LOGITS) -> str:
     """Say in one line what the names stand for that do not say it themselves."""
+    notes = NOTES_OF_DIVERGENCES if op.divergence else NOTES
     found = [f"{name}: {notes[name]}" for name in dict.fromkeys(names) if name in notes]
     return "; ".join(found) + "." if found else ""
 
@@ -249,6 +261,8 @@ def abstract_inputs(
 def program(contender: Contender, mode: Mode, parameters: int) -> Callable[..., Any]:
     """Turn a contender into what is timed, as `bench.cases.program`; JAX's are not yet compiled."""
     _, function, entry = contender
+    if mode is Mode.BOTH_GRADS:
+        mode, parameters = Mode.VALUE_AND_GRAD, 2 * parameters
     if entry.jax:
         return cases.program(function, mode, parameters, whole=entry.whole)
     return _module(entry).program(function, mode, parameters)

@@ -85,6 +85,20 @@ def head_of_parameters(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) 
     )
 
 
+def head_kl(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Take KL through both heads."""
+    return jaxsoftmax.linear_kl_divergence(hidden, kernel, target_hidden, target_kernel)
+
+
+def head_js(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Take JS through both heads."""
+    return jaxsoftmax.linear_js_divergence(hidden, kernel, target_hidden, target_kernel)
+
+
 def top_k(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jaxsoftmax.TopK:
     """Find the most probable classes."""
     del labels

@@ -6,6 +6,7 @@ is what ours is compared with.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,5 +83,53 @@ def head_in_chunks(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> j
     return jnp.mean(jax.lax.map(jax.checkpoint(chunk), split))
 
 
+def head_kl(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Materialise both logits in float32."""
+    return jnp.mean(kl_divergence(_dot(hidden, kernel), _dot(target_hidden, target_kernel)))
+
+
+def head_js(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Materialise both logits in float32."""
+    return jnp.mean(js_divergence(_dot(hidden, kernel), _dot(target_hidden, target_kernel)))
+
+
+def head_kl_in_chunks(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Checkpoint each chunk of tokens."""
+    return _in_chunks(kl_divergence, hidden, kernel, target_hidden, target_kernel)
+
+
+def head_js_in_chunks(
+    hidden: jax.Array, kernel: jax.Array, target_hidden: jax.Array, target_kernel: jax.Array
+) -> jax.Array:
+    """Checkpoint each chunk of tokens."""
+    return _in_chunks(js_divergence, hidden, kernel, target_hidden, target_kernel)
+
+
+def _in_chunks(
+    divergence: Callable[..., jax.Array],
+    hidden: jax.Array,
+    kernel: jax.Array,
+    target_hidden: jax.Array,
+    target_kernel: jax.Array,
+) -> jax.Array:
+    chunks = max(1, len(hidden) // CHUNK)
+
+    def chunk(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return divergence(_dot(arrays[0], kernel), _dot(arrays[1], target_kernel))
+
+    split = tuple(x.reshape(chunks, -1, x.shape[-1]) for x in (hidden, target_hidden))
+    return jnp.mean(jax.lax.map(jax.checkpoint(chunk), split))
+
+
 def _losses(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    return integer_labels(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), labels)
+    return integer_labels(_dot(hidden, kernel), labels)
+
+
+def _dot(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
