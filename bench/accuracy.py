@@ -85,8 +85,8 @@ def command(
 
     Shown is the largest relative error over all rows: of the loss, of the gradient's entry at the
     target, and of its other entries; the file has the medians too. 100 % means that zero came
-    back. A complete run takes about two minutes, and so do the divergences of --op divergence: KL,
-    its gradients by the logits and by the target, and JS.
+    back. A complete run takes about two minutes, and one of --op divergence (KL, its gradients by
+    the logits and by the target, and JS) about one.
     """
     environment.use(device)
     given = options.given(context)
