@@ -32,7 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name; of the
 # others one in RUN runs in CI, the rest is left to a run by hand.
-FEW, SHARE, RUN = 6, 5, 3
+FEW, SHARE, RUN = 6, 5, 6
 
 
 @pytest.hookimpl(tryfirst=True)
