@@ -50,6 +50,7 @@ class Rows(NamedTuple):
     labels: np.ndarray  # [R] int32, never at −inf
     one_hot: np.ndarray  # [R, V] float32
     targets: np.ndarray  # [R, V] float32, non-negative, sums other than 1, 0 at −inf
+    target_logits: np.ndarray  # [R, V] in the case's dtype, beside the logits, −inf where they are
 
 
 def generator(*key: object) -> np.random.Generator:
@@ -131,7 +132,9 @@ def with_targets(logits: np.ndarray, labels: np.ndarray, rng: np.random.Generato
     one_hot[np.arange(n), labels] = 1
     targets = rng.random((n, v)) * (rng.random((n, v)) < 0.7) * rng.uniform(0.2, 3, (n, 1))
     targets = np.where(np.isneginf(logits.astype(np.float64)), 0, targets).astype(np.float32)
-    return Rows(logits, labels.astype(np.int32), one_hot, targets)
+    # Rows between a thousandth and a few nats from the logits.
+    near = logits + 10 ** rng.uniform(-3, 0.5, (n, 1)) * rng.standard_normal((n, v))
+    return Rows(logits, labels.astype(np.int32), one_hot, targets, near.astype(logits.dtype))
 
 
 PROMISED_SIZES = (2, 3, 10, 16, 17, 128, 300, 1000)
@@ -217,6 +220,11 @@ def of_several(f):
     return lambda t, y, *g: f(t, several(y, t.p.value.shape[-1]), *g)
 
 
+def _of_pair(f):
+    """Of two rows of logits: what is true of both."""
+    return lambda t, y, *g: f(oracle.pair(t.z, y, t.accumulate), *g)
+
+
 LOSS, GRADIENT = oracle.nll, oracle.nll_gradient
 
 
@@ -250,6 +258,14 @@ def functions_of(module: Any, prefix: str = "") -> list[Function]:
             oracle.cross_entropy_gradient,
             "targets",
             label_gradient=oracle.cross_entropy_label_gradient,
+        ),
+        Function(
+            "softmax_kl_divergence",
+            module.softmax_kl_divergence,
+            _of_pair(oracle.kl_divergence),
+            _of_pair(oracle.kl_gradient),
+            "target_logits",
+            label_gradient=_of_pair(oracle.kl_target_gradient),
         ),
         Function(
             "label_log_probs", log_probs, oracle.log_probs, oracle.log_probs_gradient, "labels", ""

@@ -10,6 +10,8 @@ Everything else (losses, gradients) is combined from these in long double, in fo
 cancel. Convention, as in the design: a target of 0 at a logit of −inf contributes 0.
 """
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import mpmath
@@ -39,6 +41,8 @@ class Truth(NamedTuple):
     u: float  # unit roundoff of the accumulation dtype
     tiny: float  # its smallest normal number: XLA may give 0 for anything smaller
     chain: float  # d of section 11
+    z: np.ndarray  # the rows themselves
+    accumulate: np.dtype
 
 
 def _apply(function, numbers):
@@ -97,7 +101,7 @@ def truth(z: np.ndarray, accumulate, *, engine: str | None = None) -> Truth:
 
     info = np.finfo(accumulate)
     u, tiny = float(info.eps) / 2, float(info.tiny)
-    chain = max(10.0, classes**0.5) if classes > 1000 else 10.0
+    chain = _chain(classes)
     rows, top = np.arange(len(z)), z.argmax(axis=-1)
     m = z[rows, top]
     gap = np.where(np.isneginf(z), 0, m[:, None] - z)  # γ_k; a class at −inf has no terms
@@ -125,7 +129,13 @@ def truth(z: np.ndarray, accumulate, *, engine: str | None = None) -> Truth:
         u,
         tiny,
         chain,
+        z,
+        np.dtype(accumulate),
     )
+
+
+def _chain(classes: int) -> float:
+    return max(10.0, classes**0.5) if classes > 1000 else 10.0
 
 
 # Values: of a Truth, and targets where the function has some.
@@ -314,6 +324,266 @@ def jacobian_gradient(t, g) -> Value:
     c = np.einsum("nii->ni", g) - ((g + g.swapaxes(1, 2)) * p[:, None, :]).sum(-1)
     bound = _or_underflow((widest - s) + (3 * t.chain + 12) * t.u * s, t, p.shape[-1])
     return Value(p * (c - (c * p).sum(-1, keepdims=True)), bound)
+
+
+# Two softmaxes, q of the logits z and p of the target's t, and the divergences of the two.
+
+
+class Pair(NamedTuple):
+    """What the divergences of the rows z and t `[R, V]` are made of; in a column what is `[R, 1]`.
+
+    The errors are those of section 11 in the accumulation dtype. The larger of p and q has a
+    relative one, δ an absolute one; the smaller is the larger times e^−|δ|.
+    """
+
+    p: np.ndarray
+    q: np.ndarray
+    delta: np.ndarray  # log q − log p; ±inf where one is 0, and 0 where both are
+    x: np.ndarray  # δ + D = (z − max z) − (t − max t), or 0 where that is not finite
+    excess: np.ndarray  # q − p
+    larger_error: np.ndarray
+    delta_error: np.ndarray  # of each class, besides that of D
+    change_error: np.ndarray  # of D, a column
+    floor: float  # a smallest normal number for each class: below that, XLA may give 0
+    u: float
+    chain: float
+
+    @property
+    def smaller_error(self) -> np.ndarray:
+        """Relative, of the smaller of p and q, beside that of the larger: δ's, and e^−|δ|."""
+        return self.delta_error + self.change_error + 3 * self.u
+
+
+def pair(z: np.ndarray, t: np.ndarray, accumulate, *, engine: str | None = None) -> Pair:
+    """Of rows with finite maxima, and the bounds for sums in `accumulate`."""
+    z, t = (np.ascontiguousarray(a, np.float64) for a in (z, t))
+    return _pair(z.shape, z.tobytes(), t.tobytes(), np.dtype(accumulate), engine)
+
+
+@lru_cache(maxsize=8)
+def _pair(shape, z, t, accumulate, engine):
+    z, t = (np.frombuffer(a).reshape(shape) for a in (z, t))
+    classes = shape[-1]
+    literal = classes <= LITERAL_UP_TO if engine is None else engine == "literal"
+    x, change, p, q = _literal_pair(z, t) if literal else _long_double_pair(z, t)
+    in_z, in_t = np.isfinite(z), np.isfinite(t)
+    finite = np.where(in_z & in_t, x - change, 0)
+    delta = np.where(in_z == in_t, finite, np.where(in_z, np.inf, -np.inf))
+    near = np.abs(finite) < 1
+    excess = np.where(near & (in_z == in_t), p * np.expm1(np.where(near, finite, 0)), q - p)
+
+    info = np.finfo(accumulate)
+    u, chain = float(info.eps) / 2, _chain(classes)
+    base = 6 + chain
+    (gap_q, mean_q, log_q), (gap_p, mean_p, log_p) = _spread(z, q), _spread(t, p)
+    larger = base + np.where(q < p, gap_p + mean_p, gap_q + mean_q)
+    # D = log1p(Σ), Σ = Σ p (e^x − 1) = e^D − 1: of each term x is rounded once. Where Σ is far from
+    # 0, log1p of one remainder less that of the other.
+    bounded = np.minimum(x, 50), np.minimum(change, 50)
+    grown = q * np.exp(bounded[1])  # p e^x
+    terms = np.abs(grown - p) * (larger + chain + 4) + np.maximum(grown, p) * np.abs(x)
+    by_sum = 2 * terms.sum(-1, keepdims=True) + 6 * np.abs(change)
+    by_remainders = base * (log_q + log_p) + mean_q + mean_p
+    return Pair(
+        p,
+        q,
+        delta,
+        x,
+        excess,
+        u * larger,
+        u * (np.abs(x) + np.abs(finite)),
+        u * np.where(np.abs(change) < 0.3, by_sum, np.maximum(by_sum, by_remainders)),
+        float(info.tiny) * classes,
+        u,
+        chain,
+    )
+
+
+def _spread(z, p):
+    """γ of each class; their mean Γ over p, and log1p(r), in columns."""
+    gap = np.where(np.isfinite(z), z.max(-1, keepdims=True) - z, 0)
+    return gap, (p * gap).sum(-1, keepdims=True), -np.log(p.max(-1, keepdims=True))
+
+
+def _literal_pair(z, t):
+    parts = (_literal_pair_of_row(*rows) for rows in zip(z, t, strict=True))
+    x, change, p, q = (np.stack(part) for part in zip(*parts, strict=True))
+    return x, change[:, None], p, q
+
+
+def _literal_pair_of_row(z, t):
+    counts = np.isfinite(z) & np.isfinite(t)
+    with mpmath.workdps(DIGITS):
+        z, t = (_apply(lambda v: mpmath.mpf(float(v)), row) for row in (z, t))
+        z, t = z - z.max(), t - t.max()
+        e_z, e_t = (_apply(mpmath.exp, row) for row in (z, t))
+        change = mpmath.log(e_z.sum() / e_t.sum())
+        x = np.where(counts, np.where(counts, z, 0) - np.where(counts, t, 0), mpmath.mpf(0))
+        return wide(x), wide(np.array(change)), wide(e_t / e_t.sum()), wide(e_z / e_z.sum())
+
+
+def _long_double_pair(z, t):
+    """With D from e^x − 1 where it is small: a difference of logarithms would lose digits.
+
+    Enough for float32; for float64 where δ ~ 1, as x is rounded once.
+    """
+    counts = np.isfinite(z) & np.isfinite(t)
+    z, t = (row.astype(Wide) - row.max(-1, keepdims=True) for row in (z, t))
+    x = np.where(counts, np.where(counts, z, 0) - np.where(counts, t, 0), 0)
+    e_z, e_t = np.exp(z), np.exp(t)
+    total, total_t = (e.sum(-1, keepdims=True) for e in (e_z, e_t))
+    grown = np.where(np.abs(x) < 1, e_t * np.expm1(np.where(np.abs(x) < 1, x, 0)), e_z - e_t)
+    change = grown.sum(-1, keepdims=True) / total_t
+    apart = np.log(total) - np.log(total_t)
+    change = np.where(np.abs(change) < 0.5, np.log1p(np.maximum(change, -0.5)), apart)
+    return x, change, e_t / total_t, e_z / total
+
+
+def _beyond(function, x, coefficient):
+    """Σ_n c_n x^n from n = 2 on where x is small, the function itself elsewhere."""
+    near = np.abs(x) < 0.125
+    small, series = np.where(near, x, 0).astype(Wide), Wide(0)
+    for n in range(22, 1, -1):
+        series = small * series + coefficient(n)
+    return np.where(near, small * small * series, function(x))
+
+
+def exp_beyond_linear(x):
+    """The rest e^x − 1 − x."""
+    return _beyond(lambda x: np.expm1(x) - x, x, lambda n: 1 / Wide(math.factorial(n)))
+
+
+def log_beyond_linear(x):
+    """The rest x − log(1 + x)."""
+    return _beyond(lambda x: x - np.log1p(x), x, lambda n: Wide(-1) ** n / n)
+
+
+def kl_divergence(t: Pair) -> Value:
+    """Σ p (e^δ − 1 − δ). What the δ share, an error of D, changes it by its square: Σ (q − p) = 0.
+
+    Where |δ| ≥ ½ a term is the difference of q − p and p δ.
+    """
+    d = np.where(np.isfinite(t.delta), t.delta, 0)
+    near = np.abs(d) < 0.5
+    terms = t.p * exp_beyond_linear(np.where(near, d, 0))
+    terms = np.where(near & np.isfinite(t.delta), terms, t.excess - t.p * d)
+    terms = np.where(np.isneginf(t.delta), np.inf, terms)
+    finite = np.where(np.isfinite(terms), terms, 0)
+    larger, smaller = np.maximum(t.p, t.q), np.minimum(t.p, t.q)
+    parts = np.where(near, 10 * finite, 4 * larger + 3 * t.p * np.abs(d))
+    bound = (t.larger_error + (t.chain + 2) * t.u) * finite + t.u * parts
+    bound += np.abs(t.excess) * t.delta_error + smaller * t.change_error**2
+    return Value(terms.sum(-1), bound.sum(-1) + t.floor)
+
+
+def kl_gradient(t: Pair, g: np.ndarray) -> Value:
+    """By the logits, g (q − p): relative to it and, by δ's error, to the smaller of the two."""
+    bound = (t.larger_error + 4 * t.u) * np.abs(t.excess)
+    bound += 2 * np.minimum(t.p, t.q) * t.smaller_error
+    return _of_cotangent(t.excess, bound, g, t)
+
+
+def kl_target_gradient(t: Pair, g: np.ndarray) -> Value:
+    """By the target's logits, g p (δ̄ − δ). D drops out, and x has one rounding."""
+    return _own_gradient(t, g, t.p, t.p < t.q, t.x, t.u * np.abs(t.x))
+
+
+def _own_gradient(t, g, p, is_smaller, v, error):  # noqa: PLR0917
+    """The gradient g p (v̄ − v) with v̄ = Σ p v, where v has an absolute error.
+
+    All are measured from v at the maximum, so that nothing is subtracted there.
+    """
+    p_error = t.larger_error + is_smaller * t.smaller_error
+    top = p == p.max(-1, keepdims=True)
+    alone = top & (top.sum(-1, keepdims=True) == 1)
+    mean_at_top = lambda a: (np.where(top, a, 0).sum(-1) / top.sum(-1))[:, None]  # noqa: E731
+    reference, reference_error = mean_at_top(v), mean_at_top(error + 2 * t.u * np.abs(v))
+    distance = np.where(alone, 0, v - reference)
+    error = np.where(alone, 0, error + reference_error + 2 * t.u * np.abs(distance))
+    of_mean = p * (error + (p_error + (2 * t.chain + 6) * t.u) * (np.abs(v) + np.abs(reference)))
+    mean = (p * distance).sum(-1, keepdims=True)
+    bracket = mean - distance
+    error = error + np.where(alone, 0, of_mean).sum(-1, keepdims=True) + t.u * np.abs(bracket)
+    bound = p * error + p_error * np.abs(p * bracket)
+    # An underflow of p leaves out as much times v.
+    return _of_cotangent(p * bracket, bound + np.where(p > 0, np.abs(v).max() * t.floor, 0), g, t)
+
+
+def _of_cotangent(value, bound, g, t):
+    g = np.asarray(g, Wide)[:, None]
+    value = g * value
+    bound = np.abs(g) * bound + 2 * t.u * np.abs(value)
+    return Value(value, np.where(bound > 0, bound + (1 + np.abs(g)) * t.floor, 0))
+
+
+class Mixed(NamedTuple):
+    """Of p or q and the mixture m, for each class."""
+
+    log: Value  # log(m / probability), 0 where that is infinite
+    cost: Value  # probability · λ(m / probability − 1) with λ(v) = v − log(1 + v)
+
+
+def _mixed(t: Pair, weight) -> tuple[Mixed, Mixed]:
+    """Of p and of q, for m = (1 − w) p + w q.
+
+    With v = m / probability − 1 the error of λ is λ'(v) = v / (1 + v) times that of v; where |v| is
+    not small, v and log(1 + v) are subtracted.
+    """
+    w = _column(weight)
+    both = t.p + t.q > 0
+    m = np.where(both, (1 - w) * t.p + w * t.q, 1)
+    largest = 1 + np.abs(np.log(w)) + np.abs(np.log(1 - w))
+    parts = []
+    for own, other, delta, rest in ((t.p, t.q, t.delta, w), (t.q, t.p, -t.delta, 1 - w)):
+        counts = both & ~np.isposinf(delta)
+        v = rest * np.expm1(np.where(counts, delta, 0))
+        log = np.log1p(v)
+        change, is_smaller = rest * np.abs(t.excess), own < other  # |v| times the probability
+        error = 6 * t.u * change + rest * np.minimum(own, other) * t.smaller_error
+        error = np.where(is_smaller, error + rest * other * t.smaller_error, error)
+        log_error = np.where(both, error / m, 0) + 6 * t.u * np.abs(log)
+        log_error += np.where(is_smaller & (v > 0.4), 6 * t.u * largest, 0)
+        cost = np.where(counts, own * log_beyond_linear(v), rest * other)
+        bound = cost * (t.larger_error + is_smaller * t.smaller_error + 12 * t.u)
+        bound += change * error / m
+        apart = 4 * t.u * (change + own * np.abs(log)) + own * log_error
+        bound += np.where((v < -0.4) | (v > 0.4), apart, 0)
+        parts.append(Mixed(Value(log, log_error), Value(cost, bound)))
+    return parts[0], parts[1]
+
+
+def js_divergence(t: Pair, weight) -> Value:
+    """(1 − w) Σ p λ(m/p − 1) + w Σ q λ(m/q − 1): terms ≥ 0."""
+    of_p, of_q = (part.cost for part in _mixed(t, weight))
+    w = _column(weight)
+    terms = (1 - w) * of_p.value + w * of_q.value
+    bound = (1 - w) * of_p.bound + w * of_q.bound + (t.chain + 4) * t.u * terms
+    return Value(terms.sum(-1), bound.sum(-1) + t.floor)
+
+
+def js_gradient(t: Pair, weight, g: np.ndarray) -> Value:
+    """By the logits, g w q (v̄ − v) with v = log(m / q)."""
+    log, error = _mixed(t, weight)[1].log
+    return _own_gradient(t, np.asarray(weight, Wide) * g, t.q, t.q < t.p, log, error)
+
+
+def js_target_gradient(t: Pair, weight, g: np.ndarray) -> Value:
+    """By the target's logits, g (1 − w) p (v̄ − v) with v = log(m / p)."""
+    log, error = _mixed(t, weight)[0].log
+    return _own_gradient(t, (1 - np.asarray(weight, Wide)) * g, t.p, t.p < t.q, log, error)
+
+
+def js_weight_gradient(t: Pair, weight, g: np.ndarray) -> Value:
+    """The gradient g (KL(q ‖ m) − KL(p ‖ m)), relative to what is subtracted."""
+    of_p, of_q = (part.cost for part in _mixed(t, weight))
+    bound = of_q.bound + of_p.bound + (t.chain + 4) * t.u * (of_q.value + of_p.value)
+    true = (of_q.value - of_p.value).sum(-1)
+    return Value(g * true, np.abs(g) * (bound.sum(-1) + 2 * t.u * np.abs(true) + t.floor))
+
+
+def _column(weight):
+    """One for all rows, or one for each."""
+    return np.asarray(weight, Wide).reshape(-1, 1)
 
 
 # The weighted log-sum-exp of one row, literally at 80 digits.

@@ -713,7 +713,7 @@ def test_a_scalar_label_and_logits_without_a_batch(function):
     f = function.on_hidden if function.head else function
     one = (np.eye(1, N, dtype=np.float32)[0], x) if function.head else (x[0],)
     expected = Value(*(a[0] for a in function.value(truth(MIDDLE, False), y)))
-    kinds = [np.asarray] if function.targets in ("targets", "one_hot") else [int]
+    kinds = [int] if function.targets == "labels" else [np.asarray]
     if function.targets == "labels" and not function.head:
         kinds += [np.int8, np.uint64, jnp.asarray]
     for kind in kinds:

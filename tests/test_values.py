@@ -91,8 +91,10 @@ def test_value_and_gradient(device, case):
             true, bound = function.label_gradient(t, y, g64)
             # A class at −inf costs infinitely much, and 0 · ∞ is no number.
             used = np.isfinite(data.logits) & (g64 != 0)[:, None]
-            rounding = np.finfo(y.dtype).eps / 2 * np.abs(np.where(used, true, 0))
-            rounding += np.finfo(y.dtype).tiny * (np.finfo(y.dtype).tiny > t.tiny)
+            info = np.finfo(accumulation(y.dtype))
+            rounding = info.eps / 2 * np.abs(np.where(used, true, 0)) + info.tiny * (
+                info.tiny > t.tiny
+            )
             assert_within(np.where(used, dy, 0), np.where(used, true, 0), bound + rounding, name)
 
 
