@@ -27,6 +27,7 @@ def squared(logits, *targets):
     return jnp.sum(logits**2, axis=-1) + sum(targets)
 
 
+_two_logits = {"logits": X, "target_logits": X}
 _two_heads = {
     "hidden": HIDDEN,
     "kernel": KERNEL,
@@ -43,6 +44,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "softmax_cross_entropy": {"logits": X, "labels": X},
     "softmax_cross_entropy_with_integer_labels": {"logits": X, "labels": LABELS},
     "label_log_probs": {"logits": X, "labels": LABELS},
+    "softmax_kl_divergence": _two_logits,
+    "softmax_js_divergence": _two_logits,
     "linear_loss": {
         "loss_fn": squared,
         "hidden": HIDDEN,
@@ -103,6 +106,14 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
     "label_log_probs": [
         {"axis": -1, "with_entropy": True, "axis_name": None, **_transform},
         {"labels": SEVERAL, "with_predictions": True},
+    ],
+    "softmax_kl_divergence": [
+        {"axis": (0, 1), "where": MASK, "axis_name": None, **_transform},
+        {"axis": None, "target_logits": jnp.zeros((8, 16), jnp.bfloat16)},
+        {"axis": 0, "where": MASK[:1], "soft_cap": np.float16(3)},
+    ],
+    "softmax_js_divergence": [
+        {"axis": [1], "where": MASK, "axis_name": None, "weight": np.float32(0.3), **_transform}
     ],
     "linear_loss": [
         {**_head, **_reduced},
@@ -532,6 +543,27 @@ def _dense() -> Iterator[Wrong]:
         yield Wrong("labels", value, ValueError, f"{said} {value.shape}")
 
 
+def _divergence() -> Iterator[Wrong]:
+    """Two logits."""
+    yield from _floating("logits")
+    yield from _class_axis_of("logits", target_logits=np.float32(0))
+    yield from _floating("target_logits")
+    said = "target_logits must have shape (8, 16), the shape of logits; got"
+    for value in (X[:3], X[:1], BIAS, X.T, WIDE, np.float32(1)):
+        yield Wrong("target_logits", value, ValueError, f"{said} {np.shape(value)}")
+    yield from _axis(_ANY)
+    yield from _mask("logits")
+    for value in (MASK[:, 0], WIDE > 0):
+        expected = f"where must broadcast to (8, 16), the shape of logits; got {value.shape}"
+        yield Wrong("where", value, ValueError, expected)
+    yield from _transforms()
+    yield from _axis_name()
+
+
+def _weight() -> Iterator[Wrong]:
+    yield from _in_range("weight", "between 0 and 1, and neither", 0, 1, -0.5, np.inf, np.nan)
+
+
 def _gradients() -> Iterator[Wrong]:
     said = "gradients must be one of 'auto', 'in_forward', 'recompute'; got"
     for value, came in (("fast", "'fast'"), (None, "None"), (X, "float32[8,16]")):
@@ -600,11 +632,10 @@ WRONG: dict[str, list[Wrong]] = {
         *_token_mask(),
         *_of_log_probs,
     ],
+    "softmax_kl_divergence": [*_divergence()],
+    "softmax_js_divergence": [*_divergence(), *_weight()],
     "linear_kl_divergence": _of_two_heads,
-    "linear_js_divergence": [
-        *_of_two_heads,
-        *_in_range("weight", "between 0 and 1, and neither", 0, 1, -0.5, np.inf, np.nan),
-    ],
+    "linear_js_divergence": [*_of_two_heads, *_weight()],
     "linear_top_k": [*_linear(), *_transforms(), *_number_of_classes("k"), *_axis_name()],
     "linear_sample": [
         *_linear(),

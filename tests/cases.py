@@ -189,7 +189,9 @@ class Function:
         return self.name != "logsumexp" and "log_probs" not in self.name
 
     def of(self, case: Case) -> bool:
-        """The Jacobian of many classes is large."""
+        """The Jacobian of many classes is large; test_divergence.py has other sizes of its own."""
+        if "divergence" in self.name:
+            return case.classes in {1, 17, 2049}
         return self.name != "softmax_jacobian" or case.classes <= 130
 
 

@@ -49,6 +49,11 @@ CALLS = {
         )
     ),
     "label_log_probs": lambda m, x: m.label_log_probs(x, LABELS, with_entropy=True),
+    "softmax_kl_divergence": lambda m, x: m.softmax_kl_divergence(x, x[::-1]),
+    "softmax_kl_divergence, options": lambda m, x: m.softmax_kl_divergence(
+        x, x[::-1] + 1e-3 * targets(), soft_cap=4.0, temperature=0.7
+    ),
+    "softmax_js_divergence": lambda m, x: m.softmax_js_divergence(x, x[::-1], weight=0.3),
     "label_log_probs, several": lambda m, x: m.label_log_probs(x, several(LABELS, CLASSES)),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

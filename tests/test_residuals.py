@@ -34,6 +34,10 @@ RULES: dict[str, Any] = {
 MASKED: dict[str, Any] = {
     name: partial(f, where=MASK) for name, f in RULES.items() if name != "label_log_probs"
 }
+# Of two logits.
+DIVERGENCES: dict[str, Any] = {
+    name: getattr(jaxsoftmax, name) for name in ("softmax_kl_divergence", "softmax_js_divergence")
+}
 MASKED["softmax_cross_entropy"] = lambda x: dense(x, jnp.full(SHAPE, 0.1, x.dtype), where=MASK)
 # Left to JAX, because the result is larger than anything that is kept.
 WITHOUT_A_RULE = {"softmax_jacobian"}
@@ -92,6 +96,25 @@ def test_dense_labels_keep_logits_and_labels_in_their_dtypes(wrapper, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 9.0, "temperature": 0.5}], ids=str)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_keep_both_logits_in_their_dtypes(name, options, dtype):
+    """Of each row its maximum, their number and the remainder, D, the result, and a flag."""
+    f = partial(DIVERGENCES[name], **options)
+    for mine in ((0, 1), (0,), (1,)):  # whichever is frozen
+        pair = logits(dtype), logits(jnp.float16)[::-1]
+        arrays = kept(
+            lambda *of: f(*(dict(zip(mine, of, strict=True)).get(i, pair[i]) for i in (0, 1))),  # noqa: B023
+            *(pair[i] for i in mine),
+        )
+        large = sorted(str(a.dtype) for a in arrays if a.size > ROWS)
+        assert large == sorted([str(jnp.dtype(dtype)), "float16"])
+        rows = [a for a in arrays if a.size == ROWS]
+        assert sorted(str(a.dtype) for a in rows) == ["bool"] + 8 * ["float32"]
+        assert all(a.shape == () for a in arrays if a.size < ROWS)
+
+
+@dtypes
 def test_weights_of_logsumexp_keep_both_in_their_dtype(dtype):
     arrays = kept(lambda x, b: jaxsoftmax.logsumexp(x, -1, b), logits(dtype), logits(dtype) + 2)
     assert [a.dtype for a in arrays if a.size > ROWS] == [dtype, dtype]
@@ -119,16 +142,19 @@ def test_the_value_alone_keeps_nothing():
     assert memory.output_size_in_bytes == 64 * 4
 
 
-@pytest.mark.parametrize("name", [*RULES, "softmax_cross_entropy", "softmax_jacobian"])
+@pytest.mark.parametrize(
+    "name", [*RULES, *DIVERGENCES, "softmax_cross_entropy", "softmax_jacobian"]
+)
 def test_an_eager_call_is_one_program(name):
     """Operation by operation it would be slower, and hold what lies between them."""
-    of_both = {"softmax_cross_entropy": lambda x: dense(x, x)}
+    of_both: dict[str, Any] = {"softmax_cross_entropy": lambda x: dense(x, x)}
+    of_both |= {name: lambda x, f=f: f(x, x) for name, f in DIVERGENCES.items()}
     f = (RULES | of_both).get(name) or getattr(jaxsoftmax, name)
     assert [e.primitive.name for e in jax.make_jaxpr(f)(logits(jnp.float32)).eqns] == ["jit"]
 
 
 def test_every_public_function_is_covered():
-    covered = {*RULES, *MASKED, *WITHOUT_A_RULE}
+    covered = {*RULES, *MASKED, *DIVERGENCES, *WITHOUT_A_RULE}
     heads = {name for name in jaxsoftmax.__all__ if name.startswith("linear")}  # test_memory.py
     other = {"LogProbs", "TopK", "Sample", "check_labels"}
     assert covered == set(jaxsoftmax.__all__) - heads - other

@@ -127,6 +127,23 @@ def test_integer_labels_in_any_layout(of_labels, mesh):
             check(f, [X[0], labels], [of_logits, of_labels], mesh)
 
 
+@pytest.mark.parametrize(
+    ("of_logits", "of_target"),
+    [
+        (LAYOUTS[0], P(None, "fsdp", "vocab")),
+        pytest.param(P(), P("vocab"), marks=pytest.mark.wide),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("kl", (1, 2)), pytest.param("js", -1, marks=pytest.mark.wide)],
+)
+def test_divergences_of_logits_in_two_layouts(name, axis, of_logits, of_target, mesh):
+    f = partial(getattr(js, f"softmax_{name}_divergence"), axis=axis)
+    check(f, [X, X[::-1].copy()], [of_logits, of_target], mesh)
+
+
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_the_jacobian_of_sharded_classes(axis, mesh):
     f = partial(js.softmax_jacobian, axis=axis)

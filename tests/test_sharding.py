@@ -141,6 +141,15 @@ def logits_level(a, axis_name=None):
     return sum(weighted(field, a) for field in (losses, dense, *out[:3])) + of_several(more, a)
 
 
+def divergences(a, axis_name=None):
+    z, options = a["logits"], {"axis_name": axis_name, "temperature": 2.0}
+    far, near = jnp.sin(z), z + 1e-2 * jnp.cos(z)
+    kl = jaxsoftmax.softmax_kl_divergence(z, far, where=z > -6, **options)
+    close = jaxsoftmax.softmax_kl_divergence(near, z, **options)
+    mixed = jaxsoftmax.softmax_js_divergence(z, far, weight=0.3, **options)
+    return weighted(kl + 1e4 * close + mixed, a)
+
+
 def softmax_family(a, axis_name=None):
     z = a["logits"]
     if axis_name is not None:  # these take whole rows
@@ -158,7 +167,7 @@ def tied(a, axis_name=None):
 
 PROGRAMS = {
     f.__name__: f
-    for f in (in_forward, recompute, any_loss, log_probs, logits_level, softmax_family)
+    for f in (in_forward, recompute, any_loss, log_probs, logits_level, softmax_family, divergences)
 }
 HEADS = ["in_forward", "recompute", "any_loss", "log_probs"]
 

@@ -66,6 +66,12 @@ def _others():
     yield Call("ignored", lambda x: integer(x, labels, ignore_index=IGNORED), X)
     yield Call("integer", lambda x: integer(x, np.abs(labels)), X)
     yield Call("dense", lambda x: js.softmax_cross_entropy(x[0], x[1]), (X, np.abs(X)))
+    for divergence in (js.softmax_kl_divergence, js.softmax_js_divergence):
+        name = divergence.__name__
+        yield Call(name, lambda x, f=divergence: f(x[0], x[1]), (X, X[::-1].copy()))
+        yield Call(f"{name} of close rows", lambda x, f=divergence: f(x, 1.0001 * x), X)
+    kl = partial(js.softmax_kl_divergence, where=WHERE)
+    yield Call("softmax_kl_divergence, where", lambda x: kl(x, x[::-1]), X, masks=True)
     kernel, both = B.T.copy(), np.array([[0, 1], [2, 2], [1, 0]])
     yield Call("several", lambda x: js.label_log_probs(x, both).log_probs, X)
     yield Call(

@@ -75,3 +75,29 @@ def test_values_and_gradients(smoothing, weighted, reduction, path):
     np.testing.assert_allclose(out, want.detach().numpy(), rtol=1e-5, atol=1e-5)
     for got, gradient in zip(pull(jnp.asarray(g)), gradients, strict=True):
         np.testing.assert_allclose(got, gradient.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_divergences(dtype):
+    """Of logits that differ by about 1, where logarithms of probabilities are good enough."""
+    z, t = (2 * np.random.default_rng(1).standard_normal((2, N, V))).astype(dtype)
+    g = np.random.default_rng(2).standard_normal(N).astype(dtype)
+    of_z, of_t = (torch.tensor(a, requires_grad=True) for a in (z, t))
+    log_q, log_p = (torch.log_softmax(a, -1) for a in (of_z, of_t))
+    divergence = torch.nn.functional.kl_div
+    kl = divergence(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    log_m = torch.logaddexp(log_q, log_p) - np.log(2)
+    halves = [
+        divergence(log_m, a, log_target=True, reduction="none").sum(-1) for a in (log_p, log_q)
+    ]
+    u = 64 * float(np.finfo(dtype).eps)  # sums of 31 terms, of logarithms below 10
+    for want, ours in (
+        (kl, jaxsoftmax.softmax_kl_divergence),
+        ((halves[0] + halves[1]) / 2, jaxsoftmax.softmax_js_divergence),
+    ):
+        gradients = torch.autograd.grad(want, (of_z, of_t), torch.tensor(g), retain_graph=True)
+        with jax.enable_x64(dtype == np.float64):
+            value, pull = jax.vjp(ours, z, t)
+            found = value, *pull(g)
+        for got, true in zip(found, (want, *gradients), strict=True):
+            np.testing.assert_allclose(got, true.detach().numpy(), rtol=u, atol=u)
