@@ -358,7 +358,7 @@ def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR091
 
 
 def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Q − p; and, where |δ| < ½, e^δ − 1 − δ; and where that is."""
+    """The excess q − p; and, where |δ| < ½, e^δ − 1 − δ; and where that is."""
     near = jnp.abs(c.log_ratio) < 0.5
     small = jnp.where(near, c.log_ratio, 0)
     beyond = exp_beyond_linear(small)
@@ -509,8 +509,8 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
     if weight is None:
         dz, dt = g_ * _excess(c)[0], g_ * by_own(_target_of_kl, pair.r_t, pair.maxima_t)
         if infinite is not None:  # which a linear map cannot give
-            sign = jnp.where(c.x == -jnp.inf, 1, -1) * jnp.sign(g_)
-            unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, jnp.inf * sign)
+            unbounded = jnp.where((c.x == -jnp.inf) == (g_ > 0), jnp.inf, -jnp.inf)
+            unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, unbounded)
             dt = jnp.where(infinite[..., None], lax.stop_gradient(unbounded), dt)
     else:
         dz = g_ * weight * by_own(_logits_of_js, pair.r, pair.maxima)
