@@ -338,9 +338,17 @@ def test_one_for_each_token(kind):
     check(kind, weighted(problem()), cotangent=cotangent, broken=~SOME, **options)
 
 
-def test_transposed_kernels_in_bfloat16_products():
-    options: Any = {"transpose_kernel": True, "compute_dtype": "bfloat16", "chunk_size": 4}
+def test_transposed_kernels_in_float16_products():
+    """Small cotangents lose nothing there: a power of two in the divisor is one in the gradient."""
+    options: Any = {"transpose_kernel": True, "compute_dtype": "float16", "chunk_size": 4}
     check("kl", problem(), denominator=20.0, **options)
+    operands = transposed(problem())
+    (_, ds), (_, small) = (
+        total("kl", operands, {}, np.float32(1), denominator=20.0 * by, **options)
+        for by in (1, 2.0**30)
+    )
+    for name, d in ds.items():
+        np.testing.assert_array_equal(small[name] * np.float32(2.0**30), d, err_msg=name)
 
 
 @pytest.mark.wide
@@ -426,7 +434,7 @@ def test_no_tokens(kind):
     ("differentiated", "products", "reduction"),
     [
         *(((), 2, "sum"), ((0,), 3, "sum"), ((0, 1), 4, "sum"), ((2, 3), 4, "sum")),
-        *(((0, 1, 2, 3), 6, "sum"), ((0, 1), 4, None)),
+        *(((0, 1, 2, 3), 6, "sum"), ((2,), 3, None)),
     ],
 )
 def test_the_frozen_head_costs_its_forward_product_alone(differentiated, products, reduction):
@@ -686,7 +694,7 @@ SPREAD = [
 
 @pytest.mark.parametrize(("name", "way", "kind"), SPREAD)
 def test_on_a_mesh(name, way, kind):
-    """Values and all gradients of one device; only sums of classes' shards in the loop."""
+    """Values and all gradients of one device; in the loop only sums over shards of the classes."""
     layout, want = LAYOUTS[name], unspread(kind)
     mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
     f = by_hand(kind, layout) if way == "shard_map" else functools.partial(spread_total, kind)
@@ -700,7 +708,9 @@ def test_on_a_mesh(name, way, kind):
         for of, d in ds.items():
             assert jax.typeof(d) == jax.typeof(there[of]), of
     in_loop = [one for one in collectives(compiled.as_text() or "") if one.in_loop]
-    assert layout.classes or way == "automatic" or not in_loop, in_loop
+    if way != "automatic":  # where XLA chooses
+        assert not any(one.kind == "all-gather" for one in in_loop), in_loop
+        assert layout.classes or not in_loop, in_loop
 
 
 # Other forms -------------------------------------------------------------------------------------
