@@ -342,7 +342,8 @@ def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR091
     x, y = (jnp.where(row.valid[..., None], a, 0) for a in (x, y))
     z, t = upcast(transformed(x, transform)), upcast(transformed(y, target_transform))
     a, b = z - row.m[..., None], t - row.m_t[..., None]
-    shift = [s[..., None] for s in two_difference(row.m, row.m_t)]
+    high, low = two_difference(row.m, row.m_t)
+    shift = high[..., None], low[..., None]
     x = difference(x, y, transform, target_transform, shift, same_cap=same_cap)
     equal = a == b
     plain = jnp.where(equal, 0, a) - jnp.where(equal, 0, b)
