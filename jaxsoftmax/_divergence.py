@@ -516,7 +516,9 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
     else:
         dz = g_ * weight * by_own(_logits_of_js, pair.r, pair.maxima)
         dt = g_ * (1 - weight) * by_own(_target_of_js, pair.r_t, pair.maxima_t)
-        (by_weight,) = sums_of(_weight_terms, pair, weight)
+        # Of this device's classes, as what `pull` gives: both are summed after the rule.
+        own_classes = partial(_sums, same_cap, None, x, y, transform, target_transform)
+        (by_weight,) = own_classes(_weight_terms, pair, weight)
         d_weight = jnp.sum(g * by_weight)
     (dx, d_transform), (dy, d_target) = pull(dz.astype(dtypes[0])), pull_t(dt.astype(dtypes[1]))
     return dx, dy, d_transform, d_target, d_weight

@@ -438,12 +438,18 @@ def linear_kl_divergence(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in the operands of both heads, `weights`, `temperature` and the soft caps, in
-    reverse mode, to any order; forward mode over reverse works. Gradients that are not asked for
-    are not computed. Those of the target's kernel and bias are rounded to their dtype in each
-    chunk, and then added in float32. docs/derivation.md equations (71), (74) and (75).
+    reverse mode, to any order; forward mode over reverse works. docs/derivation.md equations (71),
+    (74) and (75). Gradients that are not asked for are not computed.
 
-    The work and the temporary memory are those of `linear_loss` with chunks of half as many tokens,
-    and one product more for the target (three, if it is differentiated).
+    Gradients of the target's operands are rounded to the products' dtype in each chunk, before the
+    loss's cotangent multiplies them, and those of its kernel and bias then added in float32: to
+    train a target in float16, give it float32 operands and `compute_dtype`. On an explicit mesh
+    these are summed over the devices of the tokens in each chunk, not once.
+
+    There is one matrix product more than in `linear_loss` for the target, or three if it is
+    differentiated. The temporary memory is that of `linear_loss` with chunks of half as many
+    tokens, but for the logits of a chunk of c tokens: there are some five arrays of `4·c·V` bytes,
+    or a dozen for the Jensen–Shannon divergence.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

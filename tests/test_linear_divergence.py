@@ -655,9 +655,9 @@ def spread_total(kind, a, axis_name=None):
     return HEADS[kind](*first, **rest, reduction="sum", chunk_size=3, axis_name=axis_name)
 
 
-def spread_step(f):
+def spread_step(f, without: Any = "where"):
     def step(a):
-        floating = {name: x for name, x in a.items() if name != "where"}
+        floating = {name: x for name, x in a.items() if not name.startswith(without)}
         return jax.value_and_grad(lambda floating: f(a | floating))(floating)
 
     return jax.jit(step)
@@ -707,6 +707,9 @@ def test_on_a_mesh(name, way, kind):
     if way == "explicit":
         for of, d in ds.items():
             assert jax.typeof(d) == jax.typeof(there[of]), of
+    if way == "explicit":  # gradients of a target and of options are summed in each chunk there
+        with jax.set_mesh(mesh):
+            compiled = spread_step(f, ("where", "target", "temperature")).lower(there).compile()
     in_loop = [one for one in collectives(compiled.as_text() or "") if one.in_loop]
     if way != "automatic":  # where XLA chooses
         assert not any(one.kind == "all-gather" for one in in_loop), in_loop

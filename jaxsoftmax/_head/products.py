@@ -84,15 +84,22 @@ def as_cotangents(ds: Any, operands: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def logits_of(products: Products, sharding: HeadSharding, hidden: Any, kernel: Any, bias: Any):
-    """`products.logits`, for a loss: its derivative multiplies in the products' dtype as well."""
-    del sharding
+def logits_of(  # noqa: PLR0917
+    products: Products, sharding: HeadSharding, hidden: Any, kernel: Any, bias: Any, beside: Any
+):
+    """`products.logits`, for a loss: its derivative multiplies in the products' dtype as well.
+
+    `beside`, the head's own logits, has no part in it. But where the head is differentiated by
+    those, this rule is taken too, and so leaves nothing that forward mode over it cannot take.
+    """
+    del sharding, beside
     return products.logits(hidden, kernel, bias)
 
 
-def _logits_fwd(products, sharding, hidden, kernel, bias):
+def _logits_fwd(products, sharding, hidden, kernel, bias, beside):  # noqa: PLR0917
+    del sharding, beside
     operands, flags = split_perturbed((hidden, kernel, bias))
-    return logits_of(products, sharding, *operands), (operands, flags)
+    return products.logits(*operands), (operands, flags)
 
 
 def _logits_bwd(products, sharding, residuals, g):
@@ -110,7 +117,7 @@ def _logits_bwd(products, sharding, residuals, g):
         d_kernel = undo_scale(products.d_kernel(hidden, d_logits, spec), scale)
     if bias is not None and wants[2]:
         d_bias = lax.reduce_sum(g, (0,), out_sharding=sharding.spec(classes, unreduced=tokens))
-    return as_cotangents((d_hidden, d_kernel, d_bias), operands)
+    return *as_cotangents((d_hidden, d_kernel, d_bias), operands), None
 
 
 logits_of.defvjp(_logits_fwd, _logits_bwd, symbolic_zeros=True)

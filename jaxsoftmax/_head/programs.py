@@ -174,8 +174,10 @@ def _divergences(chunks, products, head, target, where, compared):  # noqa: PLR0
         args = (hidden, excluded)
     if chunks is None:
         return _over_tokens(None, chunks, head, (), (), uniform=False)
-    # Gathered once, before the loop.
-    kernel = sharding.gathered(products.operand(target.kernel))
+    # Gathered once, before the loop. Its gradient is rounded to this dtype there, before it is
+    # multiplied by the cotangent of the loss: float16 has no room for that.
+    kernel = target.kernel if products.dtype == jnp.float16 else products.operand(target.kernel)
+    kernel = sharding.gathered(kernel)
     bias = sharding.resharded(target.bias, sharding.classes)
     # What devices share varies over them from here on, so that its derivative is summed once.
     axes = manual_axes(*jax.tree.leaves((head.hidden, head.kernel, head.bias, hidden)))
@@ -183,7 +185,7 @@ def _divergences(chunks, products, head, target, where, compared):  # noqa: PLR0
     kernel, bias, options = jax.tree.map(lambda x: varying(x, axes), (kernel, bias, compared))
 
     def loss_fn(logits, hidden, excluded=None):
-        targets: Any = logits_of(products, sharding, hidden, kernel, bias)
+        targets: Any = logits_of(products, sharding, hidden, kernel, bias, logits)
         losses = of_rows(logits, targets, *options, axis_name=head.axis_name)
         return losses if excluded is None else jnp.where(excluded, 0, losses)
 
