@@ -418,7 +418,7 @@ def _literal_pair_of_row(z, t):
         z, t = z - z.max(), t - t.max()
         e_z, e_t = (_apply(mpmath.exp, row) for row in (z, t))
         change = mpmath.log(e_z.sum() / e_t.sum())
-        x = np.where(counts, np.where(counts, z, 0) - np.where(counts, t, 0), mpmath.mpf(0))
+        x = np.where(counts, z, 0) - np.where(counts, t, 0)
         return wide(x), wide(np.array(change)), wide(e_t / e_t.sum()), wide(e_z / e_z.sum())
 
 
@@ -429,7 +429,7 @@ def _long_double_pair(z, t):
     """
     counts = np.isfinite(z) & np.isfinite(t)
     z, t = (row.astype(Wide) - row.max(-1, keepdims=True) for row in (z, t))
-    x = np.where(counts, np.where(counts, z, 0) - np.where(counts, t, 0), 0)
+    x = np.where(counts, z, 0) - np.where(counts, t, 0)
     e_z, e_t = np.exp(z), np.exp(t)
     total, total_t = (e.sum(-1, keepdims=True) for e in (e_z, e_t))
     grown = np.where(np.abs(x) < 1, e_t * np.expm1(np.where(np.abs(x) < 1, x, 0)), e_z - e_t)

@@ -13,10 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from assertions import accumulation, assert_close, assert_dtype, assert_within
 from cases import class_rows, cotangent_of, generator, promised, x64
+from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from layouts import mesh_of
 from test_orders import FAST_TO_COMPILE, reverse_over_reverse, value_and_gradient
 
 import jaxsoftmax as js
@@ -50,9 +55,9 @@ def pairs(
         t = t.astype(dtype)
         change *= scale / np.abs(change).max()
         rows.append(((t + change + offset).astype(dtype), t))
-    whole = np.round(t)
-    rows += [(t, t), (whole + 64, whole)]
-    return tuple(np.stack(a) for a in zip(*rows, strict=True))
+    t = rows[-1][1]
+    rows += [(t, t), (np.round(t) + 64, np.round(t))]
+    return np.stack([z for z, _ in rows]), np.stack([t for _, t in rows])
 
 
 WEIGHTS = (0.5, 0.01, 0.9)
@@ -421,3 +426,125 @@ def test_derivatives_by_every_argument_at_once(f, operation):
         got, want = (derivative(g)(z, t) for g in (f, textbook))
     # The textbook's logarithms cancel: to u times a few tens, of numbers of size 1.
     assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_to_optax():
+    """Of rows that differ by about 1, where logarithms of probabilities are good enough."""
+    z, t = 2 * generator("optax").standard_normal((2, 9, 31))
+    with jax.enable_x64(True):
+        log_q, p = jax.nn.log_softmax(z), jax.nn.softmax(t)
+        np.testing.assert_allclose(kl(z, t), optax.losses.kl_divergence(log_q, p), rtol=1e-13)
+        m = (jax.nn.softmax(z) + p) / 2
+        halves = (optax.losses.kl_divergence(jnp.log(m), a) for a in (p, jax.nn.softmax(z)))
+        np.testing.assert_allclose(jsd(z, t), sum(halves) / 2, rtol=1e-13)
+
+
+def test_js_exchanged_has_the_other_weight():
+    z, t = pairs(17, "float32", offsets=(0,))
+    values = jsd(z, t, weight=0.25), jsd(t, z, weight=0.75)
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-37)
+    # For a small weight it is that times the reverse KL, to first order.
+    small = slice(0, 12)  # |δ| ≤ 1e-3
+    by_kl = 1e-4 * np.asarray(kl(t, z))[small]
+    np.testing.assert_allclose(jsd(z, t, weight=1e-4)[small], by_kl, rtol=2e-4, atol=1e-37)
+
+
+# The side that is frozen
+
+
+@kl_at_least
+def test_a_frozen_side_costs_nothing(f):
+    """No arithmetic of its gradient, whether it is not asked for or has its gradient stopped."""
+    shape = jax.ShapeDtypeStruct((64, 2049), np.float32)
+
+    def flops(*by, stopped=()):
+        def total(*pair):
+            pair = (jax.lax.stop_gradient(a) if i in stopped else a for i, a in enumerate(pair))
+            return jnp.sum(f(*pair))
+
+        compiled = jax.jit(jax.value_and_grad(total, by)).lower(shape, shape).compile()
+        return (compiled.cost_analysis() or {})["flops"]
+
+    both_sides = flops(0, 1)
+    for side, other in ((0, 1), (1, 0)):
+        assert flops(side) < 0.9 * both_sides
+        assert flops(0, 1, stopped=(other,)) == flops(side)
+
+
+# JS under the transforms; KL is in test_transforms.py
+
+
+@pytest.mark.wide
+def test_js_under_every_transform():
+    """Each against the call itself, whose numbers are checked above."""
+    z, t = (a[::3] for a in pairs(40, "float32", offsets=(0,)))
+    total = lambda z, t: jnp.sum(jsd(z, t))  # noqa: E731
+    by_both = jax.jit(lambda z, t: (jsd(z, t), *jax.grad(total, (0, 1))(z, t)))
+    want = by_both(z, t)
+
+    def of_row(z, t):
+        value, pull = jax.vjp(jsd, z, t)
+        return value, *pull(jnp.ones_like(value))
+
+    def scanned(z, t):
+        return jax.lax.scan(lambda c, pair: (c, jsd(*pair)), None, (z, t))[1]
+
+    def checkpointed(z, t):
+        return jax.vjp(jax.checkpoint(jsd), z, t)[1](jnp.ones(len(z)))
+
+    rows = export.symbolic_shape("rows, 40")
+    shape = jax.ShapeDtypeStruct(rows, np.float32)
+    exported = export.export(by_both, platforms=("cpu", "cuda", "tpu"))(shape, shape)
+    checks = {
+        "vmap": (jax.vmap(of_row), want),
+        "scan": (jax.grad(lambda *pair: scanned(*pair).sum(), (0, 1)), want[1:]),
+        "checkpoint": (checkpointed, want[1:]),
+        "export": (exported.call, want),
+    }
+    for name, (run, expected) in checks.items():
+        # Sums in another order: KL's errors above, twice.
+        assert_close(jax.jit(run)(z, t), expected, rtol=1e-5, atol=1e-12, name=name)
+    of_one = jax.vmap(of_row, (0, None))(z, t[1])
+    alone = [by_both(z, np.broadcast_to(t[1], t.shape))[i] for i in (0, 1)]
+    assert_close(list(of_one[:2]), alone, rtol=1e-5, atol=1e-12)
+
+
+# Classes that are sharded
+
+
+@kl_at_least
+def test_sharded_classes_as_whole_ones(f):
+    """Value and gradients in `shard_map`, of close and far rows, lost classes and bad rows."""
+    z, t = pairs(16, "float32", peaks=(5,))
+    z[:3, 2], t[:2, 2], t[3, 9] = -inf, -inf, -inf
+    z[5, 15], t[6, 0] = nan, inf
+    where = generator("sharded").random(z.shape) < 0.9
+    where[[2, 5, 6], [2, 15, 0]] = True
+    g = cotangent_of((len(z),), np.float32)
+
+    def results(z, t, where, axis_name=None):
+        value, pull = jax.vjp(lambda z, t: f(z, t, where=where, axis_name=axis_name), z, t)
+        return value, *pull(jnp.asarray(g))
+
+    mesh, spec = mesh_of(AxisType.Auto), P(None, "vocab")
+    sharded: Any = jax.shard_map(
+        partial(results, axis_name="vocab"),
+        mesh=mesh,
+        in_specs=(spec,) * 3,
+        out_specs=(P(), spec, spec),
+    )
+    both_ways: Any = sharded, results
+    got, want = ([np.asarray(a) for a in jax.jit(h)(z, t, where)] for h in both_ways)
+    finite = np.isfinite(want[0])
+    pair = oracle.pair(*(np.where(where, a, -inf)[finite] for a in (z, t)), np.float32)
+    if f is kl:
+        value, of = oracle.kl_divergence(pair), (pair, g[finite])
+        gradients: Any = oracle.kl_gradient, oracle.kl_target_gradient
+    else:
+        value, of = oracle.js_divergence(pair, 0.5), (pair, 0.5, g[finite])
+        gradients = oracle.js_gradient, oracle.js_target_gradient
+    truths = value, *(gradient(*of) for gradient in gradients)
+    for a, b, true in zip(got, want, truths, strict=True):
+        np.testing.assert_allclose(a[~finite], b[~finite], rtol=1e-5)
+        assert_within(a[finite], true.value, true.bound)
+    assert (~finite).sum() == (3 if f is kl else 2)

@@ -123,6 +123,15 @@ def _dense(module):
     return call
 
 
+def _divergence(f):
+    def call(a, options, labels):
+        del labels
+        losses = f(a["logits"], a["targets"], where=MASK & ~LEFT_OUT, **options)
+        return jnp.sum(losses * a["weights"])
+
+    return call
+
+
 def _kernel(a, fixed):
     """As `transpose_kernel` has it."""
     return a["kernel"].T if fixed.get("transpose_kernel") else a["kernel"]
@@ -195,6 +204,7 @@ LOSSES = [
     Loss("integer labels, forward mode", _integer(forward_mode), "logits", INTEGER, True, True),
     Loss("dense labels", _dense(js), "logits", DENSE, masks=True),
     Loss("dense labels, forward mode", _dense(forward_mode), "logits", DENSE, masks=True),
+    Loss("divergence", _divergence(js.softmax_kl_divergence), "logits", TRANSFORM, masks=True),
     Loss("label_log_probs", _log_probs(js.label_log_probs), "logits", TRANSFORM),
     Loss("linear_log_probs", _log_probs(js.linear_log_probs, chunk_size=3), "hidden", TRANSFORM),
     *(
@@ -231,6 +241,8 @@ def arrays(loss: Loss) -> dict[str, np.ndarray]:
         targets = rng.uniform(0.1, 1, (N, CLASSES)) * ~LEFT_OUT
         targets[loss.broken] = nan
         out["targets"] = targets.astype(np.float32)
+    if loss.name == "divergence":
+        out["targets"] = rng.standard_normal((N, CLASSES)).astype(np.float32)
     if loss.on == "hidden":
         hidden = rng.standard_normal((N, WIDTH))
         hidden[_at("peaked", "weight 0, peaked")] *= 6
@@ -257,7 +269,8 @@ def arrays(loss: Loss) -> dict[str, np.ndarray]:
 
 def definition(loss: Loss, a: dict[str, Any], o: dict[str, Any]) -> jax.Array:
     """Σ weights · loss from the definitions, or its mean, in the dtype of the arrays."""
-    counts = np.ones(N, bool) if "dense" in loss.name else LABELS != IGNORED
+    every = "dense" in loss.name or loss.name == "divergence"
+    counts = np.ones(N, bool) if every else LABELS != IGNORED
     mask = MASK if loss.masks else np.ones((N, CLASSES), bool)
     counts &= mask.any(-1) & ~loss.broken
     inside = mask & ~LEFT_OUT
@@ -276,7 +289,11 @@ def definition(loss: Loss, a: dict[str, Any], o: dict[str, Any]) -> jax.Array:
     t = np.maximum(LABELS, 0)
     own = jnp.take_along_axis(cost, t[:, None], axis=-1)[:, 0]
     u = o.get("class_weights", jnp.ones(CLASSES, z.dtype))
-    if "log_probs" in loss.name:
+    if loss.name == "divergence":
+        y = o["soft_cap"] * jnp.tanh(a["targets"] / o["soft_cap"]) / o["temperature"]
+        log_p = y - jnp.log(jnp.sum(jnp.where(inside, jnp.exp(y), 0), -1, keepdims=True))
+        losses = jnp.sum(jnp.where(inside, jnp.exp(log_p) * (log_p + cost), 0), axis=-1)
+    elif "log_probs" in loss.name:
         losses = jnp.sum(p * cost, axis=-1) + lse + 0.5 * own
     else:
         spread = jnp.sum(u[None] * cost, axis=-1) / inside.sum(-1).astype(z.dtype)

@@ -175,6 +175,51 @@ def test_a_loss_is_convex_and_above_its_tangent(name, drawn, eighths):
     assert np.all(at_b >= tangent - error * (at_a + at_b + size))
 
 
+# Divergences: |δ| ≤ 128 here, so that each term is known to units(C) and 3 |δ| more
+
+
+@jax.jit
+def divergences(z, t, weight):
+    def js_divergence(z, t, weight):
+        return js.softmax_js_divergence(z, t, weight=weight)
+
+    kl = value_and_gradient(js.softmax_kl_divergence)
+    return kl(z, t), js_divergence(z, t, weight), js_divergence(t, z, 1 - weight)
+
+
+@given(
+    tuples(grid, grid, lambda s: grid((s[0], 1), 2**10), lambda s: st.permutations(range(s[1]))),
+    st.integers(1, 15),
+)
+@a_few
+def test_divergences_of_any_two_rows(drawn, sixteenths):
+    """At least 0, without an order of the classes, the same after a shift, exchanged with 1 − w.
+
+    JS is at most the entropy of its weight, and convex in it: between 0 and w KL(q ‖ p).
+    """
+    z, t, shift, order = drawn
+    weight = np.float32(sixteenths / 16)
+    (kl, gradient), mixed, exchanged = divergences(z, t, weight)
+    (moved, moved_gradient), moved_mixed, _ = divergences(z + shift, t - shift, weight)
+    for one, other in ((kl, moved), (gradient, moved_gradient), (mixed, moved_mixed)):
+        np.testing.assert_array_equal(one, other)
+    order = np.array(order)
+    (other, _), other_mixed, _ = divergences(z[:, order], t[:, order], weight)
+    error = 2 * (units(z.shape[-1]) + 3 * 128 * U)
+    kl, mixed = wide(kl, mixed)
+    assert (kl >= 0).all()
+    assert (mixed >= 0).all()
+    tiny = 1e-37 * z.shape[-1]
+    assert_within(other, kl, error * kl + tiny)
+    for found in (other_mixed, exchanged):
+        assert_within(found, mixed, error * mixed + tiny)
+    w = float(weight)
+    assert (mixed <= (-w * np.log(w) - (1 - w) * np.log1p(-w)) * (1 + error)).all()
+    (reverse, _), *_ = divergences(t, z, weight)
+    assert (mixed <= w * wide(reverse)[0] * (1 + error) + tiny).all()
+    assert (mixed <= (1 - w) * kl * (1 + error) + tiny).all()
+
+
 # The head: N tokens, chunks of any size
 
 OPERANDS = st.tuples(grid((N, H), 4, 8), grid((H, C), 3, 8), grid((C,), 3, 8))

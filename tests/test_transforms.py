@@ -55,6 +55,13 @@ def _targets(classes: int) -> np.ndarray:
     return y
 
 
+def _target_logits(classes: int) -> np.ndarray:
+    """Rows a tenth, a thousandth and 1 from the logits, and equal ones."""
+    distance = np.array([[0.1], [1e-3], [0], [1]])
+    change = np.random.default_rng(classes + 3).normal(size=(4, classes))
+    return (_logits(classes) + distance * change).astype(np.float32)
+
+
 def _labels(classes: int) -> np.ndarray:
     return np.array([classes - 2, 2, 0, 1], np.int32)
 
@@ -132,6 +139,11 @@ def _cross_entropy(x, y):
     return -jnp.sum(y * _log_probabilities(x))
 
 
+def _kl_divergence(x, target):
+    log_q, log_p = _log_probabilities(x), _log_probabilities(target)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+
 _hidden_and_labels = _rows(lambda _: _hidden(), lambda _: _labels(7))
 FUNCTIONS = [
     Function("softmax", js.softmax, lambda x: jnp.exp(_log_probabilities(x)), _rows(_logits)),
@@ -184,6 +196,12 @@ FUNCTIONS = [
         _label_log_probs,
         _log_probs_of_definition,
         _rows(_logits, _several),
+    ),
+    Function(
+        "softmax_kl_divergence",
+        js.softmax_kl_divergence,
+        _kl_divergence,
+        _rows(_logits, _target_logits),
     ),
     Function(
         "linear_log_probs",
@@ -542,5 +560,9 @@ def test_the_jacobian_has_forward_mode_too(classes):
 
 
 def test_every_public_function_is_in_the_list():
-    """But for those without a derivative: test_choices.py has their transforms."""
-    assert {f.name.partition("-")[0] for f in FUNCTIONS} == set(DIFFERENTIABLE)
+    """But for those without a derivative: test_choices.py has their transforms.
+
+    Of the divergences KL is here; test_divergence.py and test_linear_divergence.py have the others.
+    """
+    others = {"softmax_js_divergence", "linear_kl_divergence", "linear_js_divergence"}
+    assert {f.name.partition("-")[0] for f in FUNCTIONS} == set(DIFFERENTIABLE) - others
