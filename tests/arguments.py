@@ -109,8 +109,7 @@ MORE_RIGHT: dict[str, list[dict[str, Any]]] = {
     ],
     "softmax_kl_divergence": [
         {"axis": (0, 1), "where": MASK, "axis_name": None, **_transform},
-        {"axis": None, "target_logits": jnp.zeros((8, 16), jnp.bfloat16)},
-        {"axis": 0, "where": MASK[:1], "soft_cap": np.float16(3)},
+        {"axis": 0, "where": MASK[:1], "target_logits": jnp.zeros((8, 16), jnp.bfloat16)},
     ],
     "softmax_js_divergence": [
         {"axis": [1], "where": MASK, "axis_name": None, "weight": np.float32(0.3), **_transform}
