@@ -31,6 +31,7 @@ from ._numerics import (
     exp_beyond_linear,
     log_beyond_linear,
     nan_where,
+    shifted_exp,
     two_difference,
     upcast,
 )
@@ -367,13 +368,13 @@ def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(near, c.p * (small + beyond), apart), beyond, near
 
 
-# Of rows whose r are still 0: q and p are the exponentials. As (m, r) of `_numerics`, r counts all
-# but one of the maxima, and its derivative is over every class.
+# Of rows whose r are still 0, so that q and p are the exponentials. As (m, r) of `_numerics`, r
+# counts all but one of the maxima, and its derivative is over every class.
 def _first_terms(z, t, c, row, weight):
     del weight
     terms = []
-    for logits, m, e in ((z, row.m, c.q), (t, row.m_t, c.p)):
-        at_max = logits == m[..., None]
+    for logits, m in ((z, row.m), (t, row.m_t)):
+        at_max, e = logits == m[..., None], shifted_exp(logits, m)
         terms += [jnp.where(at_max, _no_value(e), e), at_max.astype(e.dtype)]
     return (*terms, lax.stop_gradient(_excess(c)[0]))
 
