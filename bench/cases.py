@@ -368,11 +368,16 @@ HEADS = (
     Head(2048, 768, 50257, Dtype.FLOAT32),
     Head(2048, 512, 131072, Dtype.BFLOAT16),
 )
-DIVERGENCES = tuple(
-    TwoLogits(*shape, dtype, divergence)
-    for divergence in Divergence
-    for shape in ((4096, 32000), (65536, 1000), (16384, 10), (1024, 10))
-    for dtype in DTYPES
+DIVERGENCES = (
+    *(
+        TwoLogits(*shape, dtype, Divergence.KL)
+        for shape in ((4096, 32000), (65536, 1000), (16384, 10), (1024, 10))
+        for dtype in DTYPES
+    ),
+    *(
+        TwoLogits(*shape, Dtype.FLOAT32, Divergence.JS)
+        for shape in ((4096, 32000), (65536, 1000), (16384, 10))
+    ),
 )
 TWO_HEADS = tuple(
     TwoHeads(*shape, divergence)

@@ -387,9 +387,12 @@ def add_by_block(
     `total`, `[H, V]` or `[V, H]` by its `class_axis`, gets a product of `a [c, H]` and `b [c, V]`.
     """
     classes = total.shape[class_axis]
+    # XLA would compute the columns of the last step from what b is computed from.
+    b = lax.optimization_barrier(b)
     # Of the product and of the columns of b; a size that is symbolic, in an export, does not count.
     rows = max(1, *(size for size in a.shape if isinstance(size, int)))
     size = min(classes, max(1, _PRODUCT_BYTES // (rows * total.dtype.itemsize)))
+    size = next((s for s in range(size, size // 2, -1) if classes % s == 0), size)
 
     def step(start, size, total):
         columns = lax.dynamic_slice_in_dim(b, start, size, axis=1)

@@ -354,18 +354,22 @@ def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR091
     scale, scale_t = (1 / (1 + r)[..., None] for r in (row.r, row.r_t))
     larger = jnp.exp(jnp.where(below, b, a)) * jnp.where(below, scale_t, scale)
     ratio = jnp.exp(jnp.where(below, log_ratio, -log_ratio))
-    smaller = larger * ratio
-    p, q = jnp.where(below, larger, smaller), jnp.where(below, smaller, larger)
+    p, q = larger * jnp.where(below, 1, ratio), larger * jnp.where(below, ratio, 1)
     return z, t, _Classes(p, q, x, log_ratio, larger, ratio, below)
 
 
-def _excess(c: _Classes) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The excess q − p; and, where |δ| < ½, e^δ − 1 − δ; and where that is."""
-    near = jnp.abs(c.log_ratio) < 0.5
-    small = jnp.where(near, c.log_ratio, 0)
-    beyond = exp_beyond_linear(small)
-    apart = c.larger * jnp.where(c.below, c.ratio - 1, 1 - c.ratio)
-    return jnp.where(near, c.p * (small + beyond), apart), beyond, near
+def _lost(c: _Classes) -> jax.Array:
+    """e^−s − 1 with s = |δ|, exact however close to 0: the smaller over the larger, less 1."""
+    s = jnp.where(c.below, -c.log_ratio, c.log_ratio)
+    near = s < 0.5
+    small = jnp.where(near, -s, 0)
+    return jnp.where(near, small + exp_beyond_linear(small), c.ratio - 1)
+
+
+def _excess(c: _Classes) -> jax.Array:
+    """The excess q − p."""
+    lost = _lost(c)
+    return c.larger * jnp.where(c.below, lost, -lost)
 
 
 # Of rows whose r are still 0, so that q and p are the exponentials. As (m, r) of `_numerics`, r
@@ -376,13 +380,15 @@ def _first_terms(z, t, c, row, weight):
     for logits, m in ((z, row.m), (t, row.m_t)):
         at_max, e = logits == m[..., None], shifted_exp(logits, m)
         terms += [jnp.where(at_max, _no_value(e), e), at_max.astype(e.dtype)]
-    return (*terms, lax.stop_gradient(_excess(c)[0]))
+    return (*terms, lax.stop_gradient(_excess(c)))
 
 
-# p_k (e^δ − 1 − δ) = (q_k − p_k) − p_k δ_k
+# p_k (e^δ − 1 − δ), where it is not small as (q_k − p_k) − p_k δ_k.
 def _kl_terms(z, t, c, row, weight):
     del z, t, row, weight
-    excess, beyond, near = _excess(c)
+    near = jnp.abs(c.log_ratio) < 0.5
+    beyond = exp_beyond_linear(jnp.where(near, c.log_ratio, 0))
+    excess = c.larger * jnp.where(c.below, c.ratio - 1, 1 - c.ratio)
     finite = jnp.where(jnp.isinf(c.log_ratio), 0, c.log_ratio)
     # A class of q_k = 0 beside p_k > 0 makes it infinite; one of p_k = 0 adds q_k.
     apart = jnp.where(c.log_ratio == -jnp.inf, jnp.inf, excess - c.p * finite)
@@ -403,9 +409,7 @@ class _Mixture(NamedTuple):
 def _mixture(c: _Classes, weight: Any) -> _Mixture:
     s = jnp.where(c.below, -c.log_ratio, c.log_ratio)
     of_larger, of_smaller = _shares(c, weight)
-    near = s < 0.5
-    small = jnp.where(near, -s, 0)
-    e = jnp.where(near, small + exp_beyond_linear(small), c.ratio - 1)
+    e = _lost(c)
     v = of_smaller * e
     near_v = v > -0.5
     lost = log_beyond_linear(jnp.where(near_v, v, 0))
@@ -509,7 +513,7 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
 
     d_weight = None
     if weight is None:
-        dz, dt = g_ * _excess(c)[0], g_ * by_own(_target_of_kl, pair.r_t, pair.maxima_t)
+        dz, dt = g_ * _excess(c), g_ * by_own(_target_of_kl, pair.r_t, pair.maxima_t)
         if infinite is not None:  # which a linear map cannot give
             unbounded = jnp.where((c.x == -jnp.inf) == (g_ > 0), jnp.inf, -jnp.inf)
             unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, unbounded)
