@@ -431,7 +431,8 @@ def linear_kl_divergence(
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
+      A scalar, or `[*tokens]` for `reduction=None`, in float32; float64 where the products of the
+      first head are float64.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -448,8 +449,8 @@ def linear_kl_divergence(
 
     There is one matrix product more than in `linear_loss` for the target, or three if it is
     differentiated. The temporary memory is that of `linear_loss` with chunks of half as many
-    tokens, but for the logits of a chunk of c tokens: there are some five arrays of `4·c·V` bytes,
-    or a dozen for the Jensen–Shannon divergence.
+    tokens, but for the logits of a chunk of c tokens: there are three arrays of `4·c·V` bytes, both
+    logits and the gradient, or some eight for the Jensen–Shannon divergence.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -526,7 +527,8 @@ def linear_js_divergence(
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      A scalar, or `[*tokens]` for `reduction=None`, in float32 (float64 for float64 products).
+      A scalar, or `[*tokens]` for `reduction=None`, in float32; float64 where the products of the
+      first head are float64.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.

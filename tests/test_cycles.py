@@ -10,17 +10,21 @@ from layouts import tpu_devices
 
 import jaxsoftmax
 from bench import contenders, cycles, targets, timing
-from bench.cases import Dtype, Head, Labels, Logits, Mode
+from bench.cases import Divergence, Dtype, Head, Labels, Logits, Mode, TwoHeads, TwoLogits
 
 CHIP = "v5e"
 OURS, IN_FORWARD, RECOMPUTE = contenders.OURS, "jaxsoftmax, in forward", "jaxsoftmax, recompute"
 LOGITS = [Logits(1024, 32768, dtype) for dtype in (Dtype.FLOAT32, Dtype.BFLOAT16)]
 HEAD = Head(1024, 512, 32768, Dtype.BFLOAT16)
+DIVERGENCE = TwoLogits(8192, 1000, Dtype.FLOAT32, Divergence.KL)
+TWO_HEADS = TwoHeads(2048, 256, 32768, Dtype.BFLOAT16, Divergence.KL)
 # The cycles of ours over those of optax, at most: forward, and value and gradient.
 BOUNDS = {
     LOGITS[0]: {OURS: (0.71, 0.85)},
     LOGITS[1]: {OURS: (0.53, 0.74)},
     HEAD: {IN_FORWARD: (1.03, 1.04), RECOMPUTE: (0.58, 0.87)},
+    DIVERGENCE: {OURS: (1, 1)},
+    TWO_HEADS: {OURS: (1, 1)},
 }
 
 
@@ -43,6 +47,9 @@ def compiled(case):
         patch.setitem(contenders.LOGITS, integer, contenders.LOGITS[integer][:2])
         patch.setattr(contenders, "HEAD", contenders.HEAD[1:3])
         patch.setattr(contenders, "VARIANTS", contenders.VARIANTS[:1])
+        for name in ("DIVERGENCES", "HEAD_DIVERGENCES"):
+            every = getattr(contenders, name)
+            patch.setattr(contenders, name, {kind: some[:2] for kind, some in every.items()})
         section = targets.measure([case], targets.MODES, [CHIP])
     return {
         found["mode"]: {row["name"]: row for row in found["contenders"]}

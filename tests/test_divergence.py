@@ -134,7 +134,7 @@ def test_values_and_gradients_on_every_scale(device, classes, dtype):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("classes", [50257, 262144])
+@pytest.mark.parametrize("classes", [50257, pytest.param(262144, marks=pytest.mark.rare)])
 def test_many_classes(classes):
     check_pairs(*pairs(classes, "float32", (1e-7, 1e-3, 1, 80), offsets=(1e4,), peaks=(5,)))
 
