@@ -29,6 +29,7 @@ from ._axes import broadcast_mask, masked, to_rows
 from ._numerics import (
     accumulation_dtype,
     exp_beyond_linear,
+    log1p_near,
     log_beyond_linear,
     nan_where,
     shifted_exp,
@@ -284,7 +285,7 @@ def _fwd(axis_name, same_cap, x, y, transform, target_transform, weight):  # noq
     relative = change / (1 + r_t)
     near = jnp.abs(relative) <= 0.5
     apart = jnp.log1p(r) - jnp.log1p(r_t)
-    exact = jnp.where(near, _log1p(jnp.where(near, relative, 0)), apart)
+    exact = jnp.where(near, log1p_near(jnp.where(near, relative, 0)), apart)
     change = lax.stop_gradient(exact) + _no_value(apart)
     pair = _Pair(valid, m, r, maxima, m_t, r_t, maxima_t, change)
     (out,) = sums_of(_kl_terms if weight is None else _js_terms, pair, weight)
@@ -527,11 +528,6 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
         d_weight = jnp.sum(g * by_weight)
     (dx, d_transform), (dy, d_target) = pull(dz.astype(dtypes[0])), pull_t(dt.astype(dtypes[1]))
     return dx, dy, d_transform, d_target, d_weight
-
-
-def _log1p(x):
-    """log(1 + x) for |x| ≤ ½; XLA's in float64 loses digits near −0.4 in JAX 0.10."""
-    return x - log_beyond_linear(x)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from ._axes import broadcast_mask, from_rows, masked, to_rows
 from ._numerics import (
     broadcast_to,
     gradient_numerator,
+    log1p_near,
     log_sum_exp,
     nan_where,
     one_hot,
@@ -251,8 +252,9 @@ def _weighted_logsumexp_fwd(x, b):
     total = first + rest
     sign = jnp.sign(total)
     q = (jnp.abs(first) - 1) + jnp.sign(first) * rest
-    near = q >= -0.5
-    log_abs = jnp.where(near, jnp.log1p(jnp.where(near, q, 0)), jnp.log(jnp.abs(total)))
+    near, above = jnp.abs(q) <= 0.5, q > 0.5
+    log_abs = jnp.where(above, jnp.log1p(jnp.where(above, q, 0)), jnp.log(jnp.abs(total)))
+    log_abs = jnp.where(near, log1p_near(jnp.where(near, q, 0)), log_abs)
     return (shift + log_abs, sign), (x, b, shift, total)
 
 
