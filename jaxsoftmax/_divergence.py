@@ -32,7 +32,6 @@ from ._numerics import (
     log1p_near,
     log_beyond_linear,
     nan_where,
-    shifted_exp,
     two_difference,
     upcast,
 )
@@ -245,7 +244,7 @@ class _Pair(NamedTuple):
     """What is known of each row: finite numbers, also where the row has no divergence."""
 
     valid: Any  # whether both rows have a log-sum-exp
-    m: Any  # of z, the logits
+    m: Any  # of z, the logits, before they are divided by the temperature
     r: Any
     maxima: Any  # how many classes are at m
     m_t: Any  # of t, the target
@@ -257,6 +256,8 @@ class _Pair(NamedTuple):
 class _Classes(NamedTuple):
     """Of each class: everything from the larger probability and the ratio to the smaller."""
 
+    a: Any  # z − m ≤ 0, divided by the temperature
+    b: Any  # t − m_t ≤ 0
     p: Any
     q: Any
     x: Any  # δ + D = (z − m) − (t − m_t)
@@ -295,8 +296,12 @@ def _fwd(axis_name, same_cap, x, y, transform, target_transform, weight):  # noq
 
 
 def _maximum(axis_name, x, transform):
-    """The maximum of each row, a constant: what is computed from z − m does not depend on it."""
-    of, scalars = as_function(transform)
+    """The maximum of each row before it is divided by the temperature; a constant.
+
+    What is computed from z − m does not depend on it. The maximum of divided logits would be a
+    rounded one, and log-ratios of size δ would have errors of u times its own size.
+    """
+    of, scalars = as_function(transform._replace(temperature=None))
     m = jnp.max(lax.stop_gradient(of(x, *scalars)), axis=-1)
     m = m if axis_name is None else maximum_over(axis_name, m)
     return checkpoint_name(m, "jaxsoftmax.shift")
@@ -319,8 +324,8 @@ def _sums(  # noqa: PLR0917
         numbers, scalars = rest[: len(pair) - 2], rest[len(pair) - 2 :]
         transform, target_transform, weight = _unflattened(known, scalars)
         row = _Pair(valid, m, *numbers)
-        z, t, c = _compared(same_cap, x, y, transform, target_transform, row)
-        return terms(z, t, c, row, weight)
+        c = _compared(same_cap, x, y, transform, target_transform, row)
+        return terms(c, row, weight)
 
     valid, m, *numbers = pair
     weights = () if weight is None else (weight,)
@@ -340,10 +345,9 @@ def _unflattened(known, scalars):
 
 
 def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR0917
-    """The logits z, t, and everything of the classes; one at −inf in both has p = q = δ + D = 0."""
+    """Everything of the classes; one at −inf in both rows has p = q = δ + D = 0."""
     x, y = (jnp.where(row.valid[..., None], a, 0) for a in (x, y))
-    z, t = upcast(transformed(x, transform)), upcast(transformed(y, target_transform))
-    a, b = z - row.m[..., None], t - row.m_t[..., None]
+    a, b = _gap(x, transform, row.m), _gap(y, target_transform, row.m_t)
     high, low = two_difference(row.m, row.m_t)
     shift = high[..., None], low[..., None]
     x = difference(x, y, transform, target_transform, shift, same_cap=same_cap)
@@ -356,7 +360,13 @@ def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR091
     larger = jnp.exp(jnp.where(below, b, a)) * jnp.where(below, scale_t, scale)
     ratio = jnp.exp(jnp.where(below, log_ratio, -log_ratio))
     p, q = larger * jnp.where(below, 1, ratio), larger * jnp.where(below, ratio, 1)
-    return z, t, _Classes(p, q, x, log_ratio, larger, ratio, below)
+    return _Classes(a, b, p, q, x, log_ratio, larger, ratio, below)
+
+
+def _gap(x, transform, m):
+    """The logits less the maximum: divided by the temperature after that."""
+    gap = upcast(transformed(x, transform._replace(temperature=None))) - m[..., None]
+    return transformed(gap, Transform(temperature=transform.temperature))
 
 
 def _lost(c: _Classes) -> jax.Array:
@@ -375,18 +385,18 @@ def _excess(c: _Classes) -> jax.Array:
 
 # Of rows whose r are still 0, so that q and p are the exponentials. As (m, r) of `_numerics`, r
 # counts all but one of the maxima, and its derivative is over every class.
-def _first_terms(z, t, c, row, weight):
-    del weight
+def _first_terms(c, row, weight):
+    del row, weight
     terms = []
-    for logits, m in ((z, row.m), (t, row.m_t)):
-        at_max, e = logits == m[..., None], shifted_exp(logits, m)
+    for gap in (c.a, c.b):
+        at_max, e = gap == 0, jnp.exp(gap)
         terms += [jnp.where(at_max, _no_value(e), e), at_max.astype(e.dtype)]
     return (*terms, lax.stop_gradient(_excess(c)))
 
 
 # p_k (e^δ − 1 − δ), where it is not small as (q_k − p_k) − p_k δ_k.
-def _kl_terms(z, t, c, row, weight):
-    del z, t, row, weight
+def _kl_terms(c, row, weight):
+    del row, weight
     near = jnp.abs(c.log_ratio) < 0.5
     beyond = exp_beyond_linear(jnp.where(near, c.log_ratio, 0))
     excess = c.larger * jnp.where(c.below, c.ratio - 1, 1 - c.ratio)
@@ -434,8 +444,8 @@ def _shares(c: _Classes, weight: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.where(c.below, rest, weight), jnp.where(c.below, weight, rest)
 
 
-def _js_terms(z, t, c, row, weight):
-    del z, t, row
+def _js_terms(c, row, weight):
+    del row
     mixture = _mixture(c, weight)
     of_larger, of_smaller = _shares(c, weight)
     return (of_larger * mixture.cost_of_larger + of_smaller * mixture.cost_of_smaller,)
@@ -445,8 +455,9 @@ def _js_terms(z, t, c, row, weight):
 # and the other held constant, so that dt_k = p_k (v̄ − v_k), v̄ = Σ p v: equations (75), (82). The
 # mean is taken of v less its value at the maximum, a constant, which drops out there exactly: so
 # the sum over the others keeps all digits where p is confident.
-def _own_terms(own, z, t, c, row, weight):  # noqa: PLR0917
-    p, v, at_max = own(z, t, c, row, weight)
+def _own_terms(own, c, row, weight):
+    del row
+    p, v, at_max = own(c, weight)
     cost = p * v
     return jnp.where(at_max, _no_value(cost), cost), lax.stop_gradient(jnp.where(at_max, v, 0))
 
@@ -458,30 +469,28 @@ def _by_own(sums, r, maxima, p, v):
     return p * (mean[..., None] - (v - reference[..., None]))
 
 
-def _target_of_kl(z, t, c, row, weight):
+def _target_of_kl(c, weight):
     """p, δ + D (of classes where it is finite), and where t has its maximum."""
-    del z, weight
+    del weight
     v = jnp.where(jnp.isinf(c.x), 0, c.x)
-    return c.p, v, t == row.m_t[..., None]
+    return c.p, v, c.b == 0
 
 
-def _target_of_js(z, t, c, row, weight):
-    del z
+def _target_of_js(c, weight):
     mixture = _mixture(c, weight)
     v = jnp.where(c.below, mixture.of_larger, mixture.of_smaller)
-    return c.p, v, t == row.m_t[..., None]
+    return c.p, v, c.b == 0
 
 
-def _logits_of_js(z, t, c, row, weight):
-    del t
+def _logits_of_js(c, weight):
     mixture = _mixture(c, weight)
     v = jnp.where(c.below, mixture.of_smaller, mixture.of_larger)
-    return c.q, v, z == row.m[..., None]
+    return c.q, v, c.a == 0
 
 
 # ∂JS/∂w = KL(q ‖ m) − KL(p ‖ m): the part by m is Σ (p − q) = 0. Equation (81).
-def _weight_terms(z, t, c, row, weight):
-    del z, t, row
+def _weight_terms(c, row, weight):
+    del row
     mixture = _mixture(c, weight)
     change = mixture.cost_of_smaller - mixture.cost_of_larger
     return (jnp.where(c.below, change, -change),)
@@ -505,11 +514,11 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
     z, pull = jax.vjp(transformed, x, transform)
     t, pull_t = jax.vjp(transformed, y, target_transform)
     dtypes, g_ = (z.dtype, t.dtype), g[..., None]
-    z, t, c = _compared(same_cap, x, y, transform, target_transform, pair)
+    c = _compared(same_cap, x, y, transform, target_transform, pair)
 
     def by_own(own, r, maxima):
         sums = sums_of(partial(_own_terms, own), pair, weight)
-        p, v, _ = own(z, t, c, pair, weight)
+        p, v, _ = own(c, weight)
         return _by_own(sums, r, maxima, p, v)
 
     d_weight = None
@@ -517,7 +526,7 @@ def _cotangents(axis_name, same_cap, residuals, g, infinite=None):
         dz, dt = g_ * _excess(c), g_ * by_own(_target_of_kl, pair.r_t, pair.maxima_t)
         if infinite is not None:  # which a linear map cannot give
             unbounded = jnp.where((c.x == -jnp.inf) == (g_ > 0), jnp.inf, -jnp.inf)
-            unbounded = jnp.where((g_ == 0) | (t == -jnp.inf), 0, unbounded)
+            unbounded = jnp.where((g_ == 0) | (c.b == -jnp.inf), 0, unbounded)
             dt = jnp.where(infinite[..., None], lax.stop_gradient(unbounded), dt)
     else:
         dz = g_ * weight * by_own(_logits_of_js, pair.r, pair.maxima)

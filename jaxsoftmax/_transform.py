@@ -71,7 +71,7 @@ def difference(
     *,
     same_cap: bool,
 ) -> jax.Array:
-    """`transformed(x, of_x) − transformed(y, of_y)`, less a constant that two numbers add up to.
+    """The capped `x − y`, less a constant that two numbers add up to, over the temperature.
 
     Without a soft cap only the result is rounded, and the quotient if there is a temperature, which
     both share. With `same_cap` the difference has a relative error of a few roundings before
@@ -86,10 +86,10 @@ def difference(
     else:
         x, y = (a if of is None else _capped(a, of) for a, of in ((x, cap), (y, cap_y)))
         high, low = x - y, lax.stop_gradient(two_difference(x, y)[1])
+    x = (high - less[0]) + (low - less[1])
     if of_x.temperature is None:
-        return (high - less[0]) + (low - less[1])
-    temperature = of_x.temperature.astype(high.dtype)
-    return ((high - less[0] * temperature) + (low - less[1] * temperature)) / temperature
+        return x
+    return x / of_x.temperature.astype(x.dtype)
 
 
 def as_function(transform: Transform) -> tuple[Elementwise, tuple[jax.Array, ...]]:

@@ -310,6 +310,22 @@ def test_tokens_that_are_left_out(kind):
         np.testing.assert_array_equal(zero, 0)
 
 
+@both_kinds
+def test_weights_of_tokens_that_are_left_out_may_be_nan(kind):
+    """As padding's are, of a division by a count of 0."""
+    arrays = problem()
+    operands = [arrays[name] for name in OPERANDS]
+    weights = np.linspace(0.5, 2, N, dtype=np.float32)
+
+    def step(weights):
+        f = functools.partial(HEADS[kind], *operands, where=SOME, chunk_size=4)
+        return jax.value_and_grad(lambda w: f(weights=w))(weights), f(
+            weights=weights, reduction=None
+        )
+
+    assert_close(step(np.where(SOME, weights, np.nan)), step(weights), of_largest=1e-6)
+
+
 @pytest.mark.parametrize("of", ["both", "target", "logits"])
 @both_kinds
 def test_classes_left_out_by_a_bias(kind, of):

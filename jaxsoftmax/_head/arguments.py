@@ -68,9 +68,10 @@ class Head:
     ) -> tuple["Head", tuple[jax.Array, ...]]:
         """Keeps tokens that do not count out of the products, where 0 · NaN would be NaN.
 
-        Hidden state and `args` become zeros for an ignored token. So they do for a token of weight
-        0 that holds anything not finite; its weight becomes a constant 0. If all is finite, a
-        weight of 0 is enough by itself, and the derivative by the weight is that of the real loss.
+        Hidden state, weight and `args` become zeros for an ignored token. So they do for a token of
+        weight 0 that holds anything not finite; its weight becomes a constant 0. If all is finite,
+        a weight of 0 is enough by itself, and the derivative by the weight is that of the real
+        loss.
         """
         out, weights = ignored, self.weights
         live = None if ignored is None else ~ignored
@@ -79,8 +80,8 @@ class Head:
             floating = _real(self.hidden, *args)
             finite = [jnp.all(jnp.isfinite(a), tuple(range(1, a.ndim))) for a in floating]
             broken = (weights == 0) & ~reduce(jnp.logical_and, finite)
-            weights = jnp.where(broken, 0, weights)
             out = broken if out is None else out | broken
+            weights = jnp.where(out, 0, weights)
         if out is None:
             return self, tuple(args)
 
