@@ -409,7 +409,8 @@ def linear_kl_divergence(
       target_kernel: `[G, V]`, floating.
       bias: `[V]`; −inf excludes a class: see `target_bias`.
       target_bias: `[V]`. A class at −inf in both does not count (a padded vocabulary); in the
-        target alone it adds its q_k; in `bias` alone it makes the divergence +inf.
+        target alone it adds its q_k; in `bias` alone it makes the divergence +inf, and gradients by
+        the target's operands infinite or NaN.
       weights: `[*tokens]`, the factor of each divergence. A token of weight 0 contributes nothing,
         whatever its hidden states are (see `linear_loss`).
       where: `[*tokens]`, boolean: the tokens to include. The others have divergence 0 and gradient

@@ -5,7 +5,8 @@ The same names, arguments and results, with the derivative as a `custom_jvp`. Re
 and saves the same residuals. The functions of the package itself have a `custom_vjp`, which JAX
 cannot differentiate in forward mode. Two differences, since a linear map cannot tell which losses
 are used: a label out of range (and not ignored) makes its row's gradient NaN even where the loss is
-not used, and the infinite derivative by a dense label at a logit of −inf is left out.
+not used; and infinite derivatives are left out, by a dense label at a logit of −inf, and by the
+target of an infinite divergence.
 
 Example:
   >>> import jax, jax.numpy as jnp
