@@ -15,6 +15,7 @@ from . import _checks
 from ._axes import broadcast_mask, from_rows, masked, to_rows
 from ._numerics import (
     broadcast_to,
+    first,
     gradient_numerator,
     log1p_near,
     log_sum_exp,
@@ -245,14 +246,13 @@ def _weighted_logsumexp_fwd(x, b):
     m = jnp.max(jnp.where(live, z, -jnp.inf), axis=-1)
     shift = jax.lax.stop_gradient(jnp.where(jnp.isfinite(m), m, 0))
     e = jnp.exp(jnp.where(live, z, -jnp.inf) - shift[..., None])
-    top = jnp.argmax(jnp.where(live, z, -jnp.inf), axis=-1).astype(jnp.int32)
-    at_top = one_hot(top, x.shape[-1])
+    at_top = one_hot(first(jnp.where(live, z, -jnp.inf) == m[..., None]), x.shape[-1])
     terms = jnp.where(live, w * e, 0)
-    first = jnp.sum(jnp.where(at_top, terms, 0), axis=-1)
+    top = jnp.sum(jnp.where(at_top, terms, 0), axis=-1)
     rest = jnp.sum(jnp.where(at_top, 0, terms), axis=-1)
-    total = first + rest
+    total = top + rest
     sign = jnp.sign(total)
-    q = (jnp.abs(first) - 1) + jnp.sign(first) * rest
+    q = (jnp.abs(top) - 1) + jnp.sign(top) * rest
     near, above = jnp.abs(q) <= 0.5, q > 0.5
     log_abs = jnp.where(above, jnp.log1p(jnp.where(above, q, 0)), jnp.log(jnp.abs(total)))
     log_abs = jnp.where(near, log1p_near(jnp.where(near, q, 0)), log_abs)
