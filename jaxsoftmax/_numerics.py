@@ -77,10 +77,13 @@ def remainder_beside(x: jax.Array, m: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def first(flags: jax.Array) -> jax.Array:
-    """The index of the first True of each row, the last if none: on a CPU a tenth of `argmax`."""
-    count = flags.shape[-1]
-    index = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (flags.ndim - 1) + (-1,))
-    return jnp.min(jnp.where(flags, index, count - 1), axis=-1)
+    """The index of the first True of each row, the last if none: on a CPU a tenth of `argmax`.
+
+    Of more classes than int32 counts, the index of *a* True: indices wrap here and in `one_hot`.
+    """
+    index = jnp.arange(flags.shape[-1], dtype=jnp.int32)
+    index = index.reshape((1,) * (flags.ndim - 1) + (-1,))
+    return jnp.min(jnp.where(flags, index, index[..., -1:]), axis=-1)
 
 
 def finite_shift(m: jax.Array) -> jax.Array:
