@@ -301,7 +301,7 @@ def _maximum(axis_name, x, transform):
     What is computed from z − m does not depend on it. The maximum of divided logits would be a
     rounded one, and log-ratios of size δ would have errors of u times its own size.
     """
-    of, scalars = as_function(transform._replace(temperature=None))
+    of, scalars = as_function(transform.undivided())
     m = jnp.max(lax.stop_gradient(of(x, *scalars)), axis=-1)
     m = m if axis_name is None else maximum_over(axis_name, m)
     return checkpoint_name(m, "jaxsoftmax.shift")
@@ -365,7 +365,7 @@ def _compared(same_cap, x, y, transform, target_transform, row):  # noqa: PLR091
 
 def _gap(x, transform, m):
     """The logits less the maximum: divided by the temperature after that."""
-    gap = upcast(transformed(x, transform._replace(temperature=None))) - m[..., None]
+    gap = upcast(transformed(x, transform.undivided())) - m[..., None]
     return transformed(gap, Transform(temperature=transform.temperature))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to raw logits before anything else: soft cap and temperature."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 
@@ -21,6 +23,10 @@ class Transform(NamedTuple):
 
     soft_cap: jax.Array | None = None
     temperature: jax.Array | None = None
+
+    def undivided(self) -> Transform:
+        """Without the temperature."""
+        return self._replace(temperature=None)
 
 
 def as_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> Transform:

@@ -61,8 +61,8 @@ def check_counted(device, gradients, mask, given, dtype=np.float32, **options):
     arrays = problem(n, H, V, dtype)
     hidden, kernel, bias, labels = broken(arrays, counts)
     g = np.where(counts, np.linspace(0.5, 2, n), 0).astype(np.float32)
-    if given == "ignored":
-        labels, weights = np.where(counts, labels, IGNORED), np.where(counts, g, 1)
+    if given == "ignored":  # whose weights may be anything
+        labels, weights = np.where(counts, labels, IGNORED), np.where(counts, g, np.float32(np.nan))
     else:
         weights = g
     # The truth of what does not count is 0 times anything finite.

@@ -406,7 +406,7 @@ def test_close_rows_stay_exact_under_a_temperature_with_offsets(f, offsets):
     z, t = pairs(40, "float32", scales=(1e-3, 0.1, 1), offsets=(0,), peaks=(0, 5))
     z, t = (np.float32(a + offset) for a, offset in zip((z, t), offsets, strict=True))
     temperature = np.float32(0.7)
-    value = jax.jit(partial(f, temperature=temperature))(z, t)
+    value, dz, dt = value_and_gradients(f, z, t, temperature=temperature)
     z, t = (
         (a.astype(float) - a.max(-1, keepdims=True).astype(float)) / float(temperature)
         for a in (z, t)
@@ -415,6 +415,14 @@ def test_close_rows_stay_exact_under_a_temperature_with_offsets(f, offsets):
     true = (oracle.kl_divergence(pair) if f is kl else oracle.js_divergence(pair, 0.5)).value
     size = np.maximum(np.abs(pair.delta), -t).max(-1)
     assert_within(value, true, (16 + size / 2) * 2 * pair.u * true + pair.floor)
+    # A gap has two roundings, its own and the quotient's, for one that the bounds count.
+    g = np.full(len(z), 1 / float(temperature))
+    if f is kl:
+        gradients = oracle.kl_gradient(pair, g), oracle.kl_target_gradient(pair, g)
+    else:
+        gradients = oracle.js_gradient(pair, 0.5, g), oracle.js_target_gradient(pair, 0.5, g)
+    assert_within(dz, gradients[0].value, 2 * gradients[0].bound, "by logits")
+    assert_within(dt, gradients[1].value, 2 * gradients[1].bound, "by target")
 
 
 def test_a_small_temperature_leaves_one_class():
