@@ -13,7 +13,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-_EXTRA = ("matplotlib", "optax", "orbax.checkpoint", "rich", "sklearn", "typer")
+# What the commands need, by the extra that has it.
+_LINE = ("rich", "typer")
+_RUN = (*_LINE, "matplotlib", "optax", "orbax.checkpoint")
+_CLASSIFIER = ("train", (*_RUN, "sklearn"))
+_LANGUAGE_MODEL = ("lm", (*_RUN, "flax", "grain", "tokenizers"))
+_NEEDED = {
+    "train": _CLASSIFIER,
+    "predict": _CLASSIFIER,
+    "train-lm": _LANGUAGE_MODEL,
+    "evaluate": _LANGUAGE_MODEL,
+    "generate": _LANGUAGE_MODEL,
+}
 
 
 def main() -> int:
@@ -47,11 +58,12 @@ def _run(arguments: list[str]) -> int:
 
         print(f"jaxsoftmax {version('jaxsoftmax')}")
         return 0
-    missing = [module for module in _EXTRA if not _installed(module)]
+    extra, modules = _NEEDED.get(next(iter(arguments), ""), ("train", _LINE))
+    missing = [module for module in modules if not _installed(module)]
     if missing:
         print(
             f"jaxsoftmax: the program needs {', '.join(missing)}; "
-            "install with: pip install 'jaxsoftmax[train]'",
+            f"install with: pip install 'jaxsoftmax[{extra}]'",
             file=sys.stderr,
         )
         return 2

@@ -10,8 +10,6 @@ be printed again from a committed file.
     timing.py       how: compiled ahead, warmed up, interleaved, memory donated; the device's roof
     formula.py      what memory our heads need, as their docstrings say it
     collectives.py  what a compiled program sends between devices
-    hlo.py cycles.py
-                    a compiled program's text; the time of one on a TPU by its compiler's account
     environment.py  where and with which versions
     options.py      what the commands share of their command lines
     results.py      the JSON file
@@ -27,4 +25,6 @@ be printed again from a committed file.
                     speed --target and --calibrate
     sharding.py     memory --mesh
     report.py       tables and figures of README and docs, from the committed files
+
+What a program takes on a TPU by its compiler's account is `jaxsoftmax.training.tpu`.
 """

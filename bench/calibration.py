@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m bench speed --calibrate`: the account of `bench.cycles` against measured times.
+"""`python -m bench speed --calibrate`: the account of `training.tpu` against measured times.
 
 tokamax publishes with its autotuning tables how long its own heads took on TPUs. Here the same
 programs are compiled: where the account is right, all take the same cycles a nanosecond.
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import typer
 from jax.sharding import SingleDeviceSharding
 
-from bench import cycles, environment, tables, timing
+from bench import environment, tables, timing
 from bench.cases import Dtype, Head
 from bench.tables import Table
+from jaxsoftmax.training.tpu import cycles
 
 KEY = "cycles/calibration"  # of the results file
 HEADS = {"xla": "head", "chunked_xla": "head_in_chunks"}  # of bench.contenders.with_tokamax

@@ -5,11 +5,10 @@ import math
 import re
 from typing import NamedTuple
 
-from bench import hlo
+from jaxsoftmax.training.tpu import hlo
+from jaxsoftmax.training.tpu.hlo import BITS
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "u16": 16}
-BITS |= {"s16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,8 @@ from typing import Any
 
 import jax
 import typer
-from jax.experimental import topologies
+
+from jaxsoftmax.training.tpu import tpus
 
 ROOT = Path(__file__).resolve().parent.parent
 # What README's commands install on the oldest Python; captions of tables of another JAX say so.
@@ -43,22 +43,6 @@ def use(device: Device | None) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
         found = f"JAX finds no {device or 'device'}. {error}".splitlines()[0]
         raise typer.BadParameter(found, param_hint="--device") from None
-
-
-# Without them libtpu looks for the TPU, at length and aloud, and lets one process in at a time.
-_NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
-
-
-def tpus(topology: str) -> Sequence[Any]:
-    """The devices of a TPU topology such as v5e:2x4, to compile for; none needs to be there."""
-    for name, value in _NO_TPU.items():
-        os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(topology, platform="tpu").devices
 
 
 def tpu(topology: str) -> Any:

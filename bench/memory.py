@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from bench import (
     contenders,
-    cycles,
     environment,
     figures,
     options,
@@ -26,6 +25,7 @@ from bench import (
 )
 from bench.cases import HEADS, Dtype, Head, Mode, Size, choose, head_of
 from bench.tables import Table
+from jaxsoftmax.training.tpu import cycles, tpus
 
 KEY, PEAK_KEY = "memory", "memory/peak"
 HERE = "here"
@@ -121,7 +121,7 @@ def measure(cases: Sequence[Head], targets: Sequence[str]) -> dict[str, Any]:
     with tables.progress(len(targets) * len(cases) * len(found)) as now:
         for target in targets:
             try:
-                device = jax.devices()[0] if target == HERE else environment.tpus(TPUS[target])[0]
+                device = jax.devices()[0] if target == HERE else tpus(TPUS[target])[0]
             except Exception as error:  # libtpu absent, or it does not know the topology
                 left_out.append(f"left out: {target} ({str(error).splitlines()[0][:120]})")
                 now(done=len(cases) * len(found))

@@ -13,7 +13,6 @@ from bench import (
     accuracy,
     accuracy_tables,
     calibration,
-    cycles,
     divergence_accuracy,
     environment,
     memory,
@@ -24,6 +23,7 @@ from bench import (
 )
 from bench.cases import Labels, Op
 from bench.tables import Table, say
+from jaxsoftmax.training.tpu import cycles
 
 README = environment.ROOT / "README.md"
 SHARDING = environment.ROOT / "docs" / "sharding.md"

@@ -12,10 +12,11 @@ import typer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxsoftmax
-from bench import environment, formula, timing
+from bench import formula, timing
 from bench.cases import Head
 from bench.collectives import collectives
 from bench.tables import Table, megabytes, origin
+from jaxsoftmax.training.tpu import tpus
 
 ORDERS = ("in_forward", "recompute")
 EVERY = ("data", "vocab")
@@ -68,7 +69,7 @@ def measure(case: Head, devices: Devices) -> dict[str, Any]:
 
 def _mesh(devices: Devices) -> Mesh:
     here = devices.topology == "here"
-    found = jax.devices() if here else environment.tpus(devices.topology)
+    found = jax.devices() if here else tpus(devices.topology)
     if len(found) != devices.data * devices.vocab:
         raise typer.BadParameter(
             f"{devices} has {len(found)} devices, its mesh {devices.data * devices.vocab}"

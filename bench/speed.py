@@ -13,7 +13,6 @@ import typer
 from bench import (
     calibration,
     contenders,
-    cycles,
     environment,
     options,
     results,
@@ -41,6 +40,7 @@ from bench.cases import (
     choose,
     with_ignored,
 )
+from jaxsoftmax.training.tpu import cycles
 
 PATIENCE_S = 30.0  # a contender whose first call takes longer is left out of that case
 PROFILED_CALLS = 3

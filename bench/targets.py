@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import SingleDeviceSharding
 from matplotlib.figure import Figure
 
-from bench import contenders, cycles, environment, figures, tables, timing
+from bench import contenders, environment, figures, tables, timing
 from bench.cases import (
     Case,
     Divergence,
@@ -23,6 +23,7 @@ from bench.cases import (
     TwoLogits,
 )
 from bench.tables import Table
+from jaxsoftmax.training.tpu import cycles
 
 FILE = "tpus-estimated"
 KEY = "cycles/{}"  # of this file, by op

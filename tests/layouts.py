@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bench import environment
+from jaxsoftmax.training.tpu import tpus
 
 AXES = ("data", "fsdp", "vocab")
 
@@ -85,4 +85,4 @@ def tpu_devices(topology: str) -> list[Any]:
     """Devices of a TPU topology such as "v5e:2x4", to compile for; skips without its compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs jax[tpu]")
-    return [*environment.tpus(topology)]
+    return [*tpus(topology)]

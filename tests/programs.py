@@ -73,14 +73,18 @@ def trained(*arguments: object, devices: int = 1) -> str:
     return done.stdout
 
 
-def train_here(*arguments: object) -> int:
+def here(*arguments: object) -> int:
     """The exit code, where the start of a process is not the question.
 
     There are conftest's eight devices, of which a run without --mesh uses one; optax needs the
     promotions of a user.
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return cli.run(["train", *map(str, arguments)])
+        return cli.run([*map(str, arguments)])
+
+
+def train_here(*arguments: object) -> int:
+    return here("train", *arguments)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -88,21 +92,28 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def newest(folder: Path) -> int:
-    """The number of epochs of the last checkpoint."""
+    """The number of epochs, or steps, of the last checkpoint."""
     names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def parameters(folder: Path, epoch: int) -> list[np.ndarray]:
-    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+    names = ("state", "position")
+    with ocp.CheckpointManager((folder / "checkpoints").resolve(), item_names=names) as manager:
         assert epoch in manager.all_steps()
-        restored = manager.restore(epoch, args=ocp.args.StandardRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        restored = manager.restore(epoch, args=items)["state"]
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that `train` ends in; in this process, since nothing is trained."""
-    assert cli.run(["train", *map(str, arguments)]) == 2
+    """The one line that `train` ends in."""
+    return refused_by(capsys, "train", *arguments)
+
+
+def refused_by(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a command ends in; in this process, since nothing is trained."""
+    assert here(*arguments) == 2
     captured = capsys.readouterr()
     assert not captured.out
     assert captured.err.count("\n") == 1

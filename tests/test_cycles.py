@@ -9,8 +9,9 @@ from jax.sharding import SingleDeviceSharding
 from layouts import tpu_devices
 
 import jaxsoftmax
-from bench import contenders, cycles, targets, timing
+from bench import contenders, targets, timing
 from bench.cases import Divergence, Dtype, Head, Labels, Logits, Mode, TwoHeads, TwoLogits
+from jaxsoftmax.training.tpu import cycles
 
 CHIP = "v5e"
 OURS, IN_FORWARD, RECOMPUTE = contenders.OURS, "jaxsoftmax, in forward", "jaxsoftmax, recompute"

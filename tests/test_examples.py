@@ -2,6 +2,7 @@
 """The examples run, as a user runs them."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -46,6 +47,17 @@ def test_evaluation_from_one_call():
     )
     assert ours[:3] == pytest.approx(theirs[:3], rel=1e-4)
     assert 3 * ours[3] < theirs[3]
+
+
+@pytest.mark.parametrize(
+    ("framework", "package"), [("nnx", "flax"), ("equinox", "equinox"), ("jax", "optax")]
+)
+def test_a_language_model_learns(framework, package):
+    """From no idea of the next byte to a fair one of the file that it was trained on."""
+    pytest.importorskip(package)
+    start, end = map(float, re.findall(r"\d+\.\d+", example(f"language_model_{framework}")))
+    assert start == pytest.approx(math.log(256), abs=0.5)
+    assert end < start / 2
 
 
 @pytest.mark.wide

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from programs import (
+    ROOT,
     SMALL,
     assert_refused,
     command,
     environment,
+    here,
     metrics,
     newest,
     parameters,
@@ -25,8 +27,10 @@ from programs import (
     wait_until,
 )
 
-from jaxsoftmax.training import data, model, step
 from jaxsoftmax.training import mesh as meshes
+from jaxsoftmax.training.classifier import step
+from jaxsoftmax.training.classifier.task import CLASSIFIER, Options
+from jaxsoftmax.training.run import state_specs
 
 LOST = "jaxsoftmax: a process of the run stopped, or cannot be reached; start all of them again"
 # JAX gives a process up after 30 seconds of silence; the rest is for a slow machine.
@@ -46,7 +50,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(
-    commands: Sequence[Sequence[object]], port: int, devices: int = 1
+    commands: Sequence[Sequence[object]], port: int, devices: int = 1, trains: str = "train"
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """One process of a run for each of these command lines."""
     with contextlib.ExitStack() as stack:
@@ -54,7 +58,7 @@ def started(
         for number, arguments in enumerate(commands):
             place = ("--coordinator", f"localhost:{port}", "--processes", len(commands))
             process = subprocess.Popen(
-                command("train", *place, "--process-id", number, *arguments),
+                command(trains, *place, "--process-id", number, *arguments),
                 env=environment(devices),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -66,9 +70,9 @@ def started(
         yield running
 
 
-def trained_together(*arguments: object, devices: int = 1) -> list[str]:
+def trained_together(*arguments: object, devices: int = 1, trains: str = "train") -> list[str]:
     """What two processes print."""
-    with started([arguments] * 2, free_port(), devices) as both:
+    with started([arguments] * 2, free_port(), devices, trains) as both:
         outputs = [process.communicate(timeout=BOUNDED) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [errors for _, errors in outputs] == ["", ""]
@@ -109,6 +113,21 @@ def test_processes_and_meshes_give_the_numbers_of_one_device(tmp_path):
     assert_same_numbers(two, one, 3, 3 * steps)
     assert train_here("--output", mesh, "--epochs", 3, *SMALL, "--mesh", "data=4,vocab=2") == 0
     assert_same_numbers(mesh, one, 3, 3 * steps)
+
+
+def test_two_processes_train_a_language_model_as_one_does(tmp_path):
+    """Each makes all batches and takes its own rows."""
+    model = ("--vocab", 300, "--width", 16, "--layers", 1, "--heads", 2, "--context", 32)
+    text = ("--text", ROOT / "docs" / "*.md", "--eval-tokens", 500, "--prompt", "The ")
+    steps = ("--steps", 4, "--eval-every", 2, "--batch-size", 4)
+    arguments = (*model, *text, *steps)
+    leader, other = trained_together("--output", tmp_path / "two", *arguments, trains="train-lm")
+    assert "step 4/4" in leader
+    assert not GLOO.sub("", other), other
+    assert here("train-lm", "--output", tmp_path / "one", *arguments) == 0
+    for line, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for name in ("step", "train_loss", "test_loss"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +218,11 @@ def listening(port: int) -> bool:
 
 def test_a_device_holds_its_share():
     """Of the examples and of the last layer, in memory as well as in the compiled program."""
-    digits = data.load(data.DIGITS)
-    mesh = meshes.make_mesh({"data": 4, "vocab": 2})
-    params = model.init(jax.random.key(0), (64, 8, digits.classes))
-    optimizer = step.OPTIMIZERS["sgd"](1e-3)
-    initial = step.State(params, optimizer.init(params))  # pyright: ignore[reportArgumentType]
-    state = meshes.split(initial, mesh, step.specs(optimizer, initial))
+    options = Options("digits", 1, 50, 1e-3, "sgd", (8,), 0)
+    mesh = meshes.make_mesh({"data": 4, "vocab": 2}, CLASSIFIER.axes)
+    inputs = CLASSIFIER.read(options, None)
+    digits, task = inputs.data, CLASSIFIER.task(inputs, mesh)
+    state = meshes.split(task.initial, mesh, state_specs(task))
     x, y = meshes.split((digits.train_x, digits.train_y), mesh, PartitionSpec(meshes.DATA))
     assert [shard.data.shape for shard in x.addressable_shards] == [(360, 64)] * 8
     for leaf in jax.tree.leaves(state.params[-1]):
@@ -216,7 +234,7 @@ def test_a_device_holds_its_share():
         jax.random.key(1),
         x,
         y,
-        optimizer=optimizer,
+        optimizer=task.optimizer,
         batch_size=50,
         rows=len(digits.train_y),
         classes=digits.classes,

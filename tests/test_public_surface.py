@@ -216,6 +216,7 @@ import jaxsoftmax
 assert dict(jax.config.values) == before, "the import changes JAX's configuration"
 new = {name.partition(".")[0] for name in set(sys.modules) - loaded}
 heavy = new & {"optax", "matplotlib", "typer", "rich", "sklearn", "orbax", "flax", "torch", "bench"}
+heavy |= new & {"grain", "tokenizers"}
 assert not heavy, heavy
 assert "jaxsoftmax.training" not in sys.modules
 jax.config.update("jax_num_cpu_devices", 3)  # JAX refuses this once a backend exists

@@ -21,11 +21,13 @@ from programs import (
     assert_refused,
     command,
     environment,
+    here,
     metrics,
     newest,
     parameters,
     program,
     refused,
+    refused_by,
     run,
     train_here,
     trained,
@@ -33,7 +35,9 @@ from programs import (
 )
 
 import jaxsoftmax
-from jaxsoftmax.training import checkpoint, cli, data, step
+from jaxsoftmax.training import checkpoint, cli
+from jaxsoftmax.training.classifier import data, step
+from jaxsoftmax.training.classifier.task import CLASSIFIER
 
 
 def assert_same_run(folder: Path, other: Path, epochs: int) -> None:
@@ -235,6 +239,57 @@ def test_own_data(tmp_path, capsys):
     capsys.readouterr()
     changed = save(moved, y=(np.arange(103) + 1) % 4)
     assert "--data" in refused(capsys, "--data", changed, "--output", folder, "--resume")
+
+
+def test_predict(tmp_path, capsys):
+    examples = save(tmp_path / "own.npz")
+    folder, found = tmp_path / "run", tmp_path / "found.npz"
+    options = ("--epochs", 15, "--batch-size", 1000, "-l", 0.1)
+    assert train_here("--data", examples, "--output", folder, *options) == 0
+    capsys.readouterr()
+    for checkpoint in ((), ("--checkpoint", "last"), ("--checkpoint", "14")):
+        assert here("predict", folder, "--data", examples, "--output", found, *checkpoint) == 0
+        assert "accuracy  100.00%: 103 of 103 right" in capsys.readouterr().out
+    with np.load(found) as arrays:
+        np.testing.assert_array_equal(arrays["classes"], np.arange(103) % 4)
+        assert arrays["probabilities"].dtype == np.float32
+        np.testing.assert_allclose(arrays["probabilities"].sum(1), 1, rtol=1e-6)
+        np.testing.assert_array_equal(arrays["probabilities"].argmax(1), arrays["classes"])
+    with np.load(examples) as arrays:
+        x = arrays["x"]
+    np.savez(tmp_path / "rows.npz", x=x[:1])
+    assert here("predict", folder, "--data", tmp_path / "rows.npz", "--output", found) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" not in shown
+    assert "1 rows" in shown
+    found.unlink()
+    np.savez(tmp_path / "narrow.npz", x=x[:, :1])
+    np.savez(tmp_path / "labels.npz", y=np.arange(3))
+    for arguments, words in (
+        ((folder, "--data", tmp_path / "narrow.npz"), ("narrow.npz", "2 features", "8")),
+        ((folder, "--data", tmp_path / "labels.npz"), ("labels.npz", "no array 'x'")),
+        ((folder, "--data", tmp_path / "missing.npz"), ("missing.npz", "No such file")),
+        ((tmp_path, "--data", examples), ("config.json",)),
+        ((folder, "--data", examples, "--checkpoint", "1"), ("--checkpoint", "best, last or one")),
+    ):
+        line = refused_by(capsys, "predict", *arguments, "--output", found)
+        assert all(word in line for word in words), line
+    assert not found.exists()
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """The last of those that are as good, beside the last three."""
+    accuracies = iter([0.5, 0.9, 0.9, 0.6, 0.7, 0.8, 0.7])
+
+    def evaluated(*_: object) -> dict[str, float]:
+        return {"train_loss": 1.0, "test_loss": 1.0} | dict.fromkeys(
+            ("train_accuracy", "test_accuracy"), next(accuracies)
+        )
+
+    monkeypatch.setattr(CLASSIFIER.task, "evaluate", evaluated)
+    assert train_here("--output", tmp_path / "run", "--epochs", 7, *SMALL) == 0
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"3", "5", "6", "7"}
 
 
 def test_divergence_is_said(tmp_path, capsys):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program `jaxsoftmax train`: a classifier trained through this library's loss.
+"""The program `jaxsoftmax`: a classifier or a language model trained through this library's losses.
 
-Nothing in the library imports this package; it needs `pip install 'jaxsoftmax[train]'`.
+A run (`run`, `checkpoint`, `processes`, `mesh`) is the same for both; `classifier` and `language`
+say what is trained. Nothing in the library imports this package; it needs the extras
+`jaxsoftmax[train]` and `jaxsoftmax[lm]`.
 """

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output folder: configuration, metrics and checkpoints, each written atomically.
 
-An epoch's metrics are written first, its checkpoint second. The checkpoint is what counts: on
-resuming, a line of metrics that is newer than it is cut off. So a run killed between any two
-instructions resumes from its last checkpoint with nothing missing and nothing twice.
+The metrics of a round are written first, its checkpoint second, while training goes on. The
+checkpoint is what counts: on resuming, a line of metrics that is newer than it is cut off. So a run
+killed between any two instructions resumes from its last checkpoint with nothing missing and
+nothing twice.
 """
 
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,16 +23,13 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
-CONFUSION_PLOT = "confusion.png"
 _KEPT = 3
+_STATE, _POSITION = "state", "position"
 
 
 def holds_run(folder: Path) -> bool:
     """Whether anything of a run is in the folder."""
-    return any(
-        (folder / name).exists()
-        for name in (CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT, CONFUSION_PLOT)
-    )
+    return any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT))
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -54,33 +53,33 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ProgramError(
             f"{folder}: cannot resume: {CONFIG} is missing; choose another --output"
         ) from error
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON
         raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
     if not isinstance(config, dict):
         raise ProgramError(f"{path}: not the file this program wrote: no JSON object")
     return config
 
 
-def append_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Adds one epoch's line."""
+def append_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Adds the line of one round."""
     with open(folder / METRICS, "a") as file:
         file.write(json.dumps(metrics) + "\n")
 
 
-def trim_metrics(folder: Path, epochs: int) -> list[dict[str, float]]:
-    """Cuts the metrics back to the first `epochs` lines and returns them."""
+def trim_metrics(folder: Path, unit: str, done: Sequence[int]) -> list[dict[str, float]]:
+    """Cuts the metrics back to the lines of the rounds that ended at these units."""
     path = folder / METRICS
     text = path.read_text() if path.exists() else ""
-    lines = text.splitlines()[:epochs]
+    lines = text.splitlines()[: len(done)]
     try:
         history = [json.loads(line) for line in lines]
-        found = [metrics["epoch"] for metrics in history]
-    except (ValueError, KeyError, TypeError) as error:
+        found = [metrics[unit] for metrics in history]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
-    if found != list(range(1, epochs + 1)):
+    if found != [*done]:
         raise ProgramError(
-            f"{path}: the checkpoint is of epoch {epochs}, but the file has {len(found)} of its "
-            "lines; choose another --output"
+            f"{path}: the checkpoint is of {unit} {done[-1]}, but the file has {len(found)} of its "
+            f"{len(done)} lines; choose another --output"
         )
     kept = "".join(line + "\n" for line in lines)
     if kept != text:
@@ -88,47 +87,83 @@ def trim_metrics(folder: Path, epochs: int) -> list[dict[str, float]]:
     return history
 
 
-class Checkpoints:
-    """The last few epochs' states, by number of epochs trained."""
+class Kept(NamedTuple):
+    """What a checkpoint holds."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens, or creates, the checkpoints of an output folder; for process 0 alone."""
+    state: Any  # a tree of arrays
+    position: dict[str, Any] | None  # where in its data a run is: anything that JSON holds
+
+
+class Checkpoints:
+    """The states after the last few rounds and after the best one, by the units trained."""
+
+    def __init__(
+        self,
+        folder: Path,
+        score: Callable[[Mapping[str, float]], float],
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """Opens, or creates, the checkpoints of an output folder; for process 0 alone.
+
+        The best one has the highest score of its metrics, the last of those that tie.
+        """
         self._folder = folder / CHECKPOINTS
-        self._folder.mkdir(exist_ok=True)
+        if not read_only:
+            self._folder.mkdir(exist_ok=True)
         # orbax warns of an old checkpoint that a killed run had half deleted: nobody needs it.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder.resolve(),
+            item_names=(_STATE, _POSITION),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=_KEPT,
-                cleanup_tmp_directories=True,  # what a killed run left half-written
-                enable_async_checkpointing=False,  # when `save` returns it is on disk
+                best_fn=score,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(_KEPT), policies.BestN(get_metric_fn=score, n=1)]
+                ),
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # what a killed run left half-written
                 create=False,  # orbax does not create a folder that not all processes see
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             ),
         )
 
     def latest(self) -> int:
-        """The number of epochs the newest checkpoint has been trained for; 0 if there is none."""
+        """The units that the newest checkpoint has been trained for; 0 if there is none."""
         return self._manager.latest_step() or 0
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Writes the state after an epoch; orbax writes aside and renames."""
-        if not self._manager.save(epoch, args=ocp.args.StandardSave(state)):
-            raise ProgramError(f"{self._folder}: epoch {epoch} was not written", exit_code=1)
+    def best(self) -> int:
+        """The units of the best checkpoint; 0 if there is none."""
+        return self._manager.best_step() or 0
 
-    def restore(self, epoch: int, like: Any) -> Any:
-        """The state after an epoch; `like` gives its structure, shapes and dtypes."""
+    def all(self) -> list[int]:
+        """The units of every checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, done: int, kept: Kept, metrics: Mapping[str, float]) -> None:
+        """Begins to write; waits for the checkpoint before. orbax writes aside and renames."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(kept.state), position=ocp.args.JsonSave(kept.position)
+        )
+        if not self._manager.save(done, args=items, metrics=dict(metrics)):
+            raise ProgramError(f"{self._folder}: {done} was not written", exit_code=1)
+
+    def restore(self, done: int, like: Any = None) -> Kept:
+        """A checkpoint; `like` gives the structure, shapes and dtypes of its state, if known."""
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+        )
         try:
-            return self._manager.restore(epoch, args=ocp.args.StandardRestore(shapes))
+            return Kept(**self._manager.restore(done, args=items))
         # What orbax raises for files that are missing, damaged or of another shape.
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ProgramError(
-                f"{self._folder / str(epoch)}: cannot be restored: {error}; remove it to resume "
+                f"{self._folder / str(done)}: cannot be restored: {error}; remove it to resume "
                 "from the checkpoint before it"
             ) from error
 
     def close(self) -> None:
-        """Releases what the manager holds."""
+        """Waits for what is being written, and releases what the manager holds."""
         self._manager.close()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device holds what: a mesh with the axes `data` and `vocab`, and arrays split over it.
+"""Which device holds what: a mesh with named axes, and arrays split over it.
 
-The axis `data` splits the examples and every batch, `vocab` the classes of the last layer. What
-does not divide evenly is padded with zeros, which the program never counts.
+The axis `data` splits the examples and every batch, `vocab` the classes of the last layer, `fsdp`
+both the batch and the parameters. What does not divide evenly is padded with zeros, which the
+program never counts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,15 +17,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsoftmax.training.errors import ProgramError
 
-DATA, VOCAB = "data", "vocab"
+DATA, FSDP, VOCAB = "data", "fsdp", "vocab"
 
 
-def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None, axes: Sequence[str]) -> Mesh:
     """A mesh over all devices of all processes.
 
     Args:
         sizes: by axis; an axis that is left out has size 1. None stands for `data` over all
             devices of several processes, and for the first device of a single one.
+        axes: the names of all axes.
 
     Raises:
         ProgramError: the sizes do not multiply to the number of devices.
@@ -37,8 +39,14 @@ def make_mesh(sizes: Mapping[str, int] | None) -> Mesh:
             f"--mesh {wanted}: the sizes must multiply to the number of devices, {len(devices)} "
             f"({devices[0].platform}); got {math.prod(sizes.values())}"
         )
-    shape = sizes.get(DATA, 1), sizes.get(VOCAB, 1)
-    return jax.make_mesh(shape, (DATA, VOCAB), (AxisType.Auto,) * 2, devices=devices)
+    shape = tuple(sizes.get(axis, 1) for axis in axes)
+    return jax.make_mesh(shape, tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
+
+
+def shares(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """In how many parts these axes of the mesh split an array."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def split(tree: Any, mesh: Mesh, specs: Any) -> Any:
@@ -57,8 +65,7 @@ def split(tree: Any, mesh: Mesh, specs: Any) -> Any:
         x = np.asarray(x)
         names = (*spec, *[None] * (x.ndim - len(spec)))
         padding = [
-            (0, -size % mesh.shape[name] if name else 0)
-            for size, name in zip(x.shape, names, strict=True)
+            (0, -size % shares(mesh, name)) for size, name in zip(x.shape, names, strict=True)
         ]
         x = np.pad(x, padding) if any(map(any, padding)) else x
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)

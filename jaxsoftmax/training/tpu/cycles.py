@@ -16,8 +16,8 @@ import math
 import re
 from typing import NamedTuple
 
-from bench import hlo
-from bench.collectives import BITS
+from jaxsoftmax.training.tpu import hlo
+from jaxsoftmax.training.tpu.hlo import BITS
 
 
 class Chip(NamedTuple):

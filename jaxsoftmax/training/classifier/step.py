@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int, PRNGKeyArray
 
 import jaxsoftmax
-from jaxsoftmax.training import model
+from jaxsoftmax.training.classifier import model
 from jaxsoftmax.training.mesh import DATA
+from jaxsoftmax.training.run import State
 
 OPTIMIZERS = {
     "adamw": optax.adamw,
@@ -21,26 +22,6 @@ OPTIMIZERS = {
     "lion": optax.lion,
     "sgd": partial(optax.sgd, momentum=0.9),
 }
-
-
-class State(NamedTuple):
-    """What an epoch changes."""
-
-    params: model.Params
-    opt_state: optax.OptState
-
-
-def specs(optimizer: optax.GradientTransformation, state: State) -> State:
-    """How a state is split over a mesh: what belongs to a parameter as the parameter is."""
-    params = model.specs(state.params)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        state.opt_state,
-        params,
-        transform_non_params=lambda _: PartitionSpec(),
-    )
-    return State(params, opt_state)  # pyright: ignore[reportArgumentType] - a pytree
 
 
 class Evaluation(NamedTuple):

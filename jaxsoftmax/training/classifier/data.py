@@ -4,6 +4,7 @@
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def load(source: str) -> Dataset:
         name = DIGITS
     else:
         name = str(Path(source).resolve())
-        x, y = _read_npz(source)
+        x, y = _read_npz(source, ("x", "y"))
     fingerprint = _sha256(x, y)
     x = _check_x(source, x)
     y = _check_y(source, y, len(x))
@@ -72,17 +73,32 @@ def load(source: str) -> Dataset:
         source=name,
         sha256=fingerprint,
         classes=int(y.max()) + 1,
-        train_x=_scaled(x[train], mean, scale),
+        train_x=scaled(x[train], mean, scale),
         train_y=y[train],
-        test_x=_scaled(x[test], mean, scale),
+        test_x=scaled(x[test], mean, scale),
         test_y=y[test],
         mean=mean.astype(np.float32),
         scale=scale.astype(np.float32),
     )
 
 
-def _read_npz(source: str) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays x and y of a file, unchecked."""
+def load_rows(source: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows to classify: x `[n, features]`, finite, and the labels y `[n]` if the file has them."""
+    arrays = _read_npz(source, ("x",), ("y",))
+    x = _check_x(source, arrays[0])
+    y = arrays[1] if len(arrays) > 1 else None
+    if y is not None and (y.shape != (len(x),) or y.dtype.kind not in "bui"):
+        raise ProgramError(
+            f"{source}: array 'y' must have shape ({len(x)},) and hold integer labels, one for "
+            f"each row of x; got {y.shape}, {y.dtype}"
+        )
+    return x, y
+
+
+def _read_npz(
+    source: str, needed: Sequence[str], others: Sequence[str] = ()
+) -> tuple[np.ndarray, ...]:
+    """Arrays of a file, unchecked: those it must hold, and of the others those that are there."""
     try:
         # Opened here so that a missing file and a file of the wrong kind read differently.
         with open(source, "rb") as file:
@@ -90,14 +106,15 @@ def _read_npz(source: str) -> tuple[np.ndarray, np.ndarray]:
                 raise ProgramError(f"{source}: not an npz file (write one with numpy.savez)")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                for name in ("x", "y"):
+                for name in needed:
                     if name not in arrays.files:
                         raise ProgramError(
-                            f"{source}: no array {name!r}; the file must hold x and y, it has "
+                            f"{source}: no array {name!r}; the file must hold "
+                            f"{' and '.join(needed)}, it has "
                             f"{', '.join(arrays.files) or 'nothing'}"
                         )
-                x, y = (_member(source, arrays, name) for name in ("x", "y"))
-                return x, y
+                names = [*needed, *(name for name in others if name in arrays.files)]
+                return tuple(_member(source, arrays, name) for name in names)
     except OSError as error:
         raise ProgramError(f"{source}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, NotImplementedError) as error:
@@ -223,5 +240,6 @@ def _statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, scale
 
 
-def _scaled(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def scaled(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What the model sees of examples: float32."""
     return ((x - mean) / scale).astype(np.float32)

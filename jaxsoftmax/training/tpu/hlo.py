@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "u16": 16}
+BITS |= {"s16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[^ ]+) ([a-z][\w\-]*)\(")
 _CALLED = re.compile(

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each head makes of a model's whole step: tokens a second, memory, and cycles on TPUs."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.language import model, task
+from jaxsoftmax.training.language.batches import Batch
+from jaxsoftmax.training.language.step import HEADS, step
+from jaxsoftmax.training.run import State
+from jaxsoftmax.training.tpu import tpus
+from jaxsoftmax.training.tpu.cycles import CHIPS, account
+
+_ROUNDS = 7
+_NEEDED = re.compile(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])")
+
+
+class Cost(NamedTuple):
+    """A step with one of the heads; None is what is not known."""
+
+    head: str
+    gigabytes: float | None  # parameters, optimizer, and all that the step holds at once
+    tokens_per_second: float | None
+    cycles: float | None
+    note: str = ""
+
+
+def measured(trained: task.LanguageModel, options: task.Options) -> list[Cost]:
+    """Steps of every head in turn, on this machine's first device; the median of each."""
+    shape, mesh = options.shape, trained.mesh
+    programs, states, seconds = {}, {}, {head: [] for head in HEADS}
+    batches = [trained.next_parts()[0] for _ in range(_ROUNDS + 1)]
+    with jax.set_mesh(mesh):
+        for head in HEADS:
+            arguments = {"optimizer": trained.optimizer, "shape": shape, "head": head}
+            programs[head] = step.lower(trained.initial, batches[0], **arguments).compile()
+            states[head] = jax.tree.map(jnp.copy, trained.initial)
+        for number, batch in enumerate(batches):
+            for head in HEADS:
+                begin = time.perf_counter()
+                states[head], loss = programs[head](states[head], batch)
+                loss.block_until_ready()
+                seconds[head] += [time.perf_counter() - begin] * (
+                    number > 0
+                )  # the first is warm-up
+    tokens = options.batch_size * options.context
+    return [
+        Cost(head, held(programs[head]), tokens / median(seconds[head]), None) for head in HEADS
+    ]
+
+
+def compiled(options: task.Options, target: str) -> Iterator[Cost]:
+    """The step of every head as the compiler for one TPU of a generation has it.
+
+    Raises:
+        ProgramError: there is no such compiler here.
+    """
+    chip = CHIPS[target]
+    try:
+        device = tpus(chip.topology)[0]
+    except Exception as error:  # libtpu absent, or it does not know the topology
+        reason = str(error).splitlines()[0]
+        raise ProgramError(
+            f"--target {target}: no compiler for it ({reason}); install with: pip install "
+            "'jaxsoftmax[tpu]'"
+        ) from error
+    mesh = jax.make_mesh(
+        (1,) * 3, task.LANGUAGE_MODEL.axes, (jax.sharding.AxisType.Auto,) * 3, devices=[device]
+    )
+    optimizer = task.optimizer(options)
+    rows = options.accumulate, options.batch_size // options.accumulate, options.context
+    # What is drawn has its shape only: it may be larger than this machine.
+    state = jax.eval_shape(lambda: first_state(options, optimizer))
+    place = NamedSharding(mesh, PartitionSpec())
+    state, batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        (state, Batch(*[jax.ShapeDtypeStruct(rows, jnp.int32)] * 4)),
+    )
+    for head in HEADS:
+        with jax.set_mesh(mesh):
+            traced = step.trace(state, batch, optimizer=optimizer, shape=options.shape, head=head)
+        try:
+            program = traced.lower(lowering_platforms=("tpu",)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = _NEEDED.search(str(error))
+            if not found:
+                raise
+            yield Cost(head, None, None, None, f"does not fit: {found[1]} of {found[2]}")
+            continue
+        text = program.as_text() or ""
+        yield Cost(head, held(program), None, account(text, chip).cycles)
+
+
+def first_state(options: task.Options, optimizer: Any) -> State:
+    """What training begins with."""
+    params = model.drawn(options.shape, options.seed)
+    return State(params, optimizer.init(params))
+
+
+def held(program: Any) -> float | None:
+    """All that a compiled program holds at once, in 1e9 bytes."""
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    arguments_and_results = (
+        found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    )
+    return (arguments_and_results + found.temp_size_in_bytes) / 1e9
+
+
+def rows(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
+    """A line of the table each, and how each compares with all logits."""
+    plain = next(cost for cost in costs if cost.head == "plain")
+    lines = []
+    for cost in costs:
+        memory = "" if cost.gigabytes is None else f"{cost.gigabytes:.3g} GB"
+        if cost.gigabytes and plain.gigabytes:
+            memory += f" ({cost.gigabytes / plain.gigabytes:.2f})"
+        speed = ""
+        if cost.tokens_per_second:
+            speed = f"{cost.tokens_per_second:,.0f} tokens/s"
+            if plain.tokens_per_second:
+                speed += f" ({cost.tokens_per_second / plain.tokens_per_second:.2f})"
+        elif cost.cycles:
+            speed = f"{cost.cycles / 1e6:,.1f} Mcycles"
+            if plain.cycles:
+                speed += f" ({cost.cycles / plain.cycles:.2f})"
+        lines.append((cost.head, memory or cost.note, speed))
+    return lines

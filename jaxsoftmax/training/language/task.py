@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model as a run trains it: rounds of steps, evaluated on held-out text after each."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from tokenizers import Tokenizer
+
+from jaxsoftmax.training.checkpoint import LOSS_PLOT
+from jaxsoftmax.training.errors import ProgramError, in_words
+from jaxsoftmax.training.language import batches, model, text, tokens
+from jaxsoftmax.training.language.batches import Batch, Batches
+from jaxsoftmax.training.language.step import Evaluation, evaluate, step
+from jaxsoftmax.training.language.tokens import Tokens
+from jaxsoftmax.training.mesh import DATA, FSDP, VOCAB, shares, split
+from jaxsoftmax.training.plots import loss_png
+from jaxsoftmax.training.run import (
+    DivergedError,
+    Inputs,
+    Kind,
+    Metrics,
+    State,
+    recorded_options,
+    recorded_run,
+    restored,
+)
+
+AUTO = "auto"  # float32 on a CPU, else bfloat16
+ROWS = (DATA, FSDP)  # the axes of the mesh that share the rows of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to train on and how."""
+
+    text: tuple[str, ...]
+    mask_comments: bool
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    context: int
+    dtype: str
+    remat: bool
+    head: str
+    steps: int
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    clip: float
+    eval_every: int
+    eval_tokens: int
+    seed: int
+
+    @property
+    def shape(self) -> model.Shape:
+        """The sizes of the model."""
+        return model.Shape(self.vocab, self.width, self.layers, self.heads, self.dtype, self.remat)
+
+
+class Text(NamedTuple):
+    """What a model is trained and evaluated on."""
+
+    left_out: list[str]
+    tokenizer: Tokenizer
+    train: Tokens
+    held_out: Tokens
+
+
+def read(options: Options, run: Path | None) -> Inputs:
+    """The documents as tokens, by a tokenizer of their own, or that of the run to resume."""
+    dtype = options.dtype
+    if dtype == AUTO:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    options = dataclasses.replace(options, text=text.full_paths(options.text), dtype=dtype)
+    corpus = text.read(options.text)
+    sides = text.split(corpus.documents)
+    if run is None:
+        tokenizer = tokens.trained(sides[0], options.vocab)
+    else:
+        tokenizer = kept_tokenizer(run, options.vocab)
+    train, held_out = (
+        Tokens(tokenizer, documents, mask_comments=options.mask_comments) for documents in sides
+    )
+    rows = options.batch_size
+    for side, found, least in (
+        ("to train on", train, options.context * rows),
+        ("held out", held_out, options.context),
+    ):
+        if found.counted < least:
+            raise ProgramError(
+                f"--context {options.context} --batch-size {rows}: the text {side} has "
+                f"{found.counted} tokens, a {'batch' if found is train else 'row'} {least}; choose "
+                "smaller ones, or more text"
+            )
+    source = ", ".join(options.text) or str(text.standard_library())
+    files = {tokens.TOKENIZER: tokenizer.to_str()}
+    data = Text(corpus.left_out, tokenizer, train, held_out)
+    return Inputs(options, "--text", source, corpus.sha256, files, data)
+
+
+def kept_tokenizer(run: Path, vocab: int) -> Tokenizer:
+    """What a run wrote beside its configuration."""
+    path = run / tokens.TOKENIZER
+    try:
+        contents = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
+    except OSError as error:
+        raise ProgramError(in_words(error)) from error
+    return tokens.parsed(contents, vocab, str(path))
+
+
+class LanguageModel:
+    """A transformer and its text; the attributes are `run.Task`'s."""
+
+    def __init__(self, inputs: Inputs, mesh: Mesh) -> None:
+        """Draws the first parameters."""
+        options, data = inputs.options, inputs.data
+        check_mesh(options, mesh)
+        self.total, self.every = options.steps, options.eval_every
+        self.mesh = mesh
+        self.optimizer = optimizer(options)
+        self._options = options
+        with jax.set_mesh(mesh):
+            params = model.drawn(options.shape, options.seed)
+        self.initial = State(params, self.optimizer.init(params))
+        self.specs = model.specs(params)
+        # Kept with the parameters, for the loss of a model that knows nothing else.
+        counts = data.train.counts(options.vocab)
+        self.constants = {"token_counts": counts}
+        self._batches = Batches(data.train, options.context, options.batch_size, options.seed)
+        self.held_out = batches.held_out(
+            data.held_out,
+            options.context,
+            options.batch_size // options.accumulate,
+            options.eval_tokens,
+        )
+        labels = np.concatenate([batch.labels.reshape(-1) for batch in self.held_out])
+        self.unigram = tokens.unigram_loss(counts, labels)
+        # Of all held-out text: a part has about as many.
+        self.bytes_per_label = data.held_out.text_bytes / data.held_out.counted
+
+    def position(self) -> dict[str, Any]:
+        """Of the next batch. All else that is random is a function of the seed."""
+        return self._batches.position()
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Goes on with that batch."""
+        try:
+            self._batches.go_to(position)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProgramError(f"the checkpoint's position in the data: {error}") from error
+
+    def next_parts(self) -> tuple[Batch, int]:
+        """The next batch, in parts and on the devices, and how many of its labels count."""
+        batch = next(self._batches)
+        counted = int((batch.labels != tokens.IGNORED).sum())
+        parts = Batch(*(a.reshape(self._options.accumulate, -1, a.shape[-1]) for a in batch))
+        return split(parts, self.mesh, PartitionSpec(None, ROWS)), counted
+
+    def train(
+        self, state: State, units: range, tick: Callable[[int, Metrics], None]
+    ) -> tuple[State, Metrics]:
+        """Some steps. A loss is looked at while the next step runs."""
+        options, losses, counted = self._options, [], 0
+        begin = time.perf_counter()
+        running: list[jax.Array] = []
+
+        def looked_at(unit: int) -> None:
+            losses.append(float(running.pop(0)))
+            if not math.isfinite(losses[-1]):
+                raise DivergedError(unit, f"{losses[-1]}")
+
+        for unit in units:
+            parts, labels = self.next_parts()
+            counted += labels
+            with jax.set_mesh(self.mesh):
+                state, loss = step(
+                    state,
+                    parts,
+                    optimizer=self.optimizer,
+                    shape=options.shape,
+                    head=options.head,
+                )
+            running.append(loss)
+            if len(running) > 1:
+                looked_at(unit - 1)
+                rate = counted / (time.perf_counter() - begin)
+                if unit != units[-1]:
+                    tick(unit, {"train_loss": losses[-1], "tokens_per_second": rate})
+        looked_at(units[-1])
+        seconds = time.perf_counter() - begin
+        return state, {
+            "train_loss": float(np.mean(losses)),
+            "tokens_per_second": counted / seconds,
+        }
+
+    def evaluate(self, state: State) -> Metrics:
+        """Of the held-out text, or a fixed part of it."""
+        return evaluated(
+            state.params, self.held_out, self._options.shape, self.mesh, self.bytes_per_label
+        )
+
+    def pictures(self, state: State, history: list[Metrics]) -> dict[str, Callable[[], bytes]]:
+        """The metrics by step."""
+        del state
+        return {LOSS_PLOT: partial(loss_png, history, "step", {"unigram": self.unigram})}
+
+
+class Trained(NamedTuple):
+    """A checkpoint of a run."""
+
+    step: int
+    options: Options
+    params: dict[str, Any]
+    token_counts: np.ndarray
+
+
+def read_run(run: Path, which: str) -> Trained:
+    """One of the run's checkpoints, checked: it may be anything.
+
+    Raises:
+        ProgramError: with the line to show.
+    """
+    options = recorded_options(LANGUAGE_MODEL, run, recorded_run(LANGUAGE_MODEL, run))
+    number, tree = restored(LANGUAGE_MODEL, run, which)
+    params = jax.eval_shape(lambda: model.drawn(options.shape, 0))
+    counts = jax.ShapeDtypeStruct((options.vocab,), jnp.int32)
+    found, wanted = (
+        jax.tree.map(lambda a: (np.shape(a), np.result_type(a)), pair)
+        for pair in ([tree.get("params"), tree.get("token_counts")], [params, counts])
+    )
+    if found != wanted:
+        raise ProgramError(
+            f"{run}: the parameters of step {number} are not those of the model in config.json"
+        )
+    return Trained(number, options, tree["params"], tree["token_counts"])
+
+
+def check_mesh(options: Options, mesh: Mesh) -> None:
+    """Raise a `ProgramError` where an axis does not divide what it splits."""
+    for axes, size, what in (
+        (VOCAB, options.vocab, f"--vocab {options.vocab}"),
+        (FSDP, options.width, f"--width {options.width}"),
+        (
+            ROWS,
+            options.batch_size // options.accumulate,
+            f"--batch-size {options.batch_size} over --accumulate {options.accumulate}",
+        ),
+    ):
+        if size % shares(mesh, axes):
+            names = " times ".join(axes if isinstance(axes, tuple) else (axes,))
+            raise ProgramError(f"--mesh: {names} = {shares(mesh, axes)} must divide {what}")
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay to a tenth, after clipping; matrices decay."""
+    rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if options.warmup else options.learning_rate,
+        peak_value=options.learning_rate,
+        warmup_steps=options.warmup,
+        decay_steps=max(options.steps, options.warmup + 1),
+        end_value=options.learning_rate / 10,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(
+            rate,
+            b2=0.95,
+            weight_decay=options.weight_decay,
+            mask=partial(model.by_name, lambda name, _: model.is_matrix(name)),
+        ),
+    )
+
+
+def evaluated(
+    params: Any,
+    held_out: Sequence[Batch],
+    shape: model.Shape,
+    mesh: Mesh,
+    bytes_per_label: float,
+) -> Metrics:
+    """Loss, perplexity, bits per byte and accuracy of the next token."""
+    sums: list[Evaluation] = []
+    for batch in held_out:
+        with jax.set_mesh(mesh):
+            sums.append(evaluate(params, split(batch, mesh, PartitionSpec(ROWS)), shape=shape))
+    loss, right, counted = (
+        float(np.sum(jnp.stack(s), dtype=float)) for s in zip(*sums, strict=True)
+    )
+    mean = loss / counted
+    return {
+        "test_loss": mean,
+        "test_perplexity": math.exp(min(mean, 700.0)),
+        "test_bits_per_byte": mean / math.log(2) / bytes_per_label,
+        "test_accuracy": right / counted,
+    }
+
+
+LANGUAGE_MODEL = Kind(
+    name="language model",
+    command="train-lm",
+    unit="step",
+    options=Options,
+    axes=(DATA, FSDP, VOCAB),
+    free=frozenset({"text"}),
+    score=lambda metrics: -metrics["test_loss"],
+    read=read,
+    task=LanguageModel,
+)

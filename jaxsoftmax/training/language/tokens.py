@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From text to tokens and back: a byte-level BPE, and the labels of each document."""
+
+import io
+import tokenize
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.language.text import Document
+
+TOKENIZER = "tokenizer.json"
+IGNORED = -1  # the label of a token that does not count
+_END = "<|endoftext|>"
+END = 0  # its number: before and after every document
+FEWEST = 257  # the bytes, and the end
+
+
+def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
+    """A tokenizer of `vocab` tokens, from the documents to train on.
+
+    Raises:
+        ProgramError: the text does not have so many.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    if (found := tokenizer.get_vocab_size()) < vocab:
+        raise ProgramError(
+            f"--vocab {vocab}: the text to train on has only {found} different tokens; choose at "
+            "most so many, or more text"
+        )
+    return as_text(tokenizer)
+
+
+def as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, for which the name of the end in a document is text as any other."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def parsed(text: str, vocab: int, where: str) -> Tokenizer:
+    """The tokenizer that a run kept.
+
+    Raises:
+        ProgramError: it is none, or not one of `vocab` tokens.
+    """
+    try:
+        tokenizer = as_text(Tokenizer.from_str(text))
+    except Exception as error:  # all that the library raises, of the class Exception itself
+        raise ProgramError(f"{where}: not the file this program wrote: {error}") from error
+    found = tokenizer.get_vocab_size()
+    if found != vocab or tokenizer.token_to_id(_END) != END:
+        raise ProgramError(
+            f"{where}: not the file this program wrote: {found} tokens, expected {vocab} with "
+            f"{_END} as number {END}"
+        )
+    return tokenizer
+
+
+class Tokens:
+    """Documents as the model reads them, and what it is asked for after each token.
+
+    Attributes:
+        inputs: of each document int32 `[n]`: the end of the one before, then its own tokens.
+        labels: int32 `[n]`: its own tokens, then its end; IGNORED where the label does not count.
+        text_bytes: how many bytes of text all documents have.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, documents: Sequence[Document], *, mask_comments: bool
+    ) -> None:
+        """Encodes the documents; with `mask_comments` labels within comments do not count."""
+        self.inputs, self.labels = [], []
+        self.text_bytes = sum(len(document.text.encode()) for document in documents)
+        encoded = tokenizer.encode_batch([document.text for document in documents])
+        for document, encoding in zip(documents, encoded, strict=True):
+            ids = np.asarray(encoding.ids, np.int32)
+            labels = np.append(ids, np.int32(END))
+            if mask_comments:
+                starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+                in_comment = np.append(_in_comments(document), False)
+                before = np.cumsum(np.append(False, in_comment))
+                labels[:-1][before[ends] > before[starts]] = IGNORED
+            self.inputs.append(np.insert(ids, 0, END))
+            self.labels.append(labels)
+
+    @property
+    def counted(self) -> int:
+        """How many labels count."""
+        return sum(int((labels != IGNORED).sum()) for labels in self.labels)
+
+    def counts(self, vocab: int) -> np.ndarray:
+        """How often each token is a label, int32 `[vocab]`."""
+        labels = np.concatenate(self.labels)
+        return np.bincount(labels[labels != IGNORED], minlength=vocab).astype(np.int32)
+
+
+def unigram_loss(counts: np.ndarray, labels: np.ndarray) -> float:
+    """The loss of a model that knows how frequent tokens are, and nothing else.
+
+    One is added to every count, so that no token is impossible.
+    """
+    log_probs = np.log(counts + 1.0) - np.log(np.sum(counts + 1.0))
+    return -float(log_probs[labels[labels != IGNORED]].mean())
+
+
+def _in_comments(document: Document) -> np.ndarray:
+    """Of each character, whether it is in a comment of Python source."""
+    begin = np.cumsum([0, *(len(line) + 1 for line in document.text.split("\n"))])
+    flags = np.zeros(len(document.text), bool)
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(document.text, newline="\n").readline):
+            if token.type == tokenize.COMMENT:
+                at = begin[token.start[0] - 1] + token.start[1]
+                flags[at : at + len(token.string)] = True
+    except (tokenize.TokenError, SyntaxError) as error:
+        raise ProgramError(
+            f"--mask-comments: {document.name}: not Python source: {error}"
+        ) from error
+    return flags

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs `jaxsoftmax train-lm`, `evaluate` and `generate`: small models on little text."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import (
+    ROOT,
+    SLOW,
+    command,
+    environment,
+    here,
+    metrics,
+    newest,
+    parameters,
+    program,
+    refused_by,
+    wait_until,
+)
+
+from jaxsoftmax.training.language import batches, text, tokens
+from jaxsoftmax.training.language.text import Document
+from jaxsoftmax.training.language.tokens import END, IGNORED, Tokens
+
+DOCS = ("--text", ROOT / "docs" / "*.md")
+SMALL = (
+    *("--vocab", 300, "--width", 16, "--layers", 2, "--heads", 2, "--context", 32),
+    *("--batch-size", 8, "--eval-tokens", 500, "--eval-every", 2, "--steps", 6),
+)
+
+
+def train(*arguments: object) -> int:
+    """On the project's own docs, if no other text is given."""
+    source = () if "--text" in arguments else DOCS
+    return here("train-lm", *source, *arguments)
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The metrics, but for the speed."""
+    kept = metrics(folder)
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in kept]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm") / "run"
+    assert train("--output", folder, *SMALL) == 0
+    return folder
+
+
+def test_everything_is_written_and_shown(tmp_path):
+    done = program("train-lm", "--output", tmp_path / "run", *DOCS, *SMALL, "--prompt", "The ")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["test_loss"] < lines[0]["test_loss"] < 7
+    for words in ("step 6/6", "bits per byte", "unigram", "tokens to train on", "tokens/s"):
+        assert words in done.stdout
+    assert "\nThe " in done.stdout
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints")
+    }
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_per_byte_and_perplexity(run):
+    """Each is the mean loss in other units."""
+    line = metrics(run)[-1]
+    assert line["test_perplexity"] == pytest.approx(np.exp(line["test_loss"]))
+    documents = text.read((f"{DOCS[1]}",)).documents
+    tokenizer = tokens.parsed((run / "tokenizer.json").read_text(), 300, "")
+    held_out = Tokens(tokenizer, text.split(documents)[1], mask_comments=False)
+    per_label = held_out.text_bytes / held_out.counted
+    bits = line["test_loss"] / np.log(2) / per_label
+    assert line["test_bits_per_byte"] == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("mask", [(), ("--mask-comments",)], ids=["all", "comments ignored"])
+def test_every_head_gives_the_same_numbers(tmp_path, mask):
+    source = ("--text", ROOT / "examples" / "*.py")
+    for head in ("fused", "recompute", "plain"):
+        arguments = (*SMALL, *source, *mask, "--head", head)
+        assert train("--output", tmp_path / head, *arguments) == 0
+    ours, other, plain = (numbers(tmp_path / head) for head in ("fused", "recompute", "plain"))
+    # A step of AdamW is as large as its rate, whatever the gradient: it follows the rounding of
+    # small ones, 1e-6 of a sum of 256 terms, at 2e-3 a step.
+    for lines in (ours, other):
+        for line, expected in zip(lines, plain, strict=True):
+            assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=2e-6)
+            assert line["test_loss"] == pytest.approx(expected["test_loss"], rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--accumulate", "4"),
+        ("--mesh", "data=2,fsdp=2,vocab=2"),
+        pytest.param(("--mesh", "data=4,vocab=2", "--head", "recompute"), marks=pytest.mark.wide),
+        pytest.param(("--mesh", "fsdp=8", "--head", "plain"), marks=pytest.mark.wide),
+        ("--remat",),
+    ],
+    ids=" ".join,
+)
+def test_however_the_work_is_cut_the_numbers_are_the_same(tmp_path, run, options):
+    assert train("--output", tmp_path / "run", *SMALL, *map(str, options)) == 0
+    for line, expected in zip(numbers(tmp_path / "run"), numbers(run), strict=True):
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        assert line["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """At a random moment, which differs from run to run: whatever it is, the numbers are these."""
+    arguments = (*DOCS, *SMALL, "--steps", 12)
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(
+        command("train-lm", "--output", folder, *arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        wait_until(lambda: newest(folder) >= 2, process)
+        time.sleep(random.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=SLOW)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9999, "tr')
+    done = program("train-lm", "--output", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert program("train-lm", "--output", whole, *arguments).returncode == 0
+    assert numbers(folder) == numbers(whole)
+    ours, theirs = parameters(folder, 12), parameters(whole, 12)
+    assert len(ours) > 10
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ctrl_c_ends_after_the_step(tmp_path):
+    with subprocess.Popen(
+        command("train-lm", "--output", tmp_path / "run", *DOCS, *SMALL, "--steps", 100_000),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_until(lambda: newest(tmp_path / "run") >= 2, process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SLOW)
+    assert process.returncode == 130
+    (line,) = errors.splitlines()
+    assert "train-lm --resume --output" in line
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys):
+    arguments = (*SMALL, "--steps", 40, "-l", 1e30, "--warmup", 0, "--weight-decay", 0)
+    assert train("--output", tmp_path / "run", *arguments, "--clip", 1e30) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "diverged in step" in line
+    assert "--learning-rate" in line
+
+
+def test_evaluate_and_generate(run, capsys):
+    assert here("evaluate", run) == 0
+    own = capsys.readouterr().out
+    assert "perplexity" in own
+    assert here("evaluate", run, "--text", ROOT / "README.md", "--checkpoint", "4") == 0
+    other = capsys.readouterr().out
+    assert "after step 4" in other
+    assert "README.md: 1 file, " in other
+    texts = []
+    for seed in (0, 0, 1):
+        more = ("--prompt", "The loss", "--tokens", 50, "--seed", seed)
+        assert here("generate", run, *more, "--top-k", 20) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(written.startswith("The loss") for written in texts)
+
+
+def test_compare_heads(tmp_path, capsys):
+    assert train("--output", tmp_path / "run", *SMALL, "--compare-heads") == 0
+    shown = capsys.readouterr().out
+    assert all(head in shown for head in ("fused", "recompute", "plain", "tokens/s", "JAX"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.wide
+def test_compare_heads_on_a_tpu(capsys):
+    pytest.importorskip("libtpu")
+    model = ("--vocab", 32768, "--width", 256, "--layers", 2, "--heads", 2, "--batch-size", 8)
+    assert train(*model, "--compare-heads", "--target", "v5e") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Mcycles") == 3
+
+
+# Text, tokens and batches
+
+
+def test_the_split_does_not_move():
+    documents = [Document(f"{i}.py", "x") for i in range(1000)]
+    train, held_out = text.split(documents)
+    assert 60 < len(held_out) < 140
+    assert {*train, *held_out} == {*documents}
+    fewer = text.split(documents[::2])
+    assert {*fewer[1]} == {*held_out} & {*documents[::2]}
+    for few in ([*documents[:2]], [documents[0], documents[7]]):
+        assert [len(side) for side in text.split(few)] == [1, 1]
+    (first,), (second,) = text.split([Document("one", "a line\n" * 100)])
+    assert first.text + second.text == "a line\n" * 100
+    assert second.text == "a line\n" * 10
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "binary").write_bytes(b"\x00\xff\xfe")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / ".hidden").write_text("hidden")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "more.txt").write_text("more text")
+    corpus = text.read((f"{tmp_path}",))
+    found = sorted(document.name for document in corpus.documents)
+    assert found == ["below/more.txt", "text.txt"]
+    assert [line.partition(": ")[2] for line in corpus.left_out] == [
+        "not UTF-8 text (byte 1)",
+        "empty",
+    ]
+
+
+def test_the_standard_library_without_its_tests():
+    names = [document.name for document in text.read(()).documents]
+    assert "json/decoder.py" in names
+    assert not any(name.startswith(("test/", "site-packages/")) for name in names)
+    assert all(name.endswith(".py") for name in names)
+
+
+TEXTS = [
+    Document("a.py", "x = 1  # one\n# all of it\ny = '# no comment'\n"),
+    Document("b.py", "<|endoftext|> é 世界 🎉\r\n\tpass\n" * 3),
+]
+
+
+def test_tokens_give_the_text_back_and_the_end_is_no_text():
+    tokenizer = tokens.trained(TEXTS, 270)
+    found = Tokens(tokenizer, TEXTS, mask_comments=False)
+    for document, inputs, labels in zip(TEXTS, found.inputs, found.labels, strict=True):
+        assert inputs[0] == labels[-1] == END
+        np.testing.assert_array_equal(inputs[1:], labels[:-1])
+        assert END not in labels[:-1]
+        assert tokenizer.decode(labels[:-1].tolist()) == document.text
+    assert found.text_bytes == sum(len(document.text.encode()) for document in TEXTS)
+
+
+def test_comments_are_masked():
+    tokenizer = tokens.trained(TEXTS, 257)  # bytes
+    found = Tokens(tokenizer, TEXTS[:1], mask_comments=True)
+    kept = found.labels[0][:-1]
+    code = tokenizer.decode(kept[kept != IGNORED].tolist())
+    assert code == "x = 1  \n\ny = '# no comment'\n"
+    assert found.labels[0][-1] == END
+
+
+def test_every_label_comes_once_in_a_pass_and_batches_go_on_where_they_were():
+    tokenizer = tokens.trained(TEXTS, 260)
+    documents = [Document(f"{i}", TEXTS[1].text * (1 + i % 3)) for i in range(20)]
+    found = Tokens(tokenizer, documents, mask_comments=False)
+    once = batches.held_out(found, 16, 4, None)
+    labels = np.concatenate([batch.labels.ravel() for batch in once])
+    assert sorted(labels[labels != IGNORED]) == sorted(np.concatenate(found.labels))
+    for batch in once:
+        assert batch.inputs.shape == (4, 16)
+        np.testing.assert_array_equal(batch.labels == IGNORED, batch.segments == 0)
+        # Within a segment each label is the next input, and positions count up.
+        same = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
+        np.testing.assert_array_equal(batch.inputs[:, 1:][same], batch.labels[:, :-1][same])
+        steps = batch.positions[:, 1:] - batch.positions[:, :-1]
+        assert (steps[same] == 1).all()
+    first = batches.Batches(found, 16, 4, seed=3)
+    for _ in range(5):
+        next(first)
+    position = json.loads(json.dumps(first.position()))
+    expected = [next(first) for _ in range(60)]  # into the second pass
+    again = batches.Batches(found, 16, 4, seed=3)
+    again.go_to(position)
+    for batch in expected:
+        for a, b in zip(next(again), batch, strict=True):
+            np.testing.assert_array_equal(a, b)
+    other = next(batches.Batches(found, 16, 4, seed=4))
+    assert not np.array_equal(other.inputs, next(batches.Batches(found, 16, 4, seed=3)).inputs)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[(option, "0") for option in ("--layers", "--heads", "--steps", "--batch-size")],
+        *[(option, "0") for option in ("--accumulate", "--eval-every", "--eval-tokens", "--clip")],
+        *[("--vocab", value) for value in ("256", "1000000", str(2**31))],
+        ("--width", "6", "--heads", "2"),
+        ("--context", "1000000"),
+        *[("--learning-rate", value) for value in ("0", "nan")],
+        ("--weight-decay", "-1"),
+        ("--warmup", "6"),
+        ("--accumulate", "3"),
+        *[("--mesh", value) for value in ("data=3,rows=2", "vocab=7", "vocab=8", "data=1")],
+        *[("--text", value) for value in ("nowhere", "nothing/*.py")],
+        ("--target", "v5e"),
+        ("--size", "huge"),
+        ("--mask-comments",),
+    ],
+    ids=" ".join,
+)
+def test_bad_options(tmp_path, capsys, arguments):
+    source = () if "--text" in arguments else DOCS
+    output = ("--output", tmp_path / "run")
+    line = refused_by(capsys, "train-lm", *output, *source, *SMALL, *arguments)
+    assert arguments[0] in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_text(tmp_path, capsys):
+    (tmp_path / "binary").write_bytes(b"\xff")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "short").write_text("short")
+    for name in ("binary", "empty", "folder", "short"):
+        path = tmp_path / name
+        line = refused_by(capsys, "train-lm", "--output", tmp_path / "run", "--text", path)
+        assert str(path) in line or name == "short"
+        assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_others(tmp_path, capsys, run):
+    """Of the other task, with another text, with files of a hostile hand."""
+    line = refused_by(capsys, "train-lm", "--output", run, "--resume", "--width", 32)
+    assert "--width 32" in line
+    changed = ("--resume", "--text", ROOT / "README.md")
+    assert "sha256" in refused_by(capsys, "train-lm", "--output", run, *changed)
+    line = refused_by(capsys, "train", "--output", run, "--resume")
+    assert "expected the run of a classifier" in line
+    for wrong in ("0", "7", "first", "-1"):
+        assert "best, last or one of 2, 4, 6" in refused_by(
+            capsys, "evaluate", run, f"--checkpoint={wrong}"
+        )
+    assert "--top-k" in refused_by(capsys, "generate", run, "--top-k", 301)
+    for name in ("missing", "."):
+        assert "config.json" in refused_by(capsys, "generate", tmp_path / name)
+
+
+HOSTILE = {
+    "config.json": ["", "[]", "{}", "[" * 100_000, '{"task": "language model"}'],
+    "tokenizer.json": ["", "{}", '{"model": {"type": "BPE"}}', "\x00", "[" * 100_000],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(tmp_path, capsys, run, name):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", f"{run}", f"{copy}"], check=True)
+    config = json.loads((run / "config.json").read_text())
+    contents = [*HOSTILE[name]]
+    if name == "config.json":
+        for options in ({"vocab": "300"}, {"width": 32}, {"layers": 3}, {"text": [1]}):
+            changed = config | {"options": config["options"] | options}
+            contents.append(json.dumps(changed))
+    for content in contents:
+        (copy / name).write_text(content)
+        assert here("generate", copy) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert captured.err.count("\n") == 1
+        assert str(copy) in captured.err
