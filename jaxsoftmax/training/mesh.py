@@ -76,6 +76,9 @@ def split(tree: Any, mesh: Mesh, specs: Any) -> Any:
 
 
 def whole(tree: Any, like: Any) -> Any:
-    """The arrays that `split` was given, in every process; `like` has their shapes."""
+    """The arrays that `split` was given, in every process; `like` has their shapes.
+
+    In memory of their own: a later step may donate that of `tree`.
+    """
     gathered = multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(lambda x, y: x[(..., *map(slice, np.shape(y)))], gathered, like)
+    return jax.tree.map(lambda x, y: np.array(x[(..., *map(slice, np.shape(y)))]), gathered, like)

@@ -15,7 +15,7 @@ TOKENIZER = "tokenizer.json"
 IGNORED = -1  # the label of a token that does not count
 _END = "<|endoftext|>"
 END = 0  # its number: before and after every document
-FEWEST = 257  # the bytes, and the end
+_AT_ONCE = 256  # documents
 
 
 def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
@@ -82,8 +82,7 @@ class Tokens:
         """Encodes the documents; with `mask_comments` labels within comments do not count."""
         self.inputs, self.labels = [], []
         self.text_bytes = sum(len(document.text.encode()) for document in documents)
-        encoded = tokenizer.encode_batch([document.text for document in documents])
-        for document, encoding in zip(documents, encoded, strict=True):
+        for document, encoding in _encoded(tokenizer, documents):
             ids = np.asarray(encoding.ids, np.int32)
             labels = np.append(ids, np.int32(END))
             if mask_comments:
@@ -103,6 +102,14 @@ class Tokens:
         """How often each token is a label, int32 `[vocab]`."""
         labels = np.concatenate(self.labels)
         return np.bincount(labels[labels != IGNORED], minlength=vocab).astype(np.int32)
+
+
+def _encoded(tokenizer, documents):
+    """By batches: an encoding takes many times the memory of its numbers."""
+    for i in range(0, len(documents), _AT_ONCE):
+        batch = documents[i : i + _AT_ONCE]
+        encodings = tokenizer.encode_batch([document.text for document in batch])
+        yield from zip(batch, encodings, strict=True)
 
 
 def unigram_loss(counts: np.ndarray, labels: np.ndarray) -> float:
