@@ -113,7 +113,7 @@ KNOWN = ', backend_config={"known_trip_count":{"n":"7"}}'
 @pytest.mark.parametrize(("length", "inside"), [(KNOWN, 70), ("", 0)])
 def test_the_account(length, inside):
     """A body as often as it runs; what moves data by its bytes; what is not counted is named."""
-    chip = cycles.Chip("", hertz=2.0, bytes_per_s=4.0, flops_per_s=1.0)
+    chip = cycles.Chip("", hertz=2.0, bytes_per_s=4.0, flops_per_s=1.0, gigabytes=1)
     found = cycles.account(HLO.replace("LENGTH", length), chip)
     moved = 1.4 * 64 / 4 * 2  # read and written
     assert found.cycles == pytest.approx(inside + moved)
@@ -140,7 +140,7 @@ def test_the_account_of_tokens_that_count(share, steps, branch):
         "branch_computations={%branch.3, %branch.4, %branch.5}" + where % ("0_2_4", "cond")
     )
     text = HLO.replace("LENGTH", where % ("4", "while") + choice)
-    chip = cycles.Chip("", hertz=2.0, bytes_per_s=4.0, flops_per_s=1.0)
+    chip = cycles.Chip("", hertz=2.0, bytes_per_s=4.0, flops_per_s=1.0, gigabytes=1)
     found = cycles.account("\n".join(others) + text, chip, share)
     moved = 1.4 * 64 / 4 * 2
     assert found.cycles == pytest.approx(10 * steps + 10 ** {1: 3, 2: 4, 4: 5}[branch] + moved)

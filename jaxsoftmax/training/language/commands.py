@@ -30,7 +30,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(128, 4, 4, 128),
+    "tiny": Size(128, 4, 2, 128),
     "small": Size(512, 8, 8, 512),
     "medium": Size(1024, 16, 16, 1024),
     "large": Size(2304, 24, 18, 1024),

@@ -20,7 +20,10 @@ from jaxsoftmax.training.tpu import tpus
 from jaxsoftmax.training.tpu.cycles import CHIPS, account
 
 _ROUNDS = 7
-_NEEDED = re.compile(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])")
+# Of a program that is too large for its chip, two wordings.
+_NEEDED = re.compile(
+    r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])|\(([\d.]+[KMG])\) exceeds available HBM \(([\d.]+[KMG])\)"
+)
 
 
 class Cost(NamedTuple):
@@ -93,10 +96,14 @@ def compiled(options: task.Options, target: str) -> Iterator[Cost]:
             found = _NEEDED.search(str(error))
             if not found:
                 raise
-            yield Cost(head, None, None, None, f"does not fit: {found[1]} of {found[2]}")
+            needed, there = filter(None, found.groups())
+            note = f"does not fit: {needed}B of temporaries, {there}B there"
+            yield Cost(head, None, None, None, note)
             continue
-        text = program.as_text() or ""
-        yield Cost(head, held(program), None, account(text, chip).cycles)
+        text, gigabytes = program.as_text() or "", held(program)
+        fits = gigabytes is None or gigabytes <= chip.gigabytes
+        note = "" if fits else f"does not fit in {chip.gigabytes:g} GB"
+        yield Cost(head, gigabytes, None, account(text, chip).cycles, note)
 
 
 def first_state(options: task.Options, optimizer: Any) -> State:
@@ -133,5 +140,5 @@ def rows(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
             speed = f"{cost.cycles / 1e6:,.1f} Mcycles"
             if plain.cycles:
                 speed += f" ({cost.cycles / plain.cycles:.2f})"
-        lines.append((cost.head, memory or cost.note, speed))
+        lines.append((cost.head, ", ".join(filter(None, (memory, cost.note))), speed))
     return lines

@@ -35,7 +35,7 @@ def continued(
     Each is drawn from all tokens that fit in `context`, computed anew: the oldest leave first.
     """
     network = model.with_parameters(shape, params)
-    embedding = network.embed.embedding[...]
+    embedding = network.embedding[...]
     positions = jnp.arange(context, dtype=jnp.int32)[None]
 
     def draw(i, carry):

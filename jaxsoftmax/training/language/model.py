@@ -85,17 +85,12 @@ class Transformer(nnx.Module):
 
     def __init__(self, shape: Shape, rngs: nnx.Rngs) -> None:
         """Draws the parameters."""
-        self.embed = nnx.Embed(
-            shape.vocab,
-            shape.width,
-            dtype=jnp.dtype(shape.dtype),
-            embedding_init=nnx.initializers.normal(shape.width**-0.5),
-            rngs=rngs,
-        )
+        initial = nnx.initializers.normal(shape.width**-0.5)
+        self.embedding = nnx.Param(initial(rngs.params(), (shape.vocab, shape.width)))
         self.blocks = _stacked(shape, jax.random.split(rngs.params(), shape.layers))
         self.norm = _norm(shape, rngs)
         self.scale = shape.width**0.5  # of the inputs: the rows of a head's kernel are short
-        self.remat = shape.remat
+        self.dtype, self.remat = jnp.dtype(shape.dtype), shape.remat
 
     def __call__(
         self,
@@ -104,7 +99,8 @@ class Transformer(nnx.Module):
         positions: Int[Array, "rows context"],
     ) -> Float[Array, "rows context width"]:
         """The hidden states."""
-        x = self.embed(inputs) * jnp.asarray(self.scale, self.embed.dtype)
+        # Rows are looked up first, rounded then: no copy of the embedding in another dtype.
+        x = (self.embedding[...][inputs] * self.scale).astype(self.dtype)
         # One program for all layers, whose parameters are stacked.
         graph, layers = nnx.split(self.blocks)
 

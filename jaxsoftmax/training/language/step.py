@@ -61,7 +61,7 @@ def mean_loss(
     """The losses of the labels that count, summed, over a denominator."""
     network = model.with_parameters(shape, params)
     hidden = network(batch.inputs, batch.segments, batch.positions)
-    embedding = network.embed.embedding[...]
+    embedding = network.embedding[...]
     return HEADS[head](hidden, embedding, batch.labels, denominator, hidden.dtype)
 
 
@@ -113,7 +113,7 @@ def evaluate(params: dict, batch: Batch, *, shape: model.Shape) -> Evaluation:
     counted = batch.labels != IGNORED
     found = jaxsoftmax.linear_log_probs(
         hidden,
-        network.embed.embedding[...],
+        network.embedding[...],
         jnp.where(counted, batch.labels, 0),
         where=counted,
         transpose_kernel=True,

@@ -27,13 +27,14 @@ class Chip(NamedTuple):
     hertz: float
     bytes_per_s: float
     flops_per_s: float  # in bfloat16
+    gigabytes: float  # of memory, in 1e9 bytes
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 819e9, 197e12),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9, 459e12),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 918e12),
-    "tpu7x": Chip("tpu7x:2x2x1", 2.2e9, 3690e9, 1153e12),
+    "v5e": Chip("v5e:2x2", 1.5e9, 819e9, 197e12, 16),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9, 459e12, 95),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9, 918e12, 32),
+    "tpu7x": Chip("tpu7x:2x2x1", 2.2e9, 3690e9, 1153e12, 96),
 }
 MOVES = {"copy", "convert", "pad", "broadcast", "reduce", "transpose", "slice", "concatenate"}
 MOVES |= {"copy-start", "dynamic-slice", "dynamic-update-slice"}
