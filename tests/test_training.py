@@ -247,8 +247,8 @@ def test_predict(tmp_path, capsys):
     options = ("--epochs", 15, "--batch-size", 1000, "-l", 0.1)
     assert train_here("--data", examples, "--output", folder, *options) == 0
     capsys.readouterr()
-    for checkpoint in ((), ("--checkpoint", "last"), ("--checkpoint", "14")):
-        assert here("predict", folder, "--data", examples, "--output", found, *checkpoint) == 0
+    for which in ((), ("--checkpoint", "last"), ("--checkpoint", "14")):
+        assert here("predict", folder, "--data", examples, "--output", found, *which) == 0
         assert "accuracy  100.00%: 103 of 103 right" in capsys.readouterr().out
     with np.load(found) as arrays:
         np.testing.assert_array_equal(arrays["classes"], np.arange(103) % 4)

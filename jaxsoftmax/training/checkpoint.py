@@ -91,7 +91,7 @@ class Kept(NamedTuple):
     """What a checkpoint holds."""
 
     state: Any  # a tree of arrays
-    position: dict[str, Any] | None  # where in its data a run is: anything that JSON holds
+    position: dict[str, Any]  # where in its data a run is: anything that JSON holds
 
 
 class Checkpoints:

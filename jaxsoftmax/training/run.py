@@ -321,7 +321,7 @@ def _train(
     history, position = processes.exchanged((history, kept.position))[0]
     state = State(**multihost_utils.broadcast_one_to_all(kept.state._asdict()))
     state = split(state, task.mesh, state_specs(task))
-    if position is not None:
+    if position:
         task.go_to(position)
     done = resumed_from = int(history[-1][kind.unit]) if history else 0
     progress(done, task.total, history[-1] if history else None, written=bool(history))
@@ -424,7 +424,7 @@ def _latest(
     else:
         history = []
     if not done or not checkpoints:
-        return history, Kept(task.initial, None)
+        return history, Kept(task.initial, {})
     kept = checkpoints.restore(done, tree_of(task.initial, task))
     return history, kept._replace(state=State(kept.state["params"], kept.state["opt_state"]))
 
