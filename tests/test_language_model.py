@@ -3,11 +3,13 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from programs import (
@@ -181,6 +183,16 @@ def test_evaluate_and_generate(run, capsys):
     assert all(written.startswith("The loss") for written in texts)
 
 
+def test_evaluate_says_when_the_text_has_changed(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text((ROOT / "README.md").read_text(encoding="utf-8"))
+    output = ("--text", tmp_path / "?", "--output", tmp_path / "run")
+    assert train(*output, *SMALL, "--steps", 1) == 0
+    capsys.readouterr()
+    (tmp_path / "d").write_text("more")
+    assert "has changed" in refused_by(capsys, "evaluate", tmp_path / "run")
+
+
 def test_compare_heads(tmp_path, capsys):
     assert train("--output", tmp_path / "run", *SMALL, "--compare-heads") == 0
     shown = capsys.readouterr().out
@@ -195,6 +207,20 @@ def test_compare_heads_on_a_tpu(capsys):
     assert train(*model, "--compare-heads", "--target", "v5e") == 0
     shown = capsys.readouterr().out
     assert shown.count("Mcycles") == 3
+
+
+def test_the_code_of_its_page(run, capsys):
+    page = (ROOT / "docs" / "language-model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    names = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(block, names)
+    assert capsys.readouterr().out == "()\n"
+    found = jax.tree.leaves(names["parameters"](run, 4))
+    kept = {leaf.tobytes() for leaf in parameters(run, 4)}
+    assert len(found) > 5
+    assert all(np.asarray(leaf).tobytes() in kept for leaf in found)
 
 
 # Text, tokens and batches
@@ -308,7 +334,7 @@ def test_every_label_comes_once_in_a_pass_and_batches_go_on_where_they_were():
         ("--warmup", "6"),
         ("--accumulate", "3"),
         *[("--mesh", value) for value in ("data=3,rows=2", "vocab=7", "vocab=8", "data=1")],
-        *[("--text", value) for value in ("nowhere", "nothing/*.py")],
+        *[("--text", value) for value in ("nowhere", "nothing/*.py", "")],
         ("--target", "v5e"),
         ("--size", "huge"),
         ("--mask-comments",),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.language import batches, text, tokens
 from jaxsoftmax.training.language.task import (
     LANGUAGE_MODEL,
@@ -40,6 +41,11 @@ def of_run(run: Path, sources: tuple[str, ...], which: str) -> Found:
     options = trained.options
     tokenizer = kept_tokenizer(run, options.vocab)
     corpus = text.read(text.full_paths(sources or options.text))
+    if not sources and corpus.sha256 != trained.sha256:
+        raise ProgramError(
+            f"{run}: its text has changed since it was trained, so that what was held out is not "
+            "known; give --text"
+        )
     documents = corpus.documents if sources else text.split(corpus.documents)[1]
     found = Tokens(tokenizer, documents, mask_comments=options.mask_comments)
     rows = options.batch_size // options.accumulate

@@ -227,6 +227,7 @@ class Trained(NamedTuple):
     options: Options
     params: dict[str, Any]
     token_counts: np.ndarray
+    sha256: str  # of the text it was trained on
 
 
 def read_run(run: Path, which: str) -> Trained:
@@ -235,7 +236,8 @@ def read_run(run: Path, which: str) -> Trained:
     Raises:
         ProgramError: with the line to show.
     """
-    options = recorded_options(LANGUAGE_MODEL, run, recorded_run(LANGUAGE_MODEL, run))
+    recorded = recorded_run(LANGUAGE_MODEL, run)
+    options = recorded_options(LANGUAGE_MODEL, run, recorded)
     number, tree = restored(LANGUAGE_MODEL, run, which)
     params = jax.eval_shape(lambda: model.drawn(options.shape, 0))
     counts = jax.ShapeDtypeStruct((options.vocab,), jnp.int32)
@@ -247,7 +249,8 @@ def read_run(run: Path, which: str) -> Trained:
         raise ProgramError(
             f"{run}: the parameters of step {number} are not those of the model in config.json"
         )
-    return Trained(number, options, tree["params"], tree["token_counts"])
+    sha256 = str(recorded["data_sha256"])
+    return Trained(number, options, tree["params"], tree["token_counts"], sha256)
 
 
 def check_mesh(options: Options, mesh: Mesh) -> None:

@@ -46,6 +46,8 @@ def standard_library() -> Path:
 
 def full_paths(sources: Sequence[str]) -> tuple[str, ...]:
     """The same files from any directory."""
+    if "" in sources:
+        raise ProgramError("--text: expected a file, a folder or a pattern; got an empty one")
     return tuple(os.path.abspath(source) for source in sources)
 
 
