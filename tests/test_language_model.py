@@ -247,6 +247,8 @@ def test_files_that_are_no_text(tmp_path):
     (tmp_path / ".hidden").write_text("hidden")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "more.txt").write_text("more text")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
     corpus = text.read((f"{tmp_path}",))
     found = sorted(document.name for document in corpus.documents)
     assert found == ["below/more.txt", "text.txt"]
@@ -286,6 +288,7 @@ def test_comments_are_masked():
     kept = found.labels[0][:-1]
     code = tokenizer.decode(kept[kept != IGNORED].tolist())
     assert code == "x = 1  \n\ny = '# no comment'\n"
+    assert found.text_bytes == len(code.encode())
     assert found.labels[0][-1] == END
 
 

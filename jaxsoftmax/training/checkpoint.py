@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.errors import ProgramError, in_words
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -60,6 +60,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_file(path: Path) -> str:
+    """What was written beside the configuration."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
+    except OSError as error:
+        raise ProgramError(in_words(error)) from error
+
+
 def append_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     """Adds the line of one round."""
     with open(folder / METRICS, "a") as file:
@@ -69,12 +79,14 @@ def append_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 def trim_metrics(folder: Path, unit: str, done: Sequence[int]) -> list[dict[str, float]]:
     """Cuts the metrics back to the lines of the rounds that ended at these units."""
     path = folder / METRICS
-    text = path.read_text() if path.exists() else ""
-    lines = text.splitlines()[: len(done)]
     try:
+        text = path.read_text() if path.exists() else ""
+        lines = text.splitlines()[: len(done)]
         history = [json.loads(line) for line in lines]
         found = [metrics[unit] for metrics in history]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not all(type(value) in (int, float) for line in history for value in line.values()):
+            raise ValueError("a metric that is no number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
     if found != [*done]:
         raise ProgramError(
@@ -141,8 +153,12 @@ class Checkpoints:
         """The units of every checkpoint."""
         return sorted(self._manager.all_steps())
 
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on disk."""
+        self._manager.wait_until_finished()
+
     def save(self, done: int, kept: Kept, metrics: Mapping[str, float]) -> None:
-        """Begins to write; waits for the checkpoint before. orbax writes aside and renames."""
+        """Begins to write; orbax writes aside and renames."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(kept.state), position=ocp.args.JsonSave(kept.position)
         )

@@ -2,8 +2,8 @@
 """Which device holds what: a mesh with named axes, and arrays split over it.
 
 The axis `data` splits the examples and every batch, `vocab` the classes of the last layer, `fsdp`
-both the batch and the parameters. What does not divide evenly is padded with zeros, which the
-program never counts.
+both the batch and the parameters. What does not divide evenly is padded with zeros, which a
+classifier never counts; a language model refuses such a mesh.
 """
 
 import math

@@ -114,7 +114,8 @@ class Kind(NamedTuple):
         axes: of its meshes.
         free: the options that may be others when a run is resumed.
         score: how good metrics are: the best checkpoint has the highest.
-        read: the inputs, from the options and the folder of the run to resume, if there is one.
+        files: the names of `Inputs.files`.
+        read: the inputs, from the options and the files of the run to resume, if there is one.
         task: of inputs and a mesh.
     """
 
@@ -125,7 +126,8 @@ class Kind(NamedTuple):
     axes: tuple[str, ...]
     free: frozenset[str]
     score: Callable[[Mapping[str, float]], float]
-    read: Callable[[Any, Path | None], Inputs]
+    files: tuple[str, ...]
+    read: Callable[[Any, dict[str, str] | None], Inputs]
     task: Callable[[Inputs, Mesh], Task]
 
 
@@ -197,11 +199,16 @@ def train(
         ProgramError: with the line to show.
         KeyboardInterrupt: on Ctrl-C, at the end of the unit; a second one takes effect at once.
     """
-    _check_alike({**dataclasses.asdict(options), "resume": resume, "mesh": mesh})
+    alike = {"resume": resume, "mesh": mesh, "options given": sorted(given)}
+    _check_alike({**dataclasses.asdict(options), **alike})
     recorded = processes.from_leader(lambda: _recorded(kind, folder, resume))
+    files = None
     if recorded is not None:
         options = _resumed_options(kind, options, given, folder, recorded)
-    inputs = processes.together(lambda: kind.read(options, None if recorded is None else folder))
+        files = processes.from_leader(
+            lambda: {name: checkpoint.read_file(folder / name) for name in kind.files}
+        )
+    inputs = processes.together(lambda: kind.read(options, files))
     _check_inputs(inputs, folder, recorded)
     task = kind.task(inputs, make_mesh(mesh, kind.axes))
     checkpoints = processes.together(
@@ -440,6 +447,7 @@ def _write_round(
 ) -> None:
     if checkpoints is None:
         return
+    checkpoints.wait()  # so that the metrics are at most one line ahead
     checkpoint.append_metrics(folder, metrics)
     checkpoints.save(done, kept._replace(state=tree_of(kept.state, task)), metrics)
 

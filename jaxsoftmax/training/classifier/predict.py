@@ -35,6 +35,8 @@ def predict_file(run: Path, source: Path, output: Path, which: str) -> Predicted
     Raises:
         ProgramError: with the line to show.
     """
+    if not output.name or output.is_dir():
+        raise ProgramError(f"--output {output}: expected the name of a file; this is a folder")
     x, y = data.load_rows(str(source))
     epoch, tree = restored(CLASSIFIER, run, which)
     params, scaling = _parts(tree, run)

@@ -4,7 +4,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ class Options:
     seed: int
 
 
-def read(options: Options, _: Path | None) -> Inputs:
+def read(options: Options, _: dict[str, str] | None) -> Inputs:
     """The examples."""
     dataset = data.load(options.data)
     options = dataclasses.replace(options, data=dataset.source)
@@ -130,6 +129,7 @@ CLASSIFIER = Kind(
     axes=(DATA, VOCAB),
     free=frozenset({"epochs", "data"}),
     score=lambda metrics: metrics["test_accuracy"],
+    files=(),
     read=read,
     task=Classifier,
 )

@@ -55,10 +55,9 @@ def held_out(tokens: Tokens, context: int, rows: int, labels: int | None) -> lis
 
     The rows that the last one lacks are not filled.
     """
-    pieces = _pieces(tokens, context)
+    pieces = [p for p in _pieces(tokens, context) if (p["labels"] != IGNORED).any()]
     if labels is not None:
-        stride = max(1, sum(len(piece["labels"]) for piece in pieces) // labels)
-        pieces = pieces[::stride]
+        pieces = pieces[:: max(1, tokens.counted // labels)]
     dataset = grain.MapDataset.source(pieces).to_iter_dataset()
     batches = [_batch(batch) for batch in _packed(dataset, context, rows)]
     missing = rows - len(batches[-1].inputs)

@@ -260,6 +260,7 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         raise ProgramError(f"--weight-decay must be a finite number from 0; got {weight_decay:g}")
     if not 0 < clip < math.inf:
         raise ProgramError(f"--clip must be a positive finite number; got {clip:g}")
+    _check_prompt(prompt)
     if target and not compare_heads:
         raise ProgramError("--target goes with --compare-heads")
     sizes = None if mesh is None else commands.as_axes(mesh, ("data", "fsdp", "vocab"))
@@ -311,6 +312,13 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
     )
     if result is not None:
         _show(result, output, prompt)
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ProgramError(f"--prompt must be UTF-8 text; got {prompt!r}") from error
 
 
 def _check(numbers: Mapping[str, tuple[int, int]]) -> None:
@@ -460,6 +468,7 @@ def generate(  # noqa: PLR0917 - typer makes each one an option
     if not 1e-6 <= temperature <= 1e6:
         raise ProgramError(f"--temperature must be from 1e-6 to 1e6; got {temperature:g}")
     commands.check_step(1.0, seed)
+    _check_prompt(prompt)
     from jaxsoftmax.training.language.generate import Writer  # noqa: PLC0415
 
     writer = Writer.of_run(run, checkpoint)

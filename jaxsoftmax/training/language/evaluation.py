@@ -11,7 +11,7 @@ from jaxsoftmax.training.language import batches, text, tokens
 from jaxsoftmax.training.language.task import (
     LANGUAGE_MODEL,
     evaluated,
-    kept_tokenizer,
+    fingerprint,
     read_run,
 )
 from jaxsoftmax.training.language.tokens import Tokens
@@ -39,15 +39,14 @@ def of_run(run: Path, sources: tuple[str, ...], which: str) -> Found:
     """
     trained = read_run(run, which)
     options = trained.options
-    tokenizer = kept_tokenizer(run, options.vocab)
     corpus = text.read(text.full_paths(sources or options.text))
-    if not sources and corpus.sha256 != trained.sha256:
+    if not sources and fingerprint(corpus, trained.tokenizer_text) != trained.sha256:
         raise ProgramError(
-            f"{run}: its text has changed since it was trained, so that what was held out is not "
-            "known; give --text"
+            f"{run}: its text or tokenizer has changed since it was trained, so that what was held "
+            "out is not known; give --text"
         )
     documents = corpus.documents if sources else text.split(corpus.documents)[1]
-    found = Tokens(tokenizer, documents, mask_comments=options.mask_comments)
+    found = Tokens(trained.tokenizer, documents, mask_comments=options.mask_comments)
     rows = options.batch_size // options.accumulate
     metrics = evaluated(
         trained.params,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import jaxsoftmax
 from jaxsoftmax.training.language import model
-from jaxsoftmax.training.language.task import Options, kept_tokenizer, read_run
+from jaxsoftmax.training.language.task import Options, read_run
 from jaxsoftmax.training.language.tokens import END
 
 
@@ -30,7 +30,7 @@ def continued(
     count: int,
     top_k: int | None,
 ) -> Int[Array, " count"]:
-    """`count` tokens after the first `length` of a prompt.
+    """Up to `count` tokens after the first `length` of a prompt; END after the end of the document.
 
     Each is drawn from all tokens that fit in `context`, computed anew: the oldest leave first.
     """
@@ -38,8 +38,12 @@ def continued(
     embedding = network.embedding[...]
     positions = jnp.arange(context, dtype=jnp.int32)[None]
 
-    def draw(i, carry):
-        window, length, drawn = carry
+    def goes_on(carry):
+        i, *_, ended = carry
+        return (i < count) & ~ended
+
+    def draw(carry):
+        i, window, length, drawn, _ = carry
         segments = (positions < length).astype(jnp.int32)
         hidden = network(window[None], segments, positions)[0, length - 1]
         token = jaxsoftmax.linear_sample(
@@ -54,10 +58,12 @@ def continued(
         full = length == context
         window = jnp.where(full, jnp.roll(window, -1), window)
         at = jnp.where(full, context - 1, length)
-        return window.at[at].set(token), jnp.minimum(length + 1, context), drawn.at[i].set(token)
+        length = jnp.minimum(length + 1, context)
+        return i + 1, window.at[at].set(token), length, drawn.at[i].set(token), token == END
 
-    drawn = jnp.zeros(count, jnp.int32)
-    return jax.lax.fori_loop(0, count, draw, (prompt, length, drawn))[2]
+    drawn = jnp.full(count, END, jnp.int32)
+    first = jnp.int32(0), prompt, length, drawn, jnp.bool_(False)
+    return jax.lax.while_loop(goes_on, draw, first)[3]
 
 
 class Writer(NamedTuple):
@@ -71,8 +77,7 @@ class Writer(NamedTuple):
     def of_run(cls, run: Path, which: str) -> "Writer":
         """From the folder of a run."""
         trained = read_run(run, which)
-        tokenizer = kept_tokenizer(run, trained.options.vocab)
-        return cls(trained.options, trained.params, tokenizer)
+        return cls(trained.options, trained.params, trained.tokenizer)
 
     def after(
         self, prompt: str, *, count: int, temperature: float, top_k: int | None, seed: int

@@ -29,6 +29,11 @@ class Shape:
     remat: bool  # whether a layer's activations are computed again on the way back
 
 
+def inner_width(width: int) -> int:
+    """Of a gated layer: 8/3 of the width, as it has three matrices, in multiples of 64."""
+    return 64 * -(-8 * width // (3 * 64))
+
+
 class Attention(nnx.Module):
     """Causal attention within segments, with rotary positions."""
 
@@ -60,7 +65,7 @@ class Block(nnx.Module):
 
     def __init__(self, shape: Shape, rngs: nnx.Rngs) -> None:
         """Draws the parameters."""
-        inner = 64 * -(-8 * shape.width // (3 * 64))  # 8/3 of the width, as three matrices
+        inner = inner_width(shape.width)
         self.before_attention = _norm(shape, rngs)
         self.attention = Attention(shape, rngs)
         self.before_gate = _norm(shape, rngs)

@@ -2,6 +2,7 @@
 """A language model as a run trains it: rounds of steps, evaluated on held-out text after each."""
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from tokenizers import Tokenizer
 
-from jaxsoftmax.training.checkpoint import LOSS_PLOT
-from jaxsoftmax.training.errors import ProgramError, in_words
+from jaxsoftmax.training.checkpoint import LOSS_PLOT, read_file
+from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.language import batches, model, text, tokens
 from jaxsoftmax.training.language.batches import Batch, Batches
 from jaxsoftmax.training.language.step import Evaluation, evaluate, step
+from jaxsoftmax.training.language.text import Corpus
 from jaxsoftmax.training.language.tokens import Tokens
 from jaxsoftmax.training.mesh import DATA, FSDP, VOCAB, shares, split
 from jaxsoftmax.training.plots import loss_png
@@ -79,7 +81,7 @@ class Text(NamedTuple):
     held_out: Tokens
 
 
-def read(options: Options, run: Path | None) -> Inputs:
+def read(options: Options, kept: dict[str, str] | None) -> Inputs:
     """The documents as tokens, by a tokenizer of their own, or that of the run to resume."""
     dtype = options.dtype
     if dtype == AUTO:
@@ -87,10 +89,11 @@ def read(options: Options, run: Path | None) -> Inputs:
     options = dataclasses.replace(options, text=text.full_paths(options.text), dtype=dtype)
     corpus = text.read(options.text)
     sides = text.split(corpus.documents)
-    if run is None:
+    if kept is None:
         tokenizer = tokens.trained(sides[0], options.vocab)
+        kept = {tokens.TOKENIZER: tokenizer.to_str()}
     else:
-        tokenizer = kept_tokenizer(run, options.vocab)
+        tokenizer = tokens.parsed(kept[tokens.TOKENIZER], options.vocab, tokens.TOKENIZER)
     train, held_out = (
         Tokens(tokenizer, documents, mask_comments=options.mask_comments) for documents in sides
     )
@@ -106,21 +109,15 @@ def read(options: Options, run: Path | None) -> Inputs:
                 "smaller ones, or more text"
             )
     source = ", ".join(options.text) or str(text.standard_library())
-    files = {tokens.TOKENIZER: tokenizer.to_str()}
     data = Text(corpus.left_out, tokenizer, train, held_out)
-    return Inputs(options, "--text", source, corpus.sha256, files, data)
+    return Inputs(
+        options, "--text", source, fingerprint(corpus, kept[tokens.TOKENIZER]), kept, data
+    )
 
 
-def kept_tokenizer(run: Path, vocab: int) -> Tokenizer:
-    """What a run wrote beside its configuration."""
-    path = run / tokens.TOKENIZER
-    try:
-        contents = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
-    except OSError as error:
-        raise ProgramError(in_words(error)) from error
-    return tokens.parsed(contents, vocab, str(path))
+def fingerprint(corpus: Corpus, tokenizer: str) -> str:
+    """Of the text and what cuts it into tokens."""
+    return hashlib.sha256(f"{corpus.sha256} {tokenizer}".encode()).hexdigest()
 
 
 class LanguageModel:
@@ -161,7 +158,7 @@ class LanguageModel:
         """Goes on with that batch."""
         try:
             self._batches.go_to(position)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ProgramError(f"the checkpoint's position in the data: {error}") from error
 
     def next_parts(self) -> tuple[Batch, int]:
@@ -227,7 +224,9 @@ class Trained(NamedTuple):
     options: Options
     params: dict[str, Any]
     token_counts: np.ndarray
-    sha256: str  # of the text it was trained on
+    tokenizer: Tokenizer
+    tokenizer_text: str
+    sha256: str  # the fingerprint of what it was trained on
 
 
 def read_run(run: Path, which: str) -> Trained:
@@ -249,8 +248,17 @@ def read_run(run: Path, which: str) -> Trained:
         raise ProgramError(
             f"{run}: the parameters of step {number} are not those of the model in config.json"
         )
-    sha256 = str(recorded["data_sha256"])
-    return Trained(number, options, tree["params"], tree["token_counts"], sha256)
+    path = run / tokens.TOKENIZER
+    contents = read_file(path)
+    return Trained(
+        step=number,
+        options=options,
+        params=tree["params"],
+        token_counts=tree["token_counts"],
+        tokenizer=tokens.parsed(contents, options.vocab, str(path)),
+        tokenizer_text=contents,
+        sha256=str(recorded["data_sha256"]),
+    )
 
 
 def check_mesh(options: Options, mesh: Mesh) -> None:
@@ -258,6 +266,7 @@ def check_mesh(options: Options, mesh: Mesh) -> None:
     for axes, size, what in (
         (VOCAB, options.vocab, f"--vocab {options.vocab}"),
         (FSDP, options.width, f"--width {options.width}"),
+        (FSDP, model.inner_width(options.width), f"the inner width of --width {options.width}"),
         (
             ROWS,
             options.batch_size // options.accumulate,
@@ -321,6 +330,7 @@ LANGUAGE_MODEL = Kind(
     axes=(DATA, FSDP, VOCAB),
     free=frozenset({"text"}),
     score=lambda metrics: -metrics["test_loss"],
+    files=(tokens.TOKENIZER,),
     read=read,
     task=LanguageModel,
 )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxsoftmax.training.checkpoint import CHECKPOINTS, CONFIG
 from jaxsoftmax.training.errors import ProgramError, in_words
 
 _HELD_OUT = 0.1
@@ -54,8 +55,9 @@ def full_paths(sources: Sequence[str]) -> tuple[str, ...]:
 def read(sources: Sequence[str]) -> Corpus:
     """The documents of files, folders and patterns, or of Python's own sources if there are none.
 
-    In a folder, hidden files are passed over, and what is empty or not UTF-8 is left out and named;
-    of a file or a pattern it is an error. A link to a folder is not followed.
+    In a folder, hidden files and the output folders of runs are passed over, and what is empty,
+    unreadable or not UTF-8 is left out and named; of a file or a pattern it is an error. A link to
+    a folder is not followed.
 
     Raises:
         ProgramError: naming the file.
@@ -127,7 +129,8 @@ def _files(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
     if not sources:
         library = str(standard_library())
         for path in _walk(library):
-            if path.endswith(".py") and _LEFT_OUT.isdisjoint(Path(path).parts):
+            below = os.path.relpath(path, library).split(os.sep)
+            if path.endswith(".py") and _LEFT_OUT.isdisjoint(below):
                 yield library, path, True
         return
     for source in sources:
@@ -149,6 +152,9 @@ def _walk(folder: str) -> Iterator[str]:
         raise ProgramError(f"--text {in_words(error)}") from error
 
     for parent, folders, names in os.walk(folder, onerror=failed):
+        if CHECKPOINTS in folders and CONFIG in names:  # what a run wrote is not text for one
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for name in sorted(names):
             path = os.path.join(parent, name)

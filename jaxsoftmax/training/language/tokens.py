@@ -73,7 +73,7 @@ class Tokens:
     Attributes:
         inputs: of each document int32 `[n]`: the end of the one before, then its own tokens.
         labels: int32 `[n]`: its own tokens, then its end; IGNORED where the label does not count.
-        text_bytes: how many bytes of text all documents have.
+        text_bytes: how many bytes of text the labels that count stand for.
     """
 
     def __init__(
@@ -81,7 +81,6 @@ class Tokens:
     ) -> None:
         """Encodes the documents; with `mask_comments` labels within comments do not count."""
         self.inputs, self.labels = [], []
-        self.text_bytes = sum(len(document.text.encode()) for document in documents)
         for document, encoding in _encoded(tokenizer, documents):
             ids = np.asarray(encoding.ids, np.int32)
             labels = np.append(ids, np.int32(END))
@@ -92,6 +91,11 @@ class Tokens:
                 labels[:-1][before[ends] > before[starts]] = IGNORED
             self.inputs.append(np.insert(ids, 0, END))
             self.labels.append(labels)
+        # A byte-level BPE writes each byte of a token as one character; the end has none.
+        names = (tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size()))
+        lengths = np.array([len(name or "") for name in names])
+        lengths[END] = 0
+        self.text_bytes = int(lengths @ self.counts(len(lengths)))
 
     @property
     def counted(self) -> int:
