@@ -387,6 +387,14 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"test_loss": "x"}'])
+def test_hostile_metrics_of_a_checkpoint(tmp_path, capsys, run, content):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", f"{run}", f"{copy}"], check=True)
+    (copy / "checkpoints" / "4" / "metrics" / "metrics").write_text(content)
+    assert f"{copy}/checkpoints" in refused_by(capsys, "generate", copy)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files(tmp_path, capsys, run, name):
     copy = tmp_path / "run"

@@ -126,20 +126,28 @@ class Checkpoints:
         # orbax warns of an old checkpoint that a killed run had half deleted: nobody needs it.
         logging.getLogger("absl").setLevel(logging.ERROR)
         policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            self._folder.resolve(),
-            item_names=(_STATE, _POSITION),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=score,
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(_KEPT), policies.BestN(get_metric_fn=score, n=1)]
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._folder.resolve(),
+                item_names=(_STATE, _POSITION),
+                options=ocp.CheckpointManagerOptions(
+                    best_fn=score,
+                    preservation_policy=policies.AnyPreservationPolicy(
+                        [policies.LatestN(_KEPT), policies.BestN(get_metric_fn=score, n=1)]
+                    ),
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,  # what a killed run left half-written
+                    create=False,  # orbax does not create a folder that not all processes see
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        active_processes={0}
+                    ),
                 ),
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,  # what a killed run left half-written
-                create=False,  # orbax does not create a folder that not all processes see
-                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
-            ),
-        )
+            )
+            self._manager.best_step()  # reads the metrics of all
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ProgramError(
+                f"{self._folder}: not what this program wrote: {type(error).__name__}: {error}"
+            ) from error
 
     def latest(self) -> int:
         """The units that the newest checkpoint has been trained for; 0 if there is none."""

@@ -238,6 +238,7 @@ def read_run(run: Path, which: str) -> Trained:
     recorded = recorded_run(LANGUAGE_MODEL, run)
     options = recorded_options(LANGUAGE_MODEL, run, recorded)
     number, tree = restored(LANGUAGE_MODEL, run, which)
+    tree = tree if isinstance(tree, dict) else {}
     params = jax.eval_shape(lambda: model.drawn(options.shape, 0))
     counts = jax.ShapeDtypeStruct((options.vocab,), jnp.int32)
     found, wanted = (
