@@ -145,7 +145,6 @@ class Result(NamedTuple):
 
     inputs: Inputs
     task: Task
-    state: State
     resumed_from: int
     history: list[Metrics]
     seconds: float
@@ -364,7 +363,6 @@ def _train(
     return Result(
         inputs=inputs,
         task=task,
-        state=state,
         resumed_from=resumed_from,
         history=history,
         seconds=time.perf_counter() - start,
@@ -388,14 +386,13 @@ def tree_of(state: State, task: Task) -> dict[str, Any]:
     return {**state._asdict(), **task.constants}
 
 
-def restored(kind: Kind, folder: Path, which: str, like: Any = None) -> tuple[int, dict[str, Any]]:
-    """A checkpoint of a run to use: after how many units, and what `tree_of` gave.
+def restored(kind: Kind, folder: Path, which: str) -> tuple[int, Any]:
+    """A checkpoint of a run to use: after how many units, and what `tree_of` gave, unchecked.
 
     Args:
         kind: of the run.
         folder: its output folder.
         which: "best", "last" or a number.
-        like: what gives the structure, shapes and dtypes, if they are known.
 
     Raises:
         ProgramError: there is no such run or checkpoint, or it cannot be read.
@@ -415,7 +412,7 @@ def restored(kind: Kind, folder: Path, which: str, like: Any = None) -> tuple[in
                 f"--checkpoint must be best, last or one of {', '.join(map(str, numbers))}; "
                 f"got {which!r}"
             )
-        return number, checkpoints.restore(number, like).state
+        return number, checkpoints.restore(number).state
     finally:
         checkpoints.close()
 
@@ -426,7 +423,7 @@ def _latest(
     """The metrics and what the last checkpoint holds, or what a new run starts from."""
     done = checkpoints.latest() if checkpoints else 0
     if checkpoints:
-        ends = [*range(task.every, done, task.every), *[done][: bool(done)]]
+        ends = [*range(task.every, done, task.every), done] if done else []
         history = checkpoint.trim_metrics(folder, kind.unit, ends)
     else:
         history = []

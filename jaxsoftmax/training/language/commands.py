@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `train-lm`, `evaluate` and `generate`."""
 
+import dataclasses
 import enum
 import math
 import platform
@@ -365,9 +366,7 @@ def _show(result: Any, output: Path, prompt: str) -> None:
         f"tokens to train on, {len(held_out.inputs)} and {held_out.counted:,} held out, "
         f"{options.vocab} different ones"
     )
-    if data.left_out:
-        first, *others = data.left_out
-        print(f"left out  {first}" + (f", and {len(others)} more files" if others else ""))
+    _print_left_out(data.left_out)
     print(
         f"model     width {options.width}, {options.layers} layers, {options.heads} heads, context "
         f"{options.context}, {options.dtype}; {result.parameters:,} parameters"
@@ -381,6 +380,12 @@ def _show(result: Any, output: Path, prompt: str) -> None:
     print(f"written   {output}: metrics.jsonl, loss.png, tokenizer.json, checkpoints/")
     writer = Writer.of_run(output, "best")
     print(f"\n{writer.after(prompt, count=80, temperature=0.7, top_k=40, seed=options.seed)}")
+
+
+def _print_left_out(lines: list[str]) -> None:
+    if lines:
+        first, *others = lines
+        print(f"left out  {first}" + (f", and {len(others)} more files" if others else ""))
 
 
 def _files(count: int) -> str:
@@ -404,7 +409,7 @@ def _compare(options: "Options", targets: list[str]) -> None:
     console = Console(highlight=False)
     if targets:
         dtype = "bfloat16" if options.dtype == task.AUTO else options.dtype
-        options = task.dataclasses.replace(options, dtype=dtype)
+        options = dataclasses.replace(options, dtype=dtype)
         for target in targets:
             show(
                 f"one TPU {target}, by its compiler's account", [*compare.compiled(options, target)]
@@ -442,9 +447,7 @@ def evaluate(
     Console(highlight=False).print(table)
     print(f"unigram   loss {found.unigram:.4f} nats: token frequencies of the training text alone")
     print(f"data      {found.source}: {_files(found.files)}, {found.labels:,} tokens")
-    for line in found.left_out[:1]:
-        more = len(found.left_out) - 1
-        print(f"left out  {line}" + (f", and {more} more files" if more else ""))
+    _print_left_out(found.left_out)
 
 
 def generate(  # noqa: PLR0917 - typer makes each one an option

@@ -96,7 +96,7 @@ class Writer(NamedTuple):
             shape=self.options.shape,
             context=context,
             count=count,
-            top_k=None if top_k is None else min(top_k, self.options.vocab),
+            top_k=top_k,
         )
         new = [int(token) for token in drawn]
         new = new[: new.index(END)] if END in new else new

@@ -81,18 +81,17 @@ def step(
     """
     denominator = jnp.maximum(jnp.sum(batches.labels != IGNORED), 1).astype(jnp.float32)
 
-    def part(total, batch):
-        found = jax.value_and_grad(mean_loss)(state.params, batch, denominator, shape, head)
-        return jax.tree.map(jnp.add, total, found), None
+    def of_part(batch):
+        return jax.value_and_grad(mean_loss)(state.params, batch, denominator, shape, head)
 
-    if len(batches.labels) == 1:
-        first = jax.tree.map(lambda a: a[0], batches)
-        loss, gradients = jax.value_and_grad(mean_loss)(
-            state.params, first, denominator, shape, head
-        )
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, of_part(batch)), None
+
+    if len(batches.labels) == 1:  # without a second array of all gradients
+        loss, gradients = of_part(jax.tree.map(lambda a: a[0], batches))
     else:
         nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        (loss, gradients), _ = jax.lax.scan(part, nothing, batches)
+        (loss, gradients), _ = jax.lax.scan(add, nothing, batches)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), loss
 
