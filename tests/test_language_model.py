@@ -26,7 +26,8 @@ from programs import (
     wait_until,
 )
 
-from jaxsoftmax.training.language import batches, text, tokens
+from jaxsoftmax.training.language import batches, step, text, tokens
+from jaxsoftmax.training.language.generate import Writer, next_token
 from jaxsoftmax.training.language.text import Document
 from jaxsoftmax.training.language.tokens import END, IGNORED, Tokens
 
@@ -181,6 +182,67 @@ def test_evaluate_and_generate(run, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert all(written.startswith("The loss") for written in texts)
+
+
+def test_generate_writes_as_it_goes(run):
+    """In whole characters, compiled once for all lengths, and Ctrl-C ends it between two tokens."""
+    writer = Writer.of_run(run, "best")
+    how = {"temperature": 5.0, "top_k": None, "seed": 0}
+    programs = next_token._cache_size()
+    parts = [*writer.after("a", count=60, **how)]
+    assert len(parts) > 20
+    assert not any("\ufffd" in part for part in parts[:-1] if part.endswith("\ufffd"))
+    assert "".join([*writer.after("a", count=30, **how)][:-1]) in "".join(parts)
+    assert next_token._cache_size() == programs + 1
+    with subprocess.Popen(
+        command("generate", run, "--tokens", 1_000_000, "--temperature", 1000),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SLOW)
+    assert process.returncode == 130
+    assert errors == b"jaxsoftmax: interrupted\n"
+
+
+def test_output_that_has_no_such_characters_or_no_reader(run):
+    line = command("generate", run, "--tokens", 1, "--prompt", "ü")
+    ascii_only = environment() | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, env=ascii_only, capture_output=True, timeout=SLOW, check=True)
+    assert done.stdout.startswith(b"\\xfc")
+    with subprocess.Popen(
+        command("generate", run, "--tokens", 1_000_000, "--temperature", 1000),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(SLOW) == 1
+        assert process.stderr
+        assert not process.stderr.read()
+
+
+def test_memory_that_is_not_enough(tmp_path, capsys, monkeypatch):
+    """Petabytes of a model; a head that does not fit beside two that do."""
+    output = ("--output", tmp_path / "run")
+    assert train(*output, *SMALL, "--width", 2**22) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory" in line
+    assert all(option in line for option in ("--accumulate", "--remat", "--head recompute"))
+    assert not (tmp_path / "run").exists()
+
+    def too_large(*_: object) -> None:
+        raise MemoryError("7 TB")
+
+    monkeypatch.setitem(step.HEADS, "plain", too_large)
+    assert train(*output, *SMALL, "--compare-heads") == 0
+    shown = capsys.readouterr().out
+    assert "does not fit: 7 TB" in shown
+    assert shown.count("tokens/s") == 2
 
 
 def test_evaluate_says_when_the_text_has_changed(tmp_path, capsys):
@@ -364,6 +426,26 @@ def test_bad_text(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--dtype", "auto"),
+        ("--accumulate", "2"),
+        ("--size", "tiny", *map(str, SMALL[2:10])),
+        ("--text", DOCS[1]),
+    ],
+    ids=["dtype", "accumulate", "size", "text"],
+)
+def test_a_run_resumes_with_options_that_are_its_own(tmp_path, capsys, run, arguments):
+    """Whether they go with the defaults or not."""
+    folder, own = run, SMALL
+    if "--accumulate" in arguments:
+        folder, own = tmp_path / "run", (*SMALL, "--batch-size", 2, "--accumulate", 2)
+        assert train("--output", folder, *own) == 0
+    assert here("train-lm", "--output", folder, "--resume", *arguments) == 0
+    assert "resumed after step 6" in capsys.readouterr().out
+
+
 def test_runs_of_others(tmp_path, capsys, run):
     """Of the other task, with another text, with files of a hostile hand."""
     line = refused_by(capsys, "train-lm", "--output", run, "--resume", "--width", 32)
@@ -402,9 +484,27 @@ def test_hostile_files(tmp_path, capsys, run, name):
     config = json.loads((run / "config.json").read_text())
     contents = [*HOSTILE[name]]
     if name == "config.json":
-        for options in ({"vocab": "300"}, {"width": 32}, {"layers": 3}, {"text": [1]}):
+        wrong = [{"vocab": "300"}, {"width": 32}, {"layers": 3}, {"text": [1]}, {"heads": 0}]
+        wrong += [{"dtype": "int8"}, {"eval_every": 0}, {"accumulate": 3}, {"clip": float("nan")}]
+        wrong += [{"batch_size": 0}, {"steps": -1}, {"layers": 10**30}, {"head": "none"}]
+        for options in wrong:
             changed = config | {"options": config["options"] | options}
             contents.append(json.dumps(changed))
+    if name == "tokenizer.json":
+        kept = json.loads((run / name).read_text())
+        vocab, merges = kept["model"]["vocab"], kept["model"]["merges"]
+        last = max(vocab, key=vocab.__getitem__)
+        template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+        for changed in (
+            {"model": kept["model"] | {"vocab": vocab | {last: 300}}},
+            {"model": kept["model"] | {"vocab": vocab | {last: -1}}},
+            {"model": kept["model"] | {"vocab": vocab | {last: 299.0}}},
+            {"model": kept["model"] | {"merges": [["no", "such"], *merges]}},
+            {"model": kept["model"] | {"merges": [["one"]]}},
+            {"post_processor": template},
+            {"truncation": {"max_length": 3}},
+        ):
+            contents.append(json.dumps(kept | changed))
     for content in contents:
         (copy / name).write_text(content)
         assert here("generate", copy) == 2
@@ -412,3 +512,24 @@ def test_hostile_files(tmp_path, capsys, run, name):
         assert not captured.out
         assert captured.err.count("\n") == 1
         assert str(copy) in captured.err
+
+
+@pytest.mark.parametrize("where", ["metrics.jsonl", "checkpoints/6/position/metadata"])
+def test_hostile_files_of_a_run_to_resume(tmp_path, capsys, run, where):
+    """A line without a metric; a position that is empty, of another kind, outside of the text."""
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", f"{run}", f"{copy}"], check=True)
+    path = copy / where
+    kept = path.read_text()
+    if where == "metrics.jsonl":
+        first, *others = kept.splitlines(keepends=True)
+        without, more = json.dumps({"step": 2}) + "\n", first.replace("}", ', "x": 1}')
+        contents = ["".join([line, *others]) for line in (without, more)]
+    else:
+        far = re.sub(r'("next_index": )\d+', r"\g<1>-7", kept)
+        assert far != kept
+        contents = ["{}", '{"next_index": 3}', far]
+    for content in contents:
+        path.write_text(content)
+        line = refused_by(capsys, "train-lm", "--output", copy, "--resume")
+        assert where == "metrics.jsonl" or "position" in line

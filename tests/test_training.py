@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jaxsoftmax train`: as a user runs it where its process matters, else in ours."""
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from programs import (
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, cli
 from jaxsoftmax.training.classifier import data, step
+from jaxsoftmax.training.classifier.plots import confusion_png
 from jaxsoftmax.training.classifier.task import CLASSIFIER
 
 
@@ -262,6 +265,13 @@ def test_predict(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "accuracy" not in shown
     assert "1 rows" in shown
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    for options in ({"batch_size": 0}, {"optimizer": "none"}, {"hidden": [0]}, {"seed": -1}):
+        changed = config | {"options": config["options"] | options}
+        (damaged / "config.json").write_text(json.dumps(changed))
+        assert "config.json" in refused(capsys, "--output", damaged, "--resume")
     found.unlink()
     np.savez(tmp_path / "narrow.npz", x=x[:, :1])
     np.savez(tmp_path / "labels.npz", y=np.arange(3))
@@ -290,6 +300,20 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert train_here("--output", tmp_path / "run", "--epochs", 7, *SMALL) == 0
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"3", "5", "6", "7"}
+
+
+def test_the_confusion_of_very_many_classes():
+    """Its memory does not grow with their square."""
+    labels = np.arange(100_000, dtype=np.int32)
+    picture = confusion_png(labels, np.roll(labels, 1), len(labels))
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        checkpoint.write_atomically(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_divergence_is_said(tmp_path, capsys):

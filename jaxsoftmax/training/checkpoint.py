@@ -10,7 +10,7 @@ nothing twice.
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,15 @@ _KEPT = 3
 _STATE, _POSITION = "state", "position"
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether anything of a run is in the folder."""
-    return any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT))
-
-
 def write_atomically(path: Path, contents: str | bytes) -> None:
     """Writes the whole file or nothing: first under another name, then renamed."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -76,8 +75,10 @@ def append_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
         file.write(json.dumps(metrics) + "\n")
 
 
-def trim_metrics(folder: Path, unit: str, done: Sequence[int]) -> list[dict[str, float]]:
-    """Cuts the metrics back to the lines of the rounds that ended at these units."""
+def trim_metrics(
+    folder: Path, unit: str, names: Collection[str], done: Sequence[int]
+) -> list[dict[str, float]]:
+    """Cuts the metrics, of these names, back to the lines of the rounds that ended at `done`."""
     path = folder / METRICS
     try:
         text = path.read_text() if path.exists() else ""
@@ -86,6 +87,8 @@ def trim_metrics(folder: Path, unit: str, done: Sequence[int]) -> list[dict[str,
         found = [metrics[unit] for metrics in history]
         if not all(type(value) in (int, float) for line in history for value in line.values()):
             raise ValueError("a metric that is no number")
+        if any({*line} != {unit, *names} for line in history):
+            raise ValueError(f"a line has other metrics than {', '.join([unit, *sorted(names)])}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
     if found != [*done]:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: the program's commands, and how each of them ends."""
 
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
 
 import jaxsoftmax
 from jaxsoftmax.training.classifier import commands as classifier
-from jaxsoftmax.training.errors import ProgramError, as_line, in_words
+from jaxsoftmax.training.errors import ProgramError, as_line, in_words, out_of_memory_in_words
 from jaxsoftmax.training.language import commands as language
 
 # Newer typer carries its own copy of click: this finds `UsageError` in either.
@@ -62,8 +64,16 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0, 1 (training failed) or 2 (bad input); on Ctrl-C it ends the process, with 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may not have every character
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(list(arguments) or ["--help"], prog_name="jaxsoftmax", standalone_mode=False)
+        with out_of_memory_in_words("this machine does not have what the command needs"):
+            code = app(list(arguments) or ["--help"], prog_name="jaxsoftmax", standalone_mode=False)
+            sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except ProgramError as error:
         return _fail(str(error), error.exit_code)
     except _UsageError as error:

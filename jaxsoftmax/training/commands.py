@@ -4,11 +4,10 @@
 JAX and what trains are imported late: `--help` and a mistyped option should not wait for them.
 """
 
-import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxsoftmax.training.errors import ProgramError, as_line
+from jaxsoftmax.training.errors import ProgramError, as_line, out_of_memory_in_words
 from jaxsoftmax.training.interrupts import on_interrupt
 from jaxsoftmax_command import leave
 
@@ -71,27 +70,10 @@ def resume_option(free: str) -> Any:
     )
 
 
-def at_least(option: str, number: float, least: float) -> None:
-    """Raise a `ProgramError` if the number is less."""
-    if not number >= least:
-        raise ProgramError(f"{option} must be at least {least:g}; got {number:g}")
-
-
-def check_step(learning_rate: float, seed: int) -> None:
-    """Raise a `ProgramError` if either is none."""
-    # float32 is what the device will see: 1e-60 would be a step of size 0.
-    if not 1e-38 <= learning_rate <= 1e38 or math.isnan(learning_rate):
-        raise ProgramError(
-            f"--learning-rate must be a positive finite number; got {learning_rate:g}"
-        )
-    if not 0 <= seed < 2**32:
-        raise ProgramError(f"--seed must be from 0 to {2**32 - 1}; got {seed}")
-
-
 def as_axes(text: str, names: Sequence[str]) -> dict[str, int]:
     """The sizes of a mesh's axes; that they fit the devices is seen to later."""
     pairs = [part.partition("=") for part in text.split(",")]
-    sizes = {name: int(size) for name, _, size in pairs if size.isdecimal()}
+    sizes = {name: int(size) for name, _, size in pairs if size.isdecimal() and len(size) < 10}
     if len(sizes) < len(pairs) or not {*sizes} <= {*names} or min(sizes.values()) < 1:
         raise ProgramError(
             f"--mesh must be sizes of the axes {' and '.join(names)}, such as data=4,vocab=2, or "
@@ -114,7 +96,7 @@ def as_place(
             f"{'is' if len(missing) == 1 else 'are'} missing"
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
         raise ProgramError(
             f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234; got {coordinator!r}"
         )
@@ -136,8 +118,8 @@ def names_given(context: typer.Context, names: Sequence[str]) -> list[str]:
 
 def trained(
     kind: "Kind",
-    options: Any,
-    given: Sequence[str],
+    values: Mapping[str, Any],
+    given: Collection[str],
     output: Path,
     *,
     resume: bool,
@@ -147,10 +129,10 @@ def trained(
 ) -> "Result | None":
     """A run with a progress bar, or a line a round in a log.
 
-    `status` words the metrics. None in the processes that do not speak for all.
+    `values` are of all options by name, `given` names those that the user gave; `status` words the
+    metrics. None in the processes that do not speak for all.
     """
     from jaxsoftmax.training import run  # noqa: PLC0415
-    from jaxsoftmax.training.checkpoint import holds_run  # noqa: PLC0415
     from jaxsoftmax.training.processes import joined  # noqa: PLC0415
 
     console = Console(highlight=False)
@@ -167,7 +149,7 @@ def trained(
     def leave_with_hint(_: object = None) -> NoReturn:
         line = "interrupted before anything was written"
         try:
-            if holds_run(output):  # what does not exist cannot be continued
+            if run.holds_run(kind, output):  # what does not exist cannot be continued
                 where = shlex.quote(str(output))
                 line = (
                     f"interrupted; to continue: jaxsoftmax {kind.command} --resume --output {where}"
@@ -192,9 +174,12 @@ def trained(
                 print(f"{kind.unit} {done}/{total}  {words}", flush=True)  # a log has no bar
 
         try:
-            with joined(*place) if place else nullcontext():
+            with (
+                out_of_memory_in_words(kind.less_memory),
+                joined(*place) if place else nullcontext(),
+            ):
                 result = run.train(
-                    kind, options, given, output, resume=resume, mesh=mesh, progress=tell
+                    kind, values, given, output, resume=resume, mesh=mesh, progress=tell
                 )
         except KeyboardInterrupt:
             leave_with_hint()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsoftmax.training.errors import ProgramError, as_line, in_words
+from jaxsoftmax.training.errors import ProgramError, as_line, in_words, is_out_of_memory
 from jaxsoftmax.training.interrupts import on_interrupt
 
 # A process that does not answer for this long is taken for dead, and the others end.
@@ -69,6 +69,8 @@ def joined(coordinator: str, processes: int, process_id: int) -> Iterator[None]:
             jax.distributed.shutdown()
             raise
         except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if is_out_of_memory(error):  # it ends alone; the others find it gone
+                raise
             # A collective that broke off; gloo's errors come as either.
             if isinstance(error, ValueError) and "Gloo" not in str(error):
                 raise

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, processes
 from jaxsoftmax.training.checkpoint import Checkpoints, Kept
+from jaxsoftmax.training.checks import flag
 from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.interrupts import on_interrupt
 from jaxsoftmax.training.mesh import make_mesh, split, whole
@@ -110,11 +111,14 @@ class Kind(NamedTuple):
         name: as the configuration has it.
         command: of the program that trains it.
         unit: what its units are called in the metrics.
-        options: a frozen dataclass of JSON's values and tuples of them.
+        options: a frozen dataclass of JSON's values and tuples of them, which checks them.
         axes: of its meshes.
         free: the options that may be others when a run is resumed.
-        score: how good metrics are: the best checkpoint has the highest.
+        less_memory: what to try where it is not enough.
+        metrics: the names of all that a round gives.
+        score: how good they are: the best checkpoint has the highest.
         files: the names of `Inputs.files`.
+        pictures: the names of `Task.pictures`.
         read: the inputs, from the options and the files of the run to resume, if there is one.
         task: of inputs and a mesh.
     """
@@ -125,8 +129,11 @@ class Kind(NamedTuple):
     options: type[Any]
     axes: tuple[str, ...]
     free: frozenset[str]
+    less_memory: str
+    metrics: frozenset[str]
     score: Callable[[Mapping[str, float]], float]
     files: tuple[str, ...]
+    pictures: tuple[str, ...]
     read: Callable[[Any, dict[str, str] | None], Inputs]
     task: Callable[[Inputs, Mesh], Task]
 
@@ -168,7 +175,7 @@ class Progress(Protocol):
 
 def train(
     kind: Kind,
-    options: Any,
+    values: Mapping[str, Any],
     given: Collection[str],
     folder: Path,
     *,
@@ -182,10 +189,10 @@ def train(
 
     Args:
         kind: what to train.
-        options: what to train on and how: the same options on the same machine give the same
-            numbers.
-        given: the names of the options that the user gave; on resuming, the others come from
-            the run itself.
+        values: of all its options, by name: what to train on and how. The same on the same
+            machine give the same numbers.
+        given: the names of those that the user gave; on resuming, the others come from the run
+            itself.
         folder: the output folder. Created only once the input is known to be good.
         resume: continue the run in `folder`; there must be one.
         mesh: the sizes of the mesh's axes, see `make_mesh`.
@@ -199,11 +206,14 @@ def train(
         KeyboardInterrupt: on Ctrl-C, at the end of the unit; a second one takes effect at once.
     """
     alike = {"resume": resume, "mesh": mesh, "options given": sorted(given)}
-    _check_alike({**dataclasses.asdict(options), **alike})
+    _check_alike({**values, **alike})
     recorded = processes.from_leader(lambda: _recorded(kind, folder, resume))
     files = None
-    if recorded is not None:
-        options = _resumed_options(kind, options, given, folder, recorded)
+    if recorded is None:
+        options = kind.options(**values)
+    else:
+        ours = {name: values[name] for name in given}
+        options = _resumed_options(kind, ours, folder, recorded)
         files = processes.from_leader(
             lambda: {name: checkpoint.read_file(folder / name) for name in kind.files}
         )
@@ -235,14 +245,14 @@ def _check_alike(command: dict[str, Any]) -> None:
         for name, value in first.items():
             if other[name] != value:
                 raise ProgramError(
-                    f"{_flag(name)}: {value} in process 0, {other[name]} in process "
+                    f"{flag(name)}: {value} in process 0, {other[name]} in process "
                     f"{number}; start all processes with the same options"
                 )
 
 
 def _recorded(kind: Kind, folder: Path, resume: bool) -> dict[str, Any] | None:
     """The configuration of the run to resume; None where there is none."""
-    if not checkpoint.holds_run(folder):
+    if not holds_run(kind, folder):
         if resume:
             raise ProgramError(
                 f"{folder}: holds no run to resume; choose its folder with --output, or leave "
@@ -255,6 +265,12 @@ def _recorded(kind: Kind, folder: Path, resume: bool) -> dict[str, Any] | None:
             "folder with --output"
         )
     return recorded_run(kind, folder)
+
+
+def holds_run(kind: Kind, folder: Path) -> bool:
+    """Whether anything that such a run writes is in the folder."""
+    ours = (checkpoint.CONFIG, checkpoint.METRICS, checkpoint.CHECKPOINTS)
+    return any((folder / name).exists() for name in (*ours, *kind.files, *kind.pictures))
 
 
 def recorded_run(kind: Kind, folder: Path) -> dict[str, Any]:
@@ -327,7 +343,7 @@ def _train(
     history, position = processes.exchanged((history, kept.position))[0]
     state = State(**multihost_utils.broadcast_one_to_all(kept.state._asdict()))
     state = split(state, task.mesh, state_specs(task))
-    if position:
+    if history:
         task.go_to(position)
     done = resumed_from = int(history[-1][kind.unit]) if history else 0
     progress(done, task.total, history[-1] if history else None, written=bool(history))
@@ -406,7 +422,7 @@ def restored(kind: Kind, folder: Path, which: str) -> tuple[int, Any]:
         if not numbers:
             raise ProgramError(f"{folder}: has no checkpoint yet")
         by_name = {"best": checkpoints.best(), "last": checkpoints.latest()}
-        number = by_name.get(which, int(which) if which.isdecimal() else 0)
+        number = by_name.get(which, int(which) if which.isdecimal() and len(which) < 20 else 0)
         if number not in numbers:
             raise ProgramError(
                 f"--checkpoint must be best, last or one of {', '.join(map(str, numbers))}; "
@@ -424,7 +440,7 @@ def _latest(
     done = checkpoints.latest() if checkpoints else 0
     if checkpoints:
         ends = [*range(task.every, done, task.every), done] if done else []
-        history = checkpoint.trim_metrics(folder, kind.unit, ends)
+        history = checkpoint.trim_metrics(folder, kind.unit, kind.metrics, ends)
     else:
         history = []
     if not done or not checkpoints:
@@ -480,7 +496,6 @@ def recorded_options(kind: Kind, folder: Path, recorded: dict[str, Any]) -> Any:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in recorded["options"].items()
         }
-        options = kind.options(**theirs)
         for name, hint in get_type_hints(kind.options).items():
             expected, value = get_origin(hint) or hint, theirs[name]
             # Of a tuple, all are of one type.
@@ -488,8 +503,9 @@ def recorded_options(kind: Kind, folder: Path, recorded: dict[str, Any]) -> Any:
                 expected is tuple and any(type(part) is not get_args(hint)[0] for part in value)
             ):
                 raise TypeError(f"{name}: expected {hint}; got {value!r}")
+        options = kind.options(**theirs)
         _ = recorded["data_sha256"], recorded["data"]
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ProgramError) as error:
         raise ProgramError(
             f"{folder / checkpoint.CONFIG}: not the file this program wrote: {error}"
         ) from error
@@ -497,24 +513,18 @@ def recorded_options(kind: Kind, folder: Path, recorded: dict[str, Any]) -> Any:
 
 
 def _resumed_options(
-    kind: Kind, options: Any, given: Collection[str], folder: Path, recorded: dict[str, Any]
+    kind: Kind, given: dict[str, Any], folder: Path, recorded: dict[str, Any]
 ) -> Any:
     """The run's own options, with the free ones that the user gives."""
     theirs = recorded_options(kind, folder, recorded)
-    for name in given:
-        ours, recorded_value = getattr(options, name), getattr(theirs, name)
+    for name, ours in given.items():
+        recorded_value = getattr(theirs, name)
         if name not in kind.free and ours != recorded_value:
             raise ProgramError(
-                f"{_flag(name)} {_text(ours)}: the run in {folder} was started with {_flag(name)} "
+                f"{flag(name)} {_text(ours)}: the run in {folder} was started with {flag(name)} "
                 f"{_text(recorded_value)}; leave the option out, or choose another --output"
             )
-    return dataclasses.replace(
-        theirs, **{name: getattr(options, name) for name in kind.free if name in given}
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return dataclasses.replace(theirs, **{name: given[name] for name in kind.free & {*given}})
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `train` and `predict`."""
 
-import enum
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +8,8 @@ from typing import Annotated
 import typer
 
 from jaxsoftmax.training import commands
+from jaxsoftmax.training.classifier.options import Optimizer, Options
 from jaxsoftmax.training.errors import ProgramError
-
-
-class Optimizer(enum.StrEnum):
-    """optax's optimizers by name."""
-
-    ADAMW = "adamw"
-    ADAM = "adam"
-    LION = "lion"
-    SGD = "sgd"
 
 
 def train(  # noqa: PLR0917 - typer makes each one an option
@@ -81,28 +72,26 @@ def train(  # noqa: PLR0917 - typer makes each one an option
     [bold]loss.png[/], [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs and
     the best).
     """
-    commands.at_least("--epochs", epochs, 1)
-    commands.at_least("--batch-size", batch_size, 1)
-    commands.check_step(learning_rate, seed)
+    values = {
+        "data": data,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer.value,
+        "hidden": _sizes(hidden),
+        "seed": seed,
+    }
+    if not resume:
+        Options(**values)  # a mistake should not wait for JAX
     sizes = None if mesh is None else commands.as_axes(mesh, ("data", "vocab"))
     place = commands.as_place(coordinator, processes, process_id)
 
-    from jaxsoftmax.training.classifier.task import CLASSIFIER, Options  # noqa: PLC0415
+    from jaxsoftmax.training.classifier.task import CLASSIFIER  # noqa: PLC0415
 
-    options = Options(
-        data=data,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        optimizer=optimizer.value,
-        hidden=_sizes(hidden),
-        seed=seed,
-    )
-    names = ("data", "epochs", "batch_size", "learning_rate", "optimizer", "hidden", "seed")
     result = commands.trained(
         CLASSIFIER,
-        options,
-        commands.names_given(context, names),
+        values,
+        commands.names_given(context, [*values]),
         output,
         resume=resume,
         mesh=sizes,

@@ -7,25 +7,31 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxsoftmax.training.plots import TEST, png
 
-# Beyond this many classes the numbers in the cells are too small to read.
+# Beyond so many classes the numbers in the cells are too small to read, or the cells to see.
 _MOST_NUMBERS = 20
+_MOST_CELLS = 500
 
 
 def confusion_png(labels: np.ndarray, predictions: np.ndarray, classes: int) -> bytes:
-    """How often each class (rows) was taken for each class (columns), on held-out rows."""
-    counts = np.zeros((classes, classes), int)
-    np.add.at(counts, (labels, predictions), 1)
+    """How often each class (rows) was taken for each class (columns), on held-out rows.
+
+    Of very many classes a cell is a block of neighbours.
+    """
+    cells = min(classes, _MOST_CELLS)
+    counts = np.zeros((cells, cells), int)
+    np.add.at(counts, tuple(c.astype(int) * cells // classes for c in (labels, predictions)), 1)
+    right = int((labels == predictions).sum())
     shares = counts / counts.sum(axis=1, keepdims=True)  # every class has a held-out row
     numbers = classes <= _MOST_NUMBERS
     side = 2.2 + 0.45 * max(5, min(classes, _MOST_NUMBERS))
     figure = Figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    last = classes - 0.5
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, extent=(-0.5, last, last, -0.5))
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    accuracy = np.trace(counts) / counts.sum()
     axes.set_title(
-        f"Held out: {np.trace(counts)} of {counts.sum()} right ({accuracy:.2%})",
+        f"Held out: {right} of {len(labels)} right ({right / len(labels):.2%})",
         loc="left",
         fontweight="bold",
     )

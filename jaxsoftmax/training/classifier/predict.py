@@ -68,6 +68,8 @@ def _parts(tree, run):
     try:
         params = [(jnp.asarray(w), jnp.asarray(b)) for w, b in tree["params"]]
         scaling = {name: np.asarray(tree["scaling"][name]) for name in ("mean", "scale")}
+        if scaling["scale"].shape != scaling["mean"].shape:
+            raise ValueError(f"a scale of shape {scaling['scale'].shape}")
         widths = [len(scaling["mean"]), *(len(b) for _, b in params)]
         shapes = [w.shape for w, _ in params]
         if shapes != [*itertools.pairwise(widths)] or not params:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsoftmax.training.checkpoint import LOSS_PLOT
 from jaxsoftmax.training.classifier import data, model
+from jaxsoftmax.training.classifier.options import Options
 from jaxsoftmax.training.classifier.plots import confusion_png
 from jaxsoftmax.training.classifier.step import OPTIMIZERS, evaluate, train_epoch
 from jaxsoftmax.training.mesh import DATA, VOCAB, split, whole
@@ -18,19 +19,6 @@ from jaxsoftmax.training.plots import loss_png
 from jaxsoftmax.training.run import Inputs, Kind, Metrics, State
 
 CONFUSION_PLOT = "confusion.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to train on and how."""
-
-    data: str
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    optimizer: str
-    hidden: tuple[int, ...]
-    seed: int
 
 
 def read(options: Options, _: dict[str, str] | None) -> Inputs:
@@ -128,8 +116,11 @@ CLASSIFIER = Kind(
     options=Options,
     axes=(DATA, VOCAB),
     free=frozenset({"epochs", "data"}),
+    less_memory="try a smaller --batch-size or --hidden, or fewer examples",
+    metrics=frozenset({"train_loss", "train_accuracy", "test_loss", "test_accuracy"}),
     score=lambda metrics: metrics["test_accuracy"],
     files=(),
+    pictures=(LOSS_PLOT, CONFUSION_PLOT),
     read=read,
     task=Classifier,
 )

@@ -3,39 +3,24 @@
 
 import dataclasses
 import enum
-import math
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from jaxsoftmax.training import commands
+from jaxsoftmax.training import checks, commands
 from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.interrupts import on_interrupt
+from jaxsoftmax.training.language.options import SIZES, Dtype, Head, Options, Size
 
 if TYPE_CHECKING:
-    from jaxsoftmax.training.language.task import Options
+    from jaxsoftmax.training.language.generate import Writer
 
-
-class Size(NamedTuple):
-    """Of a model."""
-
-    width: int
-    layers: int
-    heads: int
-    context: int
-
-
-SIZES = {
-    "tiny": Size(128, 4, 2, 128),
-    "small": Size(512, 8, 8, 512),
-    "medium": Size(1024, 16, 16, 1024),
-    "large": Size(2304, 24, 18, 1024),
-}
 _SIZES = "; ".join(
     f"[bold]{name}[/] {s.width} wide, {s.layers} layers, {s.heads} heads, context {s.context}"
     for name, s in SIZES.items()
@@ -51,22 +36,6 @@ class Named(enum.StrEnum):
     LARGE = "large"
 
 
-class Head(enum.StrEnum):
-    """How the loss is computed from the hidden states."""
-
-    FUSED = "fused"
-    RECOMPUTE = "recompute"
-    PLAIN = "plain"
-
-
-class Dtype(enum.StrEnum):
-    """What a model computes in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 class Target(enum.StrEnum):
     """A generation of TPU to compile for."""
 
@@ -75,7 +44,6 @@ class Target(enum.StrEnum):
     V6E = "v6e"
 
 
-_LARGEST = 2**31 - 1
 _TEXT = typer.Option(
     "--text",
     metavar="PATH",
@@ -227,83 +195,54 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
     three and the best).
     """
     of_size = SIZES[size.value]
-    width = of_size.width if width is None else width
-    layers = of_size.layers if layers is None else layers
-    heads = of_size.heads if heads is None else heads
-    context = of_size.context if context is None else context
-    warmup = steps // 10 if warmup is None else warmup
-    _check(
-        {
-            "--vocab": (vocab, 257),
-            "--width": (width, 2),
-            "--layers": (layers, 1),
-            "--heads": (heads, 1),
-            "--context": (context, 2),
-            "--steps": (steps, 1),
-            "--batch-size": (batch_size, 1),
-            "--accumulate": (accumulate, 1),
-            "--warmup": (warmup, 0),
-            "--eval-every": (eval_every, 1),
-            "--eval-tokens": (eval_tokens, 1),
-        }
-    )
-    if width % (2 * heads):
-        raise ProgramError(
-            f"--width must be a multiple of twice --heads, for rotary positions; got {width} and "
-            f"{heads}"
-        )
-    if batch_size % accumulate:
-        raise ProgramError(f"--accumulate must divide --batch-size {batch_size}; got {accumulate}")
-    if warmup >= steps and warmup:
-        raise ProgramError(f"--warmup must be less than --steps {steps}; got {warmup}")
-    commands.check_step(learning_rate, seed)
-    if not 0 <= weight_decay < math.inf:
-        raise ProgramError(f"--weight-decay must be a finite number from 0; got {weight_decay:g}")
-    if not 0 < clip < math.inf:
-        raise ProgramError(f"--clip must be a positive finite number; got {clip:g}")
+    values = {
+        "text": tuple(text or ()),
+        "mask_comments": mask_comments,
+        "vocab": vocab,
+        "width": of_size.width if width is None else width,
+        "layers": of_size.layers if layers is None else layers,
+        "heads": of_size.heads if heads is None else heads,
+        "context": of_size.context if context is None else context,
+        "dtype": dtype.value,
+        "remat": remat,
+        "head": head.value,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "warmup": steps // 10 if warmup is None else warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "eval_every": eval_every,
+        "eval_tokens": eval_tokens,
+        "seed": seed,
+    }
+    if not resume:
+        Options(**values)  # a mistake should not wait for JAX
     _check_prompt(prompt)
     if target and not compare_heads:
         raise ProgramError("--target goes with --compare-heads")
     sizes = None if mesh is None else commands.as_axes(mesh, ("data", "fsdp", "vocab"))
     place = commands.as_place(coordinator, processes, process_id)
 
-    from jaxsoftmax.training.language.task import LANGUAGE_MODEL, Options  # noqa: PLC0415
-
-    options = Options(
-        text=tuple(text or ()),
-        mask_comments=mask_comments,
-        vocab=vocab,
-        width=width,
-        layers=layers,
-        heads=heads,
-        context=context,
-        dtype=dtype.value,
-        remat=remat,
-        head=head.value,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        eval_every=eval_every,
-        eval_tokens=eval_tokens,
-        seed=seed,
-    )
     if compare_heads:
         if mesh is not None or place is not None or resume:
             raise ProgramError(
                 "--compare-heads: on one device, without --mesh, --coordinator and --resume"
             )
-        _compare(options, [one.value for one in target or ()])
+        _compare(Options(**values), [one.value for one in target or ()])
         return
-    given = commands.names_given(context_of_command, [*Options.__dataclass_fields__, "size"])
+    from jaxsoftmax.training.language.task import LANGUAGE_MODEL  # noqa: PLC0415
+
+    given = {*commands.names_given(context_of_command, [*values, "size"])}
     if "size" in given:
-        given = [*{*given, *Size._fields} - {"size"}]
+        given |= {*Size._fields}
+    given.discard("size")
+    if dtype == Dtype.AUTO:  # of a run: its own
+        given.discard("dtype")
     result = commands.trained(
         LANGUAGE_MODEL,
-        options,
+        values,
         given,
         output,
         resume=resume,
@@ -320,13 +259,6 @@ def _check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ProgramError(f"--prompt must be UTF-8 text; got {prompt!r}") from error
-
-
-def _check(numbers: Mapping[str, tuple[int, int]]) -> None:
-    for option, (number, least) in numbers.items():
-        commands.at_least(option, number, least)
-        if number > _LARGEST:
-            raise ProgramError(f"{option} must be at most {_LARGEST}; got {number}")
 
 
 def _status(metrics: Mapping[str, float]) -> str:
@@ -379,7 +311,8 @@ def _show(result: Any, output: Path, prompt: str) -> None:
     )
     print(f"written   {output}: metrics.jsonl, loss.png, tokenizer.json, checkpoints/")
     writer = Writer.of_run(output, "best")
-    print(f"\n{writer.after(prompt, count=80, temperature=0.7, top_k=40, seed=options.seed)}")
+    print()
+    _print_text(writer, prompt, count=80, temperature=0.7, top_k=40, seed=options.seed)
 
 
 def _print_left_out(lines: list[str]) -> None:
@@ -396,7 +329,6 @@ def _compare(options: "Options", targets: list[str]) -> None:
     import jax  # noqa: PLC0415
 
     from jaxsoftmax.training.language import compare, task  # noqa: PLC0415
-    from jaxsoftmax.training.mesh import make_mesh  # noqa: PLC0415
 
     def show(where: str, costs: list[compare.Cost]) -> None:
         table = Table(title=f"A training step on {where}", title_justify="left")
@@ -408,18 +340,16 @@ def _compare(options: "Options", targets: list[str]) -> None:
 
     console = Console(highlight=False)
     if targets:
-        dtype = "bfloat16" if options.dtype == task.AUTO else options.dtype
+        dtype = "bfloat16" if options.dtype == Dtype.AUTO else options.dtype
         options = dataclasses.replace(options, dtype=dtype)
         for target in targets:
             show(
                 f"one TPU {target}, by its compiler's account", [*compare.compiled(options, target)]
             )
     else:
-        inputs = task.read(options, None)
-        options = inputs.options
-        trained = task.LanguageModel(inputs, make_mesh(None, task.LANGUAGE_MODEL.axes))
+        options = task.with_dtype(options)
         where = jax.devices()[0].device_kind
-        show(f"{where}, medians of steps in turn", compare.measured(trained, options))
+        show(f"{where}, medians of steps in turn", compare.measured(options))
     print(
         f"model  width {options.width}, {options.layers} layers, {options.vocab} classes, "
         f"{options.dtype}; {options.batch_size} rows of {options.context} tokens"
@@ -467,10 +397,11 @@ def generate(  # noqa: PLR0917 - typer makes each one an option
     checkpoint: commands.Which = "best",
 ) -> None:
     """Write text by a run of [bold]train-lm[/]: the prompt and what follows."""
-    _check({"--tokens": (tokens, 1), **({} if top_k is None else {"--top-k": (top_k, 1)})})
+    checks.whole_number("tokens", tokens, 1)
+    checks.whole_number("top_k", 1 if top_k is None else top_k, 1)
     if not 1e-6 <= temperature <= 1e6:
         raise ProgramError(f"--temperature must be from 1e-6 to 1e6; got {temperature:g}")
-    commands.check_step(1.0, seed)
+    checks.seed(seed)
     _check_prompt(prompt)
     from jaxsoftmax.training.language.generate import Writer  # noqa: PLC0415
 
@@ -479,4 +410,12 @@ def generate(  # noqa: PLR0917 - typer makes each one an option
         raise ProgramError(
             f"--top-k must be at most the run's {writer.options.vocab} tokens; got {top_k}"
         )
-    print(writer.after(prompt, count=tokens, temperature=temperature, top_k=top_k, seed=seed))
+    _print_text(writer, prompt, count=tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+
+def _print_text(writer: "Writer", prompt: str, **how: Any) -> None:
+    """The prompt and what follows it, as it is drawn."""
+    with on_interrupt(lambda leave: (print(flush=True), leave())):
+        for part in (prompt, *writer.after(prompt, **how)):
+            print(part, end="", flush=True)
+    print()

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.errors import ProgramError, is_out_of_memory
 from jaxsoftmax.training.language import model, task
 from jaxsoftmax.training.language.batches import Batch
+from jaxsoftmax.training.language.options import Options
 from jaxsoftmax.training.language.step import HEADS, step
+from jaxsoftmax.training.mesh import make_mesh
 from jaxsoftmax.training.run import State
 from jaxsoftmax.training.tpu import tpus
 from jaxsoftmax.training.tpu.cycles import CHIPS, account
@@ -36,31 +38,47 @@ class Cost(NamedTuple):
     note: str = ""
 
 
-def measured(trained: task.LanguageModel, options: task.Options) -> list[Cost]:
+def measured(options: Options) -> list[Cost]:
     """Steps of every head in turn, on this machine's first device; the median of each."""
-    shape, mesh = options.shape, trained.mesh
-    programs, states, seconds = {}, {}, {head: [] for head in HEADS}
-    batches = [trained.next_parts()[0] for _ in range(_ROUNDS + 1)]
-    with jax.set_mesh(mesh):
-        for head in HEADS:
-            arguments = {"optimizer": trained.optimizer, "shape": shape, "head": head}
-            programs[head] = step.lower(trained.initial, batches[0], **arguments).compile()
-            states[head] = jax.tree.map(jnp.copy, trained.initial)
-        for number, batch in enumerate(batches):
+    inputs = task.read(options, None)
+    trained = task.LanguageModel(inputs, make_mesh(None, task.LANGUAGE_MODEL.axes))
+    batches = [trained.next_parts() for _ in range(_ROUNDS + 1)]
+    arguments = {"optimizer": trained.optimizer, "shape": inputs.options.shape}
+    programs: dict[str, Any] = {}
+    rates, notes = {head: [] for head in HEADS}, {}
+
+    def try_step(head: str, state: State, batch: Batch) -> State:
+        """The state after it; a new one where there is not enough memory, and a note."""
+        try:
+            if head not in programs:
+                programs[head] = step.lower(state, batch, head=head, **arguments).compile()
+            state, loss = programs[head](state, batch)
+            loss.block_until_ready()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            notes[head] = "does not fit: " + str(error).partition("\n")[0]
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                return first_state(inputs.options, trained.optimizer)
+        return state
+
+    state = trained.initial  # one for all: how long a step takes does not depend on its numbers
+    with jax.set_mesh(trained.mesh):
+        for batch, counted in batches:
             for head in HEADS:
                 begin = time.perf_counter()
-                states[head], loss = programs[head](states[head], batch)
-                loss.block_until_ready()
-                seconds[head] += [time.perf_counter() - begin] * (
-                    number > 0
-                )  # the first is warm-up
-    tokens = options.batch_size * options.context
+                if head not in notes:
+                    state = try_step(head, state, batch)
+                    rates[head].append(counted / (time.perf_counter() - begin))
     return [
-        Cost(head, held(programs[head]), tokens / median(seconds[head]), None) for head in HEADS
+        Cost(head, None, None, None, notes[head])
+        if head in notes
+        else Cost(head, held(programs[head]), median(rates[head][1:]), None)  # the first compiles
+        for head in HEADS
     ]
 
 
-def compiled(options: task.Options, target: str) -> Iterator[Cost]:
+def compiled(options: Options, target: str) -> Iterator[Cost]:
     """The step of every head as the compiler for one TPU of a generation has it.
 
     Raises:
@@ -106,7 +124,7 @@ def compiled(options: task.Options, target: str) -> Iterator[Cost]:
         yield Cost(head, gigabytes, None, account(text, chip).cycles, note)
 
 
-def first_state(options: task.Options, optimizer: Any) -> State:
+def first_state(options: Options, optimizer: Any) -> State:
     """What training begins with."""
     params = model.drawn(options.shape, options.seed)
     return State(params, optimizer.init(params))

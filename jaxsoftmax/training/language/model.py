@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only transformer in Flax NNX, up to its last hidden states: the head is the loss's."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,21 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxsoftmax.training.language.options import Shape
 from jaxsoftmax.training.mesh import FSDP, VOCAB
 
 _ROTATION = 10_000.0  # the longest wavelength of a rotary position, over 2 π
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes of a model."""
-
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    dtype: str  # that it computes in; parameters are float32
-    remat: bool  # whether a layer's activations are computed again on the way back
 
 
 def inner_width(width: int) -> int:

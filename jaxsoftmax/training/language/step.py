@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 import jaxsoftmax
 from jaxsoftmax.training.language import model
 from jaxsoftmax.training.language.batches import Batch
+from jaxsoftmax.training.language.options import Shape
 from jaxsoftmax.training.language.tokens import IGNORED
 from jaxsoftmax.training.run import State
 
@@ -55,7 +56,7 @@ def mean_loss(
     params: dict,
     batch: Batch,
     denominator: Float[Array, ""],
-    shape: model.Shape,
+    shape: Shape,
     head: str,
 ) -> Float[Array, ""]:
     """The losses of the labels that count, summed, over a denominator."""
@@ -71,7 +72,7 @@ def step(
     batches: Batch,
     *,
     optimizer: optax.GradientTransformation,
-    shape: model.Shape,
+    shape: Shape,
     head: str,
 ) -> tuple[State, Float[Array, ""]]:
     """One optimizer step over `[parts, rows, context]`, a part at a time; and the mean loss.
@@ -105,7 +106,7 @@ class Evaluation(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="shape")
-def evaluate(params: dict, batch: Batch, *, shape: model.Shape) -> Evaluation:
+def evaluate(params: dict, batch: Batch, *, shape: Shape) -> Evaluation:
     """Of one batch, from one pass over blocks of the vocabulary."""
     network = model.with_parameters(shape, params)
     hidden = network(batch.inputs, batch.segments, batch.positions)

@@ -21,6 +21,7 @@ from jaxsoftmax.training.checkpoint import LOSS_PLOT, read_file
 from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.language import batches, model, text, tokens
 from jaxsoftmax.training.language.batches import Batch, Batches
+from jaxsoftmax.training.language.options import Dtype, Options, Shape
 from jaxsoftmax.training.language.step import Evaluation, evaluate, step
 from jaxsoftmax.training.language.text import Corpus
 from jaxsoftmax.training.language.tokens import Tokens
@@ -37,39 +38,8 @@ from jaxsoftmax.training.run import (
     restored,
 )
 
-AUTO = "auto"  # float32 on a CPU, else bfloat16
+EVALUATED = ("test_loss", "test_perplexity", "test_bits_per_byte", "test_accuracy")
 ROWS = (DATA, FSDP)  # the axes of the mesh that share the rows of a batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to train on and how."""
-
-    text: tuple[str, ...]
-    mask_comments: bool
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    context: int
-    dtype: str
-    remat: bool
-    head: str
-    steps: int
-    batch_size: int
-    accumulate: int
-    learning_rate: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    eval_every: int
-    eval_tokens: int
-    seed: int
-
-    @property
-    def shape(self) -> model.Shape:
-        """The sizes of the model."""
-        return model.Shape(self.vocab, self.width, self.layers, self.heads, self.dtype, self.remat)
 
 
 class Text(NamedTuple):
@@ -83,10 +53,7 @@ class Text(NamedTuple):
 
 def read(options: Options, kept: dict[str, str] | None) -> Inputs:
     """The documents as tokens, by a tokenizer of their own, or that of the run to resume."""
-    dtype = options.dtype
-    if dtype == AUTO:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    options = dataclasses.replace(options, text=text.full_paths(options.text), dtype=dtype)
+    options = dataclasses.replace(with_dtype(options), text=text.full_paths(options.text))
     corpus = text.read(options.text)
     sides = text.split(corpus.documents)
     if kept is None:
@@ -113,6 +80,14 @@ def read(options: Options, kept: dict[str, str] | None) -> Inputs:
     return Inputs(
         options, "--text", source, fingerprint(corpus, kept[tokens.TOKENIZER]), kept, data
     )
+
+
+def with_dtype(options: Options) -> Options:
+    """The options for the devices here."""
+    if options.dtype != Dtype.AUTO:
+        return options
+    here = Dtype.FLOAT32 if jax.default_backend() == "cpu" else Dtype.BFLOAT16
+    return dataclasses.replace(options, dtype=here.value)
 
 
 def fingerprint(corpus: Corpus, tokenizer: str) -> str:
@@ -158,8 +133,12 @@ class LanguageModel:
         """Goes on with that batch."""
         try:
             self._batches.go_to(position)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ProgramError(f"the checkpoint's position in the data: {error}") from error
+            next(self._batches)  # a position that is none may show only now
+            self._batches.go_to(position)
+        except Exception as error:  # grain's own, of any class: the position may be anything
+            raise ProgramError(
+                f"the checkpoint's position in the data is not one: {type(error).__name__}: {error}"
+            ) from error
 
     def next_parts(self) -> tuple[Batch, int]:
         """The next batch, in parts and on the devices, and how many of its labels count."""
@@ -236,7 +215,7 @@ def read_run(run: Path, which: str) -> Trained:
         ProgramError: with the line to show.
     """
     recorded = recorded_run(LANGUAGE_MODEL, run)
-    options = recorded_options(LANGUAGE_MODEL, run, recorded)
+    options = with_dtype(recorded_options(LANGUAGE_MODEL, run, recorded))
     number, tree = restored(LANGUAGE_MODEL, run, which)
     tree = tree if isinstance(tree, dict) else {}
     params = jax.eval_shape(lambda: model.drawn(options.shape, 0))
@@ -302,7 +281,7 @@ def optimizer(options: Options) -> optax.GradientTransformation:
 def evaluated(
     params: Any,
     held_out: Sequence[Batch],
-    shape: model.Shape,
+    shape: Shape,
     mesh: Mesh,
     bytes_per_label: float,
 ) -> Metrics:
@@ -315,12 +294,8 @@ def evaluated(
         float(np.sum(jnp.stack(s), dtype=float)) for s in zip(*sums, strict=True)
     )
     mean = loss / counted
-    return {
-        "test_loss": mean,
-        "test_perplexity": math.exp(min(mean, 700.0)),
-        "test_bits_per_byte": mean / math.log(2) / bytes_per_label,
-        "test_accuracy": right / counted,
-    }
+    perplexity, bits = math.exp(min(mean, 700.0)), mean / math.log(2) / bytes_per_label
+    return dict(zip(EVALUATED, (mean, perplexity, bits, right / counted), strict=True))
 
 
 LANGUAGE_MODEL = Kind(
@@ -330,8 +305,11 @@ LANGUAGE_MODEL = Kind(
     options=Options,
     axes=(DATA, FSDP, VOCAB),
     free=frozenset({"text"}),
+    less_memory="try --accumulate, --remat, --head recompute, or a smaller --size or --batch-size",
+    metrics=frozenset({"train_loss", "tokens_per_second", *EVALUATED}),
     score=lambda metrics: -metrics["test_loss"],
     files=(tokens.TOKENIZER,),
+    pictures=(LOSS_PLOT,),
     read=read,
     task=LanguageModel,
 )

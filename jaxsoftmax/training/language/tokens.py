@@ -2,6 +2,7 @@
 """From text to tokens and back: a byte-level BPE, and the labels of each document."""
 
 import io
+import json
 import tokenize
 from collections.abc import Sequence
 
@@ -24,9 +25,7 @@ def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
     Raises:
         ProgramError: the text does not have so many.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=[_END],
@@ -39,31 +38,48 @@ def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
             f"--vocab {vocab}: the text to train on has only {found} different tokens; choose at "
             "most so many, or more text"
         )
-    return as_text(tokenizer)
-
-
-def as_text(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, for which the name of the end in a document is text as any other."""
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def parsed(text: str, vocab: int, where: str) -> Tokenizer:
     """The tokenizer that a run kept.
 
+    Its tokens and merges are taken from the file, all else is as `trained` has it.
+
     Raises:
         ProgramError: it is none, or not one of `vocab` tokens.
     """
     try:
-        tokenizer = as_text(Tokenizer.from_str(text))
-    except Exception as error:  # all that the library raises, of the class Exception itself
+        kept = json.loads(text)
+        found, merges = kept["model"]["vocab"], kept["model"]["merges"]
+        if {type(number) for number in found.values()} != {int} or sorted(found.values()) != [
+            *range(vocab)
+        ]:
+            raise ValueError(f"{len(found)} tokens, expected the numbers from 0 to {vocab - 1}")
+        if found.get(_END) != END:
+            raise ValueError(f"{_END} is not number {END}")
+        if missing := {*pre_tokenizers.ByteLevel.alphabet()} - {*found}:
+            raise ValueError(f"{len(missing)} bytes have no token")
+        others = ("truncation", "padding", "normalizer", "post_processor")
+        if not_ours := [name for name in others if kept.get(name) is not None]:
+            raise ValueError(f"it has a {not_ours[0]}")
+        pairs = [
+            (first, second)
+            for first, second in (p.split(" ") if isinstance(p, str) else p for p in merges)
+        ]
+        tokenizer = _byte_level(models.BPE(found, pairs))
+        tokenizer.add_special_tokens([_END])
+    except Exception as error:  # the library's errors are of the class Exception itself
         raise ProgramError(f"{where}: not the file this program wrote: {error}") from error
-    found = tokenizer.get_vocab_size()
-    if found != vocab or tokenizer.token_to_id(_END) != END:
-        raise ProgramError(
-            f"{where}: not the file this program wrote: {found} tokens, expected {vocab} with "
-            f"{_END} as number {END}"
-        )
+    return tokenizer
+
+
+def _byte_level(bpe: models.BPE) -> Tokenizer:
+    """Around its tokens and merges; the name of the end in a document is text as any other."""
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
