@@ -159,10 +159,8 @@ def trained(
         finally:
             leave(as_line(line))
 
-    with (
-        on_interrupt(leave_with_hint),
-        Progress(*columns, console=console, disable=not bar) as progress,
-    ):
+    progress = Progress(*columns, console=console)
+    with on_interrupt(leave_with_hint), progress if bar else nullcontext():
         task = progress.add_task("", total=None, status="compiling")
 
         def tell(
