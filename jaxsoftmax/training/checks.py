@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an option may be. Its name in an error is the one a user types."""
 
-import math
 from collections.abc import Collection
 
 from jaxsoftmax.training.errors import ProgramError
@@ -28,11 +27,19 @@ def one_of(name: str, value: str, values: Collection[str]) -> None:
         raise ProgramError(f"{flag(name)} must be one of {', '.join(values)}; got {value!r}")
 
 
-def learning_rate(rate: float) -> None:
+def positive(name: str, number: float, *, or_zero: bool = False) -> None:
     """Raise a `ProgramError` if the device sees no positive finite number."""
-    # float32 is what the device will see: 1e-60 would be a step of size 0.
-    if not 1e-38 <= rate <= 1e38 or math.isnan(rate):
-        raise ProgramError(f"--learning-rate must be a positive finite number; got {rate:g}")
+    # It sees float32, and takes less than 1.2e-38 for 0: a step of size 0.
+    if not 1.2e-38 <= number <= 1e38 and not (or_zero and number == 0):
+        raise ProgramError(
+            f"{flag(name)} must be {'0 or ' * or_zero}a positive finite number in float32; got "
+            f"{number:g}"
+        )
+
+
+def learning_rate(rate: float) -> None:
+    """Raise a `ProgramError` if it is no size of a step."""
+    positive("learning_rate", rate)
 
 
 def seed(number: int) -> None:

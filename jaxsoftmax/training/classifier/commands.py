@@ -48,7 +48,8 @@ def train(  # noqa: PLR0917 - typer makes each one an option
         int,
         typer.Option(
             metavar="N",
-            help="Initial weights and shuffling. The held-out split does not depend on it.",
+            help="Seed of the initial weights and the order of the examples. The held-out split "
+            "does not depend on it.",
         ),
     ] = 0,
     mesh: Annotated[
@@ -67,11 +68,12 @@ def train(  # noqa: PLR0917 - typer makes each one an option
 ) -> None:
     """Train a classifier and show how well it does on held-out examples.
 
-    A multilayer perceptron learns from 80 % of the examples; the other 20 % are
-    held out. The output folder gets [bold]metrics.jsonl[/] (a line an epoch),
-    [bold]loss.png[/], [bold]confusion.png[/] and [bold]checkpoints/[/] (the last three epochs and
-    the best).
-    """
+    A multilayer perceptron learns from 80 % of the examples; the other 20 % are held out.
+
+    Written: [bold]metrics.jsonl, loss.png, confusion.png, checkpoints/[/].
+
+    Of the checkpoints, one an epoch, the last three and the best are kept.
+    """  # help keeps these line breaks
     values = {
         "data": data,
         "epochs": epochs,

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from jaxsoftmax.training import checks, commands
 from jaxsoftmax.training.errors import ProgramError
-from jaxsoftmax.training.interrupts import on_interrupt
 from jaxsoftmax.training.language.options import SIZES, Dtype, Head, Options, Size
 
 if TYPE_CHECKING:
@@ -47,7 +46,8 @@ class Target(enum.StrEnum):
 _TEXT = typer.Option(
     "--text",
     metavar="PATH",
-    help="A file, a folder or a pattern such as [bold]'docs/**/*.md'[/]; repeatable.",
+    help="Text to evaluate on instead: a file, a folder or a pattern such as "
+    "[bold]'docs/**/*.md'[/]; repeatable.",
     show_default=False,
 )
 
@@ -59,7 +59,7 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         typer.Option(
             metavar="PATH",
             help="UTF-8 text: a file, a folder or a pattern such as [bold]'docs/**/*.md'[/]; "
-            "repeatable. A tenth of the files, by a hash of their names, is held out. Left out: "
+            "repeatable. A tenth of the files, by a hash of their names, is held out. Default: "
             "Python's own standard library.",
             show_default=False,
         ),
@@ -69,7 +69,8 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         typer.Option(
             "--mask-comments",
             metavar="",
-            help="Of Python sources: labels within comments do not count, and the head skips them.",
+            help="For text that is Python: what stands in comments is not predicted, and the head "
+            "skips it.",
         ),
     ] = False,
     output: commands.Output = Path("runs/train-lm"),
@@ -77,23 +78,51 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         bool, commands.resume_option("--text (of the same contents), --mesh")
     ] = False,
     size: Annotated[
-        Named, typer.Option(help=f"Of the model: {_SIZES}. The next four override it.")
+        Named,
+        typer.Option(
+            help=f"The model's size: {_SIZES}. --width, --layers, --heads and --context change "
+            "one number of it."
+        ),
     ] = Named.TINY,
     width: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the hidden states.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Width of the hidden states: a multiple of twice --heads. Default: by --size.",
+            show_default=False,
+        ),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(metavar="N", help="How many.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of layers, each attention and an MLP. Default: by --size.",
+            show_default=False,
+        ),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(metavar="N", help="Of attention.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of attention heads in a layer. Default: by --size.",
+            show_default=False,
+        ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens that a row has at most.", show_default=False),
+        typer.Option(
+            metavar="N",
+            help="The most tokens that the model sees at once, the length of a row. Default: by "
+            "--size.",
+            show_default=False,
+        ),
     ] = None,
     vocab: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of the byte-level BPE (tokenizers).")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Number of different tokens, at least 257: a byte-level BPE trained on the text.",
+        ),
     ] = 16384,
     dtype: Annotated[
         Dtype,
@@ -117,14 +146,23 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
             "with less memory still; plain: optax on all logits. The same numbers to rounding."
         ),
     ] = Head.FUSED,
-    steps: Annotated[int, typer.Option(metavar="N", help="Of the optimizer.")] = 300,
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Steps of the optimizer. The learning rate decays over them, so a run cannot be "
+            "made longer later.",
+        ),
+    ] = 300,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", metavar="N", help="Rows of tokens in one step.")
     ] = 16,
     accumulate: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Go over a batch in so many parts, one after the other: less memory."
+            metavar="N",
+            help="Go over a batch in so many parts, one after the other: less memory. It divides "
+            "--batch-size.",
         ),
     ] = 1,
     learning_rate: commands.LearningRate = 2e-3,
@@ -132,27 +170,43 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         int | None,
         typer.Option(
             metavar="N",
-            help="Steps until the learning rate is reached; then it decays to a tenth, along a "
-            "cosine. Left out: a tenth of the steps.",
+            help="Steps until the learning rate is reached, fewer than --steps; then it decays to "
+            "a tenth, along a cosine. Default: a tenth of --steps.",
             show_default=False,
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Of matrices (AdamW).")] = 0.1,
+    weight_decay: Annotated[
+        float,
+        typer.Option(metavar="RATE", help="AdamW's decay of the model's matrices; 0 for none."),
+    ] = 0.1,
     clip: Annotated[
-        float, typer.Option(metavar="NORM", help="The most that all gradients may have.")
+        float,
+        typer.Option(
+            metavar="NORM", help="A gradient whose norm is larger is scaled down to this norm."
+        ),
     ] = 1.0,
     eval_every: Annotated[
         int,
-        typer.Option(metavar="N", help="Steps between evaluations; each writes a checkpoint."),
+        typer.Option(
+            metavar="N",
+            help="Steps from one evaluation to the next. Each writes a line of metrics and a "
+            "checkpoint; the last three checkpoints and the best are kept.",
+        ),
     ] = 50,
     eval_tokens: Annotated[
-        int, typer.Option(metavar="N", help="About how many held-out tokens each looks at.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="About how many held-out tokens an evaluation looks at. [bold]jaxsoftmax "
+            "evaluate[/] looks at all.",
+        ),
     ] = 32768,
     seed: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help="First weights, order and sampling. The held-out split does not depend on it.",
+            help="Seed of the first weights, the order of the text and the text shown at the end. "
+            "The held-out split does not depend on it.",
         ),
     ] = 0,
     prompt: Annotated[
@@ -164,7 +218,7 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
             metavar="AXES",
             help="Use all devices, such as [bold]data=2,fsdp=2,vocab=2[/] for eight: data splits "
             "every batch, fsdp the batch and the parameters, vocab the classes of the head. The "
-            "numbers stay the same to rounding. Left out: data over all devices of several "
+            "numbers stay the same to rounding. Default: data over all devices of several "
             "processes, else one device.",
             show_default=False,
         ),
@@ -177,7 +231,7 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
         typer.Option(
             "--compare-heads",
             metavar="",
-            help="Train nothing: show what each head makes of this model's step.",
+            help="Train nothing: show memory and speed of this model's step with each head.",
         ),
     ] = False,
     target: Annotated[
@@ -190,10 +244,10 @@ def train_lm(  # noqa: PLR0917 - typer makes each one an option
 ) -> None:
     """Train a small language model on text, through the linear head.
 
-    A transformer learns the next token. The output folder gets [bold]metrics.jsonl[/] (a line an
-    evaluation), [bold]loss.png[/], [bold]tokenizer.json[/] and [bold]checkpoints/[/] (the last
-    three and the best).
-    """
+    A transformer learns to predict the next token; [bold]generate[/] writes text by it.
+
+    Written: [bold]metrics.jsonl, loss.png, tokenizer.json, checkpoints/[/].
+    """  # help keeps these line breaks
     of_size = SIZES[size.value]
     values = {
         "text": tuple(text or ()),
@@ -383,9 +437,12 @@ def evaluate(
 def generate(  # noqa: PLR0917 - typer makes each one an option
     run: commands.Run,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")] = "",
-    tokens: Annotated[int, typer.Option(metavar="N", help="The most to write.")] = 200,
+    tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens to write.")] = 200,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="Below 1 more likely text, above 1 less likely.")
+        float,
+        typer.Option(
+            metavar="T", help="Below 1 tokens that are likely become likelier, above 1 the others."
+        ),
     ] = 0.7,
     top_k: Annotated[
         int | None,
@@ -393,7 +450,9 @@ def generate(  # noqa: PLR0917 - typer makes each one an option
             metavar="K", help="Draw from the K most likely tokens only.", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Another number, another text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the text: another number, another text.")
+    ] = 0,
     checkpoint: commands.Which = "best",
 ) -> None:
     """Write text by a run of [bold]train-lm[/]: the prompt and what follows."""
@@ -415,7 +474,7 @@ def generate(  # noqa: PLR0917 - typer makes each one an option
 
 def _print_text(writer: "Writer", prompt: str, **how: Any) -> None:
     """The prompt and what follows it, as it is drawn."""
-    with on_interrupt(lambda leave: (print(flush=True), leave())):
-        for part in (prompt, *writer.after(prompt, **how)):
-            print(part, end="", flush=True)
+    print(prompt, end="", flush=True)
+    for part in writer.after(prompt, **how):
+        print(part, end="", flush=True)
     print()

@@ -3,7 +3,6 @@
 
 import dataclasses
 import enum
-import math
 from typing import NamedTuple
 
 from jaxsoftmax.training import checks
@@ -98,14 +97,10 @@ class Options:
             checks.whole_number(name, getattr(self, name), least)
         checks.one_of("dtype", self.dtype, [*Dtype])
         checks.one_of("head", self.head, [*Head])
-        checks.learning_rate(self.learning_rate)
+        checks.positive("learning_rate", self.learning_rate)
+        checks.positive("clip", self.clip)
+        checks.positive("weight_decay", self.weight_decay, or_zero=True)
         checks.seed(self.seed)
-        if not 0 <= self.weight_decay < math.inf:
-            raise ProgramError(
-                f"--weight-decay must be a finite number from 0; got {self.weight_decay:g}"
-            )
-        if not 0 < self.clip < math.inf:
-            raise ProgramError(f"--clip must be a positive finite number; got {self.clip:g}")
         if self.width % (2 * self.heads):
             raise ProgramError(
                 f"--width must be a multiple of twice --heads, for rotary positions; got "

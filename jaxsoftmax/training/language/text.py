@@ -4,14 +4,17 @@
 import glob
 import hashlib
 import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsoftmax.training.checkpoint import CHECKPOINTS, CONFIG
+from jaxsoftmax.training.checkpoint import CHECKPOINTS, CONFIG, LOSS_PLOT, METRICS, read_config
 from jaxsoftmax.training.errors import ProgramError, in_words
 
+TOKENIZER = "tokenizer.json"
+_OF_A_RUN = {CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT, TOKENIZER}
 _HELD_OUT = 0.1
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
@@ -24,7 +27,7 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """The documents, and the files in folders that are no text, each with the reason."""
+    """The documents, and what is no text in folders and patterns, each with the reason."""
 
     documents: list[Document]
     left_out: list[str]
@@ -47,17 +50,25 @@ def standard_library() -> Path:
 
 def full_paths(sources: Sequence[str]) -> tuple[str, ...]:
     """The same files from any directory."""
-    if "" in sources:
-        raise ProgramError("--text: expected a file, a folder or a pattern; got an empty one")
+    for source in sources:
+        if not source:
+            raise ProgramError("--text: expected a file, a folder or a pattern; got an empty one")
+        try:
+            os.path.getsize(source)
+        except ValueError as error:  # a character that no path can have
+            raise ProgramError(f"--text {source!r}: not the name of a file: {error}") from error
+        except OSError:
+            pass  # `read` says which
     return tuple(os.path.abspath(source) for source in sources)
 
 
 def read(sources: Sequence[str]) -> Corpus:
     """The documents of files, folders and patterns, or of Python's own sources if there are none.
 
-    In a folder, hidden files and the output folders of runs are passed over, and what is empty,
-    unreadable or not UTF-8 is left out and named; of a file or a pattern it is an error. A link to
-    a folder is not followed.
+    In a folder hidden files are passed over, and what is empty, unreadable or not UTF-8 is left out
+    and named; of a file or a pattern it is an error. Of both, what a run wrote is left out and
+    named: the output may be in a folder that is read. Neither a folder nor `**` follows links to
+    folders.
 
     Raises:
         ProgramError: naming the file.
@@ -65,7 +76,7 @@ def read(sources: Sequence[str]) -> Corpus:
     documents: list[Document] = []
     left_out: list[str] = []
     seen: set[str] = set()
-    for root, path, lenient in _files(sources):
+    for root, path, lenient in _files(sources, left_out):
         if (resolved := os.path.realpath(path)) in seen:
             continue
         seen.add(resolved)
@@ -117,6 +128,8 @@ class _NoText(NamedTuple):
 
 def _text(path: str) -> str | _NoText:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
+            return _NoText("not a regular file")
         return Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
         return _NoText(f"not UTF-8 text (byte {error.start})")
@@ -124,8 +137,16 @@ def _text(path: str) -> str | _NoText:
         return _NoText(f"cannot be read: {error.strerror}")
 
 
-def _files(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+def _files(sources: Sequence[str], left_out: list[str]) -> Iterator[tuple[str, str, bool]]:
     """What names are relative to, a file, and whether it may be left out; in a fixed order."""
+
+    def not_of_a_run(paths: Iterable[str]) -> Iterator[str]:
+        for path in paths:
+            if not _of_a_run(path):
+                yield path
+            elif (line := f"{os.path.dirname(path)}: what a run wrote in it") not in left_out:
+                left_out.append(line)
+
     if not sources:
         library = str(standard_library())
         for path in _walk(library):
@@ -135,28 +156,66 @@ def _files(sources: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
         return
     for source in sources:
         if os.path.isdir(source):
-            yield from ((source, path, True) for path in _walk(source))
+            yield from ((source, path, True) for path in not_of_a_run(_walk(source)))
         elif os.path.lexists(source):
             yield os.path.dirname(source), source, False
         else:
-            found = [p for p in sorted(glob.glob(source, recursive=True)) if os.path.isfile(p)]
+            found = _matching(source)
             if not found:
                 pattern = "matches no file" if glob.has_magic(source) else "no such file or folder"
                 raise ProgramError(f"--text {source}: {pattern}")
             root = source[: next(i for i, c in enumerate(source) if c in "*?[")]
-            yield from ((os.path.dirname(root), path, False) for path in found)
+            root = os.path.dirname(root)
+            yield from ((root, path, False) for path in not_of_a_run(found))
+
+
+def _of_a_run(path: str) -> bool:
+    folder, name = os.path.split(path)
+    try:
+        return (
+            name in _OF_A_RUN
+            and os.path.isfile(os.path.join(folder, CONFIG))
+            and {"jaxsoftmax", "task"} <= {*read_config(Path(folder))}
+        )
+    except (ProgramError, OSError):  # not a file that a run wrote
+        return False
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files, sorted. Glob's own `**` follows links, also in circles."""
+    top, *parts = Path(os.path.abspath(pattern)).parts
+    found = {top}
+    for part in [*parts, "*"] if parts[-1] == "**" else parts:
+        if part == "**":
+            found = {below for path in found if os.path.isdir(path) for below, _ in _below(path)}
+        else:
+            found = {
+                os.path.join(path, name)
+                for path in found
+                for name in glob.glob(part, root_dir=path)
+            }
+    return sorted(path for path in found if os.path.isfile(path))
 
 
 def _walk(folder: str) -> Iterator[str]:
+    """The files in it and below, but for hidden ones."""
+    for parent, names in _below(folder):
+        paths = (os.path.join(parent, name) for name in names)
+        yield from (path for path in paths if os.path.isfile(path))
+
+
+def _below(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it, each with its files, but for hidden ones, in a fixed order."""
+
     def failed(error: OSError) -> None:
         raise ProgramError(f"--text {in_words(error)}") from error
 
     for parent, folders, names in os.walk(folder, onerror=failed):
-        if CHECKPOINTS in folders and CONFIG in names:  # what a run wrote is not text for one
-            folders.clear()
-            continue
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield path
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__pycache__"
+            and not (name == CHECKPOINTS and _of_a_run(os.path.join(parent, name)))
+        )
+        yield parent, sorted(name for name in names if not name.startswith("."))

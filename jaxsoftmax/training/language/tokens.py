@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 import tokenize
 from collections.abc import Sequence
 
@@ -10,12 +11,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxsoftmax.training.errors import ProgramError
-from jaxsoftmax.training.language.text import Document
+from jaxsoftmax.training.language.text import TOKENIZER, Document  # noqa: F401 - see task
 
-TOKENIZER = "tokenizer.json"
 IGNORED = -1  # the label of a token that does not count
 _END = "<|endoftext|>"
 END = 0  # its number: before and after every document
+_BYTES_AND_END = 257  # the smallest vocabulary
 _AT_ONCE = 256  # documents
 
 
@@ -25,6 +26,10 @@ def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
     Raises:
         ProgramError: the text does not have so many.
     """
+    # Of n bytes there are at most n merges; the trainer takes memory for all it is asked for.
+    most = _BYTES_AND_END + sum(len(document.text.encode()) for document in documents)
+    if vocab > most:
+        raise _too_many(vocab, most)
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -34,11 +39,15 @@ def trained(documents: Sequence[Document], vocab: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab:
-        raise ProgramError(
-            f"--vocab {vocab}: the text to train on has only {found} different tokens; choose at "
-            "most so many, or more text"
-        )
+        raise _too_many(vocab, found)
     return tokenizer
+
+
+def _too_many(vocab: int, most: int) -> ProgramError:
+    return ProgramError(
+        f"--vocab {vocab}: the text to train on gives at most {most} different tokens; choose at "
+        "most so many, or more text"
+    )
 
 
 def parsed(text: str, vocab: int, where: str) -> Tokenizer:
@@ -52,9 +61,11 @@ def parsed(text: str, vocab: int, where: str) -> Tokenizer:
     try:
         kept = json.loads(text)
         found, merges = kept["model"]["vocab"], kept["model"]["merges"]
-        if {type(number) for number in found.values()} != {int} or sorted(found.values()) != [
-            *range(vocab)
-        ]:
+        if (
+            len(found) != vocab
+            or {type(number) for number in found.values()} != {int}
+            or {*found.values()} != {*range(vocab)}
+        ):
             raise ValueError(f"{len(found)} tokens, expected the numbers from 0 to {vocab - 1}")
         if found.get(_END) != END:
             raise ValueError(f"{_END} is not number {END}")
@@ -95,7 +106,11 @@ class Tokens:
     def __init__(
         self, tokenizer: Tokenizer, documents: Sequence[Document], *, mask_comments: bool
     ) -> None:
-        """Encodes the documents; with `mask_comments` labels within comments do not count."""
+        """Encodes the documents; with `mask_comments` labels within comments do not count.
+
+        Raises:
+            ProgramError: no byte of the text counts, so that there is nothing to predict.
+        """
         self.inputs, self.labels = [], []
         for document, encoding in _encoded(tokenizer, documents):
             ids = np.asarray(encoding.ids, np.int32)
@@ -112,6 +127,12 @@ class Tokens:
         lengths = np.array([len(name or "") for name in names])
         lengths[END] = 0
         self.text_bytes = int(lengths @ self.counts(len(lengths)))
+        if not self.text_bytes:
+            first, *others = [document.name for document in documents]
+            more = f" and {len(others)} more files" if others else ""
+            raise ProgramError(
+                f"--mask-comments: nothing to predict in {first}{more}: all of the text is comments"
+            )
 
     @property
     def counted(self) -> int:
@@ -143,14 +164,16 @@ def unigram_loss(counts: np.ndarray, labels: np.ndarray) -> float:
 
 def _in_comments(document: Document) -> np.ndarray:
     """Of each character, whether it is in a comment of Python source."""
-    begin = np.cumsum([0, *(len(line) + 1 for line in document.text.split("\n"))])
-    flags = np.zeros(len(document.text), bool)
+    text = re.sub(r"\r(?!\n)", "\n", document.text)  # a line's end to Python, not to its tokenizer
+    begin = np.cumsum([0, *(len(line) + 1 for line in text.split("\n"))])
+    flags = np.zeros(len(text), bool)
     try:
-        for token in tokenize.generate_tokens(io.StringIO(document.text, newline="\n").readline):
+        for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
             if token.type == tokenize.COMMENT:
                 at = begin[token.start[0] - 1] + token.start[1]
                 flags[at : at + len(token.string)] = True
-    except (tokenize.TokenError, SyntaxError) as error:
+    # Python 3.12 and newer raise ValueError or SystemError on some text that is not.
+    except (tokenize.TokenError, SyntaxError, ValueError, SystemError) as error:
         raise ProgramError(
             f"--mask-comments: {document.name}: not Python source: {error}"
         ) from error
