@@ -37,6 +37,11 @@ def main() -> int:
             signal.signal(signal.SIGINT, lambda *_: leave("jaxsoftmax: interrupted"))
     except KeyboardInterrupt:
         leave("jaxsoftmax: interrupted")
+    # Closed outside, as by `>&-`, they are None.
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
     return _run(sys.argv[1:])
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program `jaxsoftmax train`: as a user runs it where its process matters, else in ours."""
 
+import errno
 import json
 import re
 import shutil
@@ -38,6 +39,7 @@ from programs import (
 
 import jaxsoftmax
 from jaxsoftmax.training import checkpoint, cli
+from jaxsoftmax.training import run as training_run
 from jaxsoftmax.training.classifier import data, step
 from jaxsoftmax.training.classifier.plots import confusion_png
 from jaxsoftmax.training.classifier.task import CLASSIFIER
@@ -302,6 +304,67 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert names == {"3", "5", "6", "7"}
 
 
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train_here("--output", folder, "--epochs", 2, *SMALL) == 0
+    capsys.readouterr()
+    with checkpoint.alone(folder):
+        assert "another run" in refused(capsys, "--output", folder, "--resume", "--epochs", 3)
+    # Two that start at once, both of which find the folder free.
+    folder = tmp_path / "new"
+    with subprocess.Popen(
+        command("train", "--output", folder, "--epochs", 100_000, *SMALL),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        wait_until(lambda: newest(folder) >= 1, process)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(training_run, "holds_run", lambda *_: False)
+            assert "another run" in refused(capsys, "--output", folder, *SMALL)
+        process.kill()
+
+
+def test_what_changed_since_it_was_written_is_not_restored(tmp_path, capsys):
+    """A bit of the parameters, or an option that made them."""
+    folder, examples = tmp_path / "run", save(tmp_path / "own.npz")
+    options = ("--epochs", 2, "--hidden", "64,64", "--data", examples)
+    assert train_here("--output", folder, *options) == 0
+    predict = ("--data", examples, "--output", tmp_path / "found.npz", "--checkpoint", "2")
+    assert here("predict", folder, *predict) == 0
+    config = folder / "config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"seed": 0', '"seed": 1'))
+    capsys.readouterr()
+    assert "config.json" in refused_by(capsys, "predict", folder, *predict)
+    config.write_text(kept)
+    files = (folder / "checkpoints" / "2" / "state").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    random = np.random.RandomState(0)
+    for place in random.randint(len(whole), size=12):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << random.randint(8)
+        largest.write_bytes(damaged)
+        code = here("predict", folder, *predict)
+        shown = capsys.readouterr()
+        assert code == 2 or "100.00%" in shown.out  # of a byte that nothing reads
+        assert shown.err.count("\n") == (code == 2)
+    largest.write_bytes(whole)
+    assert here("predict", folder, *predict) == 0
+
+
+def test_a_disk_that_is_full(tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    assert train_here("--output", tmp_path / "run", "--epochs", 2, *SMALL) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/run/checkpoints: cannot be written" in line
+    assert "No space left" in line
+
+
 def test_the_confusion_of_very_many_classes():
     """Its memory does not grow with their square."""
     labels = np.arange(100_000, dtype=np.int32)
@@ -434,6 +497,14 @@ def test_bad_input_as_a_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "jaxsoftmax: nowhere.npz: cannot be read: No such file or directory\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_closed_streams():
+    line = command("predict", "nowhere", "--data", "nothing.npz")
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&- 2>&-', "sh", *line], check=False, timeout=SLOW, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
 
 
 def test_help(capsys):

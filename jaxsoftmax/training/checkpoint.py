@@ -7,14 +7,19 @@ killed between any two instructions resumes from its last checkpoint with nothin
 nothing twice.
 """
 
+import hashlib
+import itertools
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxsoftmax.training.errors import ProgramError, in_words
@@ -25,16 +30,48 @@ CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
 _KEPT = 3
 _STATE, _POSITION = "state", "position"
+_DIGEST = "sha256"  # beside the position: of it and of the state
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder for one run at a time; one that is killed leaves it free."""
+    try:
+        import fcntl  # noqa: PLC0415  (Windows has none)
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ProgramError(
+            f"{folder}: another run writes there now; choose another folder with --output"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
     """Writes the whole file or nothing: first under another name, then renamed."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        os.replace(beside, path)
+        with _named(beside):
+            beside.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+            os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives an error of the system the file's name; a full disk's has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -49,9 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ProgramError(
-            f"{folder}: cannot resume: {CONFIG} is missing; choose another --output"
-        ) from error
+        raise ProgramError(f"{folder}: is no run of this program: {CONFIG} is missing") from error
     except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON
         raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
     if not isinstance(config, dict):
@@ -71,7 +106,7 @@ def read_file(path: Path) -> str:
 
 def append_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     """Adds the line of one round."""
-    with open(folder / METRICS, "a") as file:
+    with _named(folder / METRICS), open(folder / METRICS, "a") as file:
         file.write(json.dumps(metrics) + "\n")
 
 
@@ -85,17 +120,24 @@ def trim_metrics(
         lines = text.splitlines()[: len(done)]
         history = [json.loads(line) for line in lines]
         found = [metrics[unit] for metrics in history]
-        if not all(type(value) in (int, float) for line in history for value in line.values()):
-            raise ValueError("a metric that is no number")
-        if any({*line} != {unit, *names} for line in history):
-            raise ValueError(f"a line has other metrics than {', '.join([unit, *sorted(names)])}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProgramError(f"{path}: not the file this program wrote: {error}") from error
-    if found != [*done]:
-        raise ProgramError(
-            f"{path}: the checkpoint is of {unit} {done[-1]}, but the file has {len(found)} of its "
-            f"{len(done)} lines; choose another --output"
-        )
+        for line in history:
+            if {*line} != {unit, *names}:
+                wanted = ", ".join([unit, *sorted(names)])
+                raise ValueError(f"a line has other metrics than {wanted}")
+            for name, value in line.items():
+                largest = 1 if name.endswith("accuracy") else math.inf
+                if type(value) not in (int, float) or not -math.inf < float(value) < math.inf:
+                    raise ValueError(f"{name}: no finite number")
+                if value > largest:
+                    raise ValueError(f"{name}: {value}, more than {largest}")
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise ProgramError(f"{path}: not the file this program wrote: {e}") from e
+    for number, (line, expected) in enumerate(itertools.zip_longest(found, done), 1):
+        if line != expected:
+            raise ProgramError(
+                f"{path}: line {number}: expected {unit} {expected}, as the checkpoint is of "
+                f"{done[-1]}; got {'nothing' if line is None else line}"
+            )
     kept = "".join(line + "\n" for line in lines)
     if kept != text:
         write_atomically(path, kept)
@@ -115,19 +157,22 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
+        run: str,
         score: Callable[[Mapping[str, float]], float],
         *,
         read_only: bool = False,
     ) -> None:
         """Opens, or creates, the checkpoints of an output folder; for process 0 alone.
 
-        The best one has the highest score of its metrics, the last of those that tie.
+        They go with what `run` says of the run: with anything else they cannot be restored. The
+        best one has the highest score of its metrics, the last of those that tie.
         """
+        self._run = run
         self._folder = folder / CHECKPOINTS
         if not read_only:
             self._folder.mkdir(exist_ok=True)
-        # orbax warns of an old checkpoint that a killed run had half deleted: nobody needs it.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # orbax tells at length what is raised too, or that a killed run had half deleted one.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies = ocp.checkpoint_managers
         try:
             self._manager = ocp.CheckpointManager(
@@ -147,9 +192,9 @@ class Checkpoints:
                 ),
             )
             self._manager.best_step()  # reads the metrics of all
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # orbax's own, of any class: the folder may hold anything
             raise ProgramError(
-                f"{self._folder}: not what this program wrote: {type(error).__name__}: {error}"
+                f"{self._folder}: not what this program wrote: {_reason(error)}"
             ) from error
 
     def latest(self) -> int:
@@ -166,15 +211,37 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def save(self, done: int, kept: Kept, metrics: Mapping[str, float]) -> None:
         """Begins to write; orbax writes aside and renames."""
+        position = {_POSITION: kept.position, _DIGEST: self._digest(kept)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(kept.state), position=ocp.args.JsonSave(kept.position)
+            state=ocp.args.StandardSave(kept.state), position=ocp.args.JsonSave(position)
         )
-        if not self._manager.save(done, args=items, metrics=dict(metrics)):
-            raise ProgramError(f"{self._folder}: {done} was not written", exit_code=1)
+        with self._writing():
+            if not self._manager.save(done, args=items, metrics=dict(metrics)):
+                raise ProgramError(f"{self._folder}: {done} was not written", exit_code=1)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except ProgramError:
+            raise
+        except Exception as error:  # of a full disk orbax's is a ValueError
+            raise ProgramError(
+                f"{self._folder}: cannot be written: {_reason(error)}", exit_code=1
+            ) from error
+
+    def _digest(self, kept: Kept) -> str:
+        """Of the run, the position and the state, in whatever containers its arrays are."""
+        digest = hashlib.sha256(json.dumps([self._run, kept.position], sort_keys=True).encode())
+        arrays = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(kept.state)]
+        for one in sorted(hashlib.sha256(array.data).digest() for array in arrays):
+            digest.update(one)
+        return digest.hexdigest()
 
     def restore(self, done: int, like: Any = None) -> Kept:
         """A checkpoint; `like` gives the structure, shapes and dtypes of its state, if known."""
@@ -183,14 +250,24 @@ class Checkpoints:
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
         try:
-            return Kept(**self._manager.restore(done, args=items))
-        # What orbax raises for files that are missing, damaged or of another shape.
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            found = self._manager.restore(done, args=items)
+            kept = Kept(found[_STATE], found[_POSITION][_POSITION])
+            if found[_POSITION][_DIGEST] != self._digest(kept):
+                raise ValueError(f"it was damaged, or {CONFIG} or a file beside it was changed")
+        # What orbax raises for files that are missing, damaged or of another shape is of any class.
+        except Exception as error:
+            advice = "" if like is None else "; remove it to resume from the checkpoint before it"
             raise ProgramError(
-                f"{self._folder / str(done)}: cannot be restored: {error}; remove it to resume "
-                "from the checkpoint before it"
+                f"{self._folder / str(done)}: cannot be restored: {_reason(error)}{advice}"
             ) from error
+        return kept
 
     def close(self) -> None:
         """Waits for what is being written, and releases what the manager holds."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, or its class where that is nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

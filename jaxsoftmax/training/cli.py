@@ -4,6 +4,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -85,7 +86,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        print(as_line(message), file=sys.stderr)
+        with suppress(OSError):  # nobody can be told
+            print(as_line(message), file=sys.stderr)
     return code
 
 

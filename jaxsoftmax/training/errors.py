@@ -45,4 +45,5 @@ def out_of_memory_in_words(remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise ProgramError(f"out of memory: {reason}; {remedy}", exit_code=1) from error
+        reason = f": {reason}" if reason else ""
+        raise ProgramError(f"out of memory{reason}; {remedy}", exit_code=1) from error

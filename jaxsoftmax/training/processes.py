@@ -25,7 +25,10 @@ from jaxsoftmax.training.interrupts import on_interrupt
 # A process that does not answer for this long is taken for dead, and the others end.
 _PATIENCE_SECONDS = 30
 _LOST = "a process of the run stopped, or cannot be reached; start all of them again with --resume"
-_SHOW_LAST_LINE = "import sys; sys.stderr.write(['', *sys.stdin][-1].lstrip('\\n'))"
+_SHOW_LAST_LINE = (
+    "import sys; sys.stdin.reconfigure(encoding='utf-8'); "
+    "sys.stderr.write(['', *sys.stdin][-1].lstrip('\\n'))"
+)
 _T = TypeVar("_T")
 
 
@@ -98,6 +101,8 @@ def _last_words() -> Iterator[Callable[[str], None]]:
         [sys.executable, "-ISc", _SHOW_LAST_LINE],
         stdin=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
         start_new_session=True,  # Ctrl-C is not for it
     ) as child:
         assert child.stdin is not None

@@ -5,10 +5,11 @@ A `Kind` says what is trained, in five parts: options, inputs, and a `Task` of b
 """
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ import jaxsoftmax
 from jaxsoftmax.training import checkpoint, processes
 from jaxsoftmax.training.checkpoint import Checkpoints, Kept
 from jaxsoftmax.training.checks import flag
-from jaxsoftmax.training.errors import ProgramError
+from jaxsoftmax.training.errors import ProgramError, in_words
 from jaxsoftmax.training.interrupts import on_interrupt
 from jaxsoftmax.training.mesh import make_mesh, split, whole
 
@@ -205,8 +206,8 @@ def train(
         ProgramError: with the line to show.
         KeyboardInterrupt: on Ctrl-C, at the end of the unit; a second one takes effect at once.
     """
-    alike = {"resume": resume, "mesh": mesh, "options given": sorted(given)}
-    _check_alike({**values, **alike})
+    alike = {"--resume": resume, "--mesh": mesh, "the options that are given": sorted(given)}
+    _check_alike({flag(name): value for name, value in values.items()} | alike)
     recorded = processes.from_leader(lambda: _recorded(kind, folder, resume))
     files = None
     if recorded is None:
@@ -214,16 +215,18 @@ def train(
     else:
         ours = {name: values[name] for name in given}
         options = _resumed_options(kind, ours, folder, recorded)
-        files = processes.from_leader(
-            lambda: {name: checkpoint.read_file(folder / name) for name in kind.files}
-        )
+        files = processes.from_leader(lambda: read_files(kind, folder))
     inputs = processes.together(lambda: kind.read(options, files))
     _check_inputs(inputs, folder, recorded)
     task = kind.task(inputs, make_mesh(mesh, kind.axes))
-    checkpoints = processes.together(
-        lambda: _opened(kind, inputs, task, folder, recorded) if processes.leads() else None
-    )
-    try:
+    with ExitStack() as to_close:
+
+        def opened() -> Checkpoints | None:
+            if not processes.leads():
+                return None
+            return _opened(kind, inputs, task, folder, recorded=recorded, to_close=to_close)
+
+        checkpoints = processes.together(opened)
         with _interrupts_deferred() as stop_if_asked:
 
             def told(
@@ -233,9 +236,6 @@ def train(
                 stop_if_asked()
 
             return _train(kind, inputs, task, folder, checkpoints, progress=told)
-    finally:
-        if checkpoints:
-            checkpoints.close()
 
 
 def _check_alike(command: dict[str, Any]) -> None:
@@ -245,13 +245,15 @@ def _check_alike(command: dict[str, Any]) -> None:
         for name, value in first.items():
             if other[name] != value:
                 raise ProgramError(
-                    f"{flag(name)}: {value} in process 0, {other[name]} in process "
+                    f"{name}: {value} in process 0, {other[name]} in process "
                     f"{number}; start all processes with the same options"
                 )
 
 
 def _recorded(kind: Kind, folder: Path, resume: bool) -> dict[str, Any] | None:
     """The configuration of the run to resume; None where there is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ProgramError(f"--output {folder}: expected the name of a folder; this is a file")
     if not holds_run(kind, folder):
         if resume:
             raise ProgramError(
@@ -260,11 +262,15 @@ def _recorded(kind: Kind, folder: Path, resume: bool) -> dict[str, Any] | None:
             )
         return None
     if not resume:
-        raise ProgramError(
-            f"{folder}: already holds a run; add --resume to continue it, or choose another "
-            "folder with --output"
-        )
+        raise _taken(folder)
     return recorded_run(kind, folder)
+
+
+def _taken(folder: Path) -> ProgramError:
+    return ProgramError(
+        f"{folder}: already holds a run; add --resume to continue it, or choose another folder "
+        "with --output"
+    )
 
 
 def holds_run(kind: Kind, folder: Path) -> bool:
@@ -303,28 +309,34 @@ def _check_inputs(inputs: Inputs, folder: Path, recorded: dict[str, Any] | None)
 
 
 def _opened(
-    kind: Kind, inputs: Inputs, task: Task, folder: Path, recorded: dict[str, Any] | None
+    kind: Kind,
+    inputs: Inputs,
+    task: Task,
+    folder: Path,
+    *,
+    recorded: dict[str, Any] | None,
+    to_close: ExitStack,
 ) -> Checkpoints:
     """The folder's checkpoints, with the run's configuration written beside them."""
     folder.mkdir(parents=True, exist_ok=True)
+    to_close.enter_context(checkpoint.alone(folder))
     config = _config(kind, inputs)
     if recorded is None:  # before anything else, so that whatever ends here can be resumed
+        if holds_run(kind, folder):  # by now
+            raise _taken(folder)
         for name, text in inputs.files.items():
             checkpoint.write_atomically(folder / name, text)
         checkpoint.write_config(folder, config)
-    checkpoints = Checkpoints(folder, kind.score)
-    try:
-        done = checkpoints.latest()
-        if task.total < done:
-            raise ProgramError(
-                f"--{kind.unit}s {task.total}: the run in {folder} has already trained {done} "
-                f"{kind.unit}s"
-            )
-        if recorded not in (None, config):
-            checkpoint.write_config(folder, config)
-    except BaseException:
-        checkpoints.close()
-        raise
+    checkpoints = Checkpoints(folder, _identity(kind, config, inputs.files), kind.score)
+    to_close.callback(checkpoints.close)
+    done = checkpoints.latest()
+    if task.total < done:
+        raise ProgramError(
+            f"--{kind.unit}s {task.total}: the run in {folder} has already trained {done} "
+            f"{kind.unit}s"
+        )
+    if recorded not in (None, config):
+        checkpoint.write_config(folder, config)
     return checkpoints
 
 
@@ -413,10 +425,12 @@ def restored(kind: Kind, folder: Path, which: str) -> tuple[int, Any]:
     Raises:
         ProgramError: there is no such run or checkpoint, or it cannot be read.
     """
-    recorded_run(kind, folder)
+    recorded = recorded_run(kind, folder)
+    recorded_options(kind, folder, recorded)
     if not (folder / checkpoint.CHECKPOINTS).is_dir():
         raise ProgramError(f"{folder}: has no checkpoint yet")
-    checkpoints = Checkpoints(folder, kind.score, read_only=True)
+    run = _identity(kind, recorded, read_files(kind, folder))
+    checkpoints = Checkpoints(folder, run, kind.score, read_only=True)
     try:
         numbers = checkpoints.all()
         if not numbers:
@@ -461,7 +475,8 @@ def _write_round(
     if checkpoints is None:
         return
     checkpoints.wait()  # so that the metrics are at most one line ahead
-    checkpoint.append_metrics(folder, metrics)
+    with _failing_while_training():
+        checkpoint.append_metrics(folder, metrics)
     checkpoints.save(done, kept._replace(state=tree_of(kept.state, task)), metrics)
 
 
@@ -470,8 +485,18 @@ def _draw(
 ) -> None:
     if checkpoints is None:
         return
-    for name, draw in pictures.items():
-        checkpoint.write_atomically(folder / name, draw())
+    with _failing_while_training():
+        for name, draw in pictures.items():
+            checkpoint.write_atomically(folder / name, draw())
+
+
+@contextmanager
+def _failing_while_training() -> Iterator[None]:
+    """What the system refuses now is not the user's input."""
+    try:
+        yield
+    except OSError as error:
+        raise ProgramError(in_words(error), exit_code=1) from error
 
 
 def _config(kind: Kind, inputs: Inputs) -> dict[str, Any]:
@@ -487,6 +512,17 @@ def _config(kind: Kind, inputs: Inputs) -> dict[str, Any]:
         "data": inputs.source,
         "data_sha256": inputs.sha256,
     }
+
+
+def read_files(kind: Kind, folder: Path) -> dict[str, str]:
+    """What a run kept beside its configuration."""
+    return {name: checkpoint.read_file(folder / name) for name in kind.files}
+
+
+def _identity(kind: Kind, config: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """What a run's checkpoints go with: all but the options that may change."""
+    fixed = {name: value for name, value in config["options"].items() if name not in kind.free}
+    return json.dumps([fixed, config["data_sha256"], dict(files)], sort_keys=True)
 
 
 def recorded_options(kind: Kind, folder: Path, recorded: dict[str, Any]) -> Any:
@@ -531,7 +567,8 @@ def _text(value: Any) -> str:
     """An option's value as one would type it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
     def __init__(self, shape: Shape, rngs: nnx.Rngs) -> None:
         """Draws the parameters."""
         initial = nnx.initializers.normal(shape.width**-0.5)
-        self.embedding = nnx.Param(initial(rngs.params(), (shape.vocab, shape.width)))
+        self.embedding = nnx.Param(initial(rngs.params(), (shape.vocab, shape.width), jnp.float32))
         self.blocks = _stacked(shape, jax.random.split(rngs.params(), shape.layers))
         self.norm = _norm(shape, rngs)
         self.scale = shape.width**0.5  # of the inputs: the rows of a head's kernel are short

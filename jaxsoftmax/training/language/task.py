@@ -216,6 +216,9 @@ def read_run(run: Path, which: str) -> Trained:
     """
     recorded = recorded_run(LANGUAGE_MODEL, run)
     options = with_dtype(recorded_options(LANGUAGE_MODEL, run, recorded))
+    path = run / tokens.TOKENIZER
+    contents = read_file(path)
+    tokenizer = tokens.parsed(contents, options.vocab, str(path))
     number, tree = restored(LANGUAGE_MODEL, run, which)
     tree = tree if isinstance(tree, dict) else {}
     params = jax.eval_shape(lambda: model.drawn(options.shape, 0))
@@ -228,14 +231,12 @@ def read_run(run: Path, which: str) -> Trained:
         raise ProgramError(
             f"{run}: the parameters of step {number} are not those of the model in config.json"
         )
-    path = run / tokens.TOKENIZER
-    contents = read_file(path)
     return Trained(
         step=number,
         options=options,
         params=tree["params"],
         token_counts=tree["token_counts"],
-        tokenizer=tokens.parsed(contents, options.vocab, str(path)),
+        tokenizer=tokenizer,
         tokenizer_text=contents,
         sha256=str(recorded["data_sha256"]),
     )
