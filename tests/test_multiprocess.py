@@ -181,7 +181,9 @@ def test_what_one_process_finds_wrong_all_say(tmp_path):
         "options\n"
     }
     folder.write_text("no folder")
-    assert said(common, common) == {f"jaxsoftmax: process 0: {folder}: File exists\n"}
+    assert said(common, common) == {
+        f"jaxsoftmax: process 0: --output {folder}: expected the name of a folder; this is a file\n"
+    }
 
 
 def test_processes_that_do_not_meet(tmp_path):
