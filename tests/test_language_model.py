@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs `jaxsoftmax train-lm`, `evaluate` and `generate`: small models on little text."""
 
+import fcntl
 import json
+import os
 import random
 import re
 import signal
 import subprocess
+import termios
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -26,6 +30,8 @@ from programs import (
     wait_until,
 )
 
+from jaxsoftmax.training import cli
+from jaxsoftmax.training.errors import ProgramError
 from jaxsoftmax.training.language import batches, step, text, tokens
 from jaxsoftmax.training.language.generate import Writer, next_token
 from jaxsoftmax.training.language.text import Document
@@ -310,13 +316,14 @@ def test_files_that_are_no_text(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "more.txt").write_text("more text")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text('{"jaxsoftmax": "1", "task": "classifier"}')
     corpus = text.read((f"{tmp_path}",))
     found = sorted(document.name for document in corpus.documents)
     assert found == ["below/more.txt", "text.txt"]
     assert [line.partition(": ")[2] for line in corpus.left_out] == [
         "not UTF-8 text (byte 1)",
         "empty",
+        "what a run wrote in it",
     ]
 
 
@@ -532,4 +539,203 @@ def test_hostile_files_of_a_run_to_resume(tmp_path, capsys, run, where):
     for content in contents:
         path.write_text(content)
         line = refused_by(capsys, "train-lm", "--output", copy, "--resume")
-        assert where == "metrics.jsonl" or "position" in line
+        assert str(path if where == "metrics.jsonl" else copy / "checkpoints" / "6") in line
+
+
+# Text of every kind
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*"], ids=["folder", "pattern"])
+def test_an_output_folder_within_its_text(tmp_path, capsys, pattern):
+    """Its own files are no text, so the run goes on, and is evaluated, on the same."""
+    (tmp_path / "text.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"))
+    for output in (tmp_path, tmp_path / "run"):  # the second finds the first beside its text
+        options = ("--text", tmp_path / pattern, "--output", output)
+        assert train(*options, *SMALL, "--steps", 2) == 0
+        assert ("what a run wrote" in capsys.readouterr().out) == (output != tmp_path)
+    for output in (tmp_path, tmp_path / "run"):
+        assert here("train-lm", "--output", output, "--resume") == 0
+        assert here("evaluate", output) == 0
+        assert capsys.readouterr().out.count(f"left out  {tmp_path}: what a run wrote") == 2
+
+
+def test_a_folder_that_is_no_run_but_has_its_names(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "notes.md").write_text("notes")
+    for content in ("{}", "[]", '{"task": "my own"}', "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        found = text.read((f"{tmp_path}",))
+        assert {*found.documents} == {
+            Document("config.json", content),
+            Document("checkpoints/notes.md", "notes"),
+        }
+        assert not found.left_out
+
+
+def test_patterns(tmp_path):
+    """As glob has them, but no link to a folder is followed by `**`: they may go in circles."""
+    for name in ("a.py", "b.md", "x/c.py", "x/y/d.py", ".hidden/e.py", "x/.f.py", "[z]/g.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for link in ("one", "two"):
+        (tmp_path / "x" / "y" / link).symlink_to(tmp_path)
+    for pattern, expected in {
+        "*.py": {"a.py"},
+        "**/*.py": {"a.py", "x/c.py", "x/y/d.py", "[z]/g.py"},
+        "**/**/**/d.py": {"x/y/d.py"},
+        "**": {"a.py", "b.md", "x/c.py", "x/y/d.py", "[z]/g.py"},
+        "*/**/?.py": {"x/c.py", "x/y/d.py", "[z]/g.py"},
+        ".hidden/*.py": {"e.py"},
+        "[[]z]/*": {"[z]/g.py"},
+        "[z]/*": set(),
+    }.items():
+        sources = (f"{tmp_path}/{pattern}",)
+        if expected:
+            assert {d.name for d in text.read(sources).documents} == expected, pattern
+        else:
+            with pytest.raises(ProgramError, match="matches no file"):
+                text.read(sources)
+    assert len(text.read((f"{tmp_path}",)).documents) == 5
+
+
+def test_what_is_no_file(tmp_path, capsys):
+    """A pipe that nobody writes to, a device without end, a link to itself."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path / "itself"):
+        line = refused_by(capsys, "train-lm", "--output", tmp_path / "run", "--text", path)
+        assert f"--text {path}: " in line
+    (tmp_path / "text").write_text("text")
+    assert [d.name for d in text.read((f"{tmp_path}",)).documents] == ["text"]
+
+
+def test_names_of_any_bytes(tmp_path, capsys):
+    for name in (b"\xff one.md", b"two \xff.md"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        Path(os.fsdecode(path)).write_bytes((ROOT / "README.md").read_bytes())
+    for source in (tmp_path, tmp_path / os.fsdecode(b"*\xff*")):
+        output = tmp_path / f"run {source == tmp_path}"
+        assert train("--text", source, "--output", output, *SMALL, "--steps", 1) == 0
+        assert here("evaluate", output) == 0
+    capsys.readouterr()
+    for source in ("\ud800", "*\ud800*", "a\0b", os.fsdecode(b"\xff")):
+        line = refused_by(capsys, "train-lm", "--output", tmp_path / "none", "--text", source)
+        assert line.startswith("jaxsoftmax: --text ")
+
+
+def test_a_vocabulary_no_text_has(tmp_path, capsys):
+    """The trainer would take memory for it before it looks at the text."""
+    line = refused_by(capsys, "train-lm", "--output", tmp_path, *DOCS, "--vocab", 2**31 - 1)
+    assert "at most" in line
+    documents = [Document("one", "abc" * 20)]
+    with pytest.raises(ProgramError, match="at most 317 "):
+        tokens.trained(documents, 318)
+    with pytest.raises(ProgramError, match=r"at most 2\d\d "):
+        tokens.trained(documents, 317)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[("--clip", value) for value in ("1e-300", "1e300", "inf", "nan", "-1")],
+        *[("--weight-decay", value) for value in ("1e300", "1e-300", "inf", "nan")],
+        *[("--learning-rate", value) for value in ("1e-300", "1e300")],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_float32_has_not(tmp_path, capsys, arguments):
+    output = ("--output", tmp_path / "run")
+    line = refused_by(capsys, "train-lm", *output, *DOCS, *SMALL, *arguments)
+    assert arguments[0] in line
+    assert f"got {float(arguments[1]):g}" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("x = 1  # one\ry = 2\n", "x = 1  \ry = 2\n"),
+        ("x\r# one\r# two\r\ny\r", "x\r\r\r\ny\r"),
+        ("x = 1  # é 🎉\r\ny = '''\r\n# z''' # w\r\n", "x = 1  \r\ny = '''\r\n# z''' \r\n"),
+        ("\ufeff# one\nx = '🎉'  # two", "\ufeff\nx = '🎉'  "),
+        ("\f# one\n\fx = \\\r\n 1  # two\n", "\f\n\fx = \\\r\n 1  \n"),
+    ],
+)
+def test_comments_at_every_end_of_a_line(source, code):
+    document = Document("a.py", source)
+    tokenizer = tokens.trained([document], 257)
+    labels = Tokens(tokenizer, [document], mask_comments=True).labels[0][:-1]
+    assert tokenizer.decode(labels[labels != IGNORED].tolist()) == code
+
+
+@pytest.mark.parametrize("source", ["x = (\n", "x = '''", "  x\n y\n", ")$\n é(}🎉\r\x00©x"])
+def test_what_is_not_python(source):
+    """In a line; of the last Python 3.13 raises SystemError."""
+    document = Document("a.py", source)
+    tokenizer = tokens.trained([document], 257)
+    with pytest.raises(ProgramError, match="not Python source"):
+        Tokens(tokenizer, [document], mask_comments=True)
+
+
+def test_python_that_a_newer_one_warns_of():
+    document = Document("a.py", "x = f'\\{y}'  # one\n")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tokenizer = tokens.trained([document], 257)
+        Tokens(tokenizer, [document], mask_comments=True)
+    assert not warned
+
+
+def test_nothing_but_comments(tmp_path, capsys):
+    """To evaluate, and to train on: bits of a byte have no meaning without a byte."""
+    source = ("--text", ROOT / "examples" / "*.py", "--mask-comments")
+    assert train("--output", tmp_path / "run", *SMALL, *source, "--steps", 1) == 0
+    comment = tmp_path / "comment.py"
+    comment.write_text("# " + "all of it " * 1000)
+    capsys.readouterr()
+    line = refused_by(capsys, "evaluate", tmp_path / "run", "--text", comment)
+    assert "--mask-comments: nothing to predict in comment.py" in line
+    names = ("a.py", "b.py", "c.py")
+    _, ((held_out, _),) = text.split([Document(name, "") for name in names])
+    for name in names:
+        source = comment if name == held_out else ROOT / "tests" / "programs.py"
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / name).write_bytes(source.read_bytes())
+    options = ("--output", tmp_path / "other", "--text", tmp_path / "text", "--mask-comments")
+    line = refused_by(capsys, "train-lm", *SMALL, *options)
+    assert f"--mask-comments: nothing to predict in {held_out}" in line
+
+
+def test_ctrl_c_while_nobody_reads(run):
+    """The pipe is full, and the program waits for it."""
+    with subprocess.Popen(
+        command("generate", run, "--tokens", 1_000_000, "--prompt", "a" * 100_000),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        fd = process.stdout.fileno()
+        full = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        count = bytearray(4)
+        wait_until(
+            lambda: (
+                (fcntl.ioctl(fd, termios.FIONREAD, count), int.from_bytes(count, "little"))[1]
+                >= full
+            ),
+            process,
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SLOW) == 130
+        assert process.stderr.read() == b"jaxsoftmax: interrupted\n"
+
+
+def test_help_keeps_whole_lines_and_says_what_it_is_about(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("train", "train-lm", "evaluate", "generate", "predict"):
+        assert cli.run([name, "--help"]) == 0
+        head, _, options = capsys.readouterr().out.partition("╭")
+        sentences = [line.strip() for line in head.splitlines() if line.strip()]
+        assert all(line.endswith(".") for line in sentences[1:]), sentences
+        assert "next four" not in options
+        assert "│ Of " not in options

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tokenize
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -168,13 +169,15 @@ def _in_comments(document: Document) -> np.ndarray:
     begin = np.cumsum([0, *(len(line) + 1 for line in text.split("\n"))])
     flags = np.zeros(len(text), bool)
     try:
-        for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
-            if token.type == tokenize.COMMENT:
-                at = begin[token.start[0] - 1] + token.start[1]
-                flags[at : at + len(token.string)] = True
+        with warnings.catch_warnings(action="ignore"):  # of what is only read
+            found = tokenize.generate_tokens(io.StringIO(text, newline="\n").readline)
+            comments = [token for token in found if token.type == tokenize.COMMENT]
     # Python 3.12 and newer raise ValueError or SystemError on some text that is not.
     except (tokenize.TokenError, SyntaxError, ValueError, SystemError) as error:
         raise ProgramError(
             f"--mask-comments: {document.name}: not Python source: {error}"
         ) from error
+    for comment in comments:
+        at = begin[comment.start[0] - 1] + comment.start[1]
+        flags[at : at + len(comment.string)] = True
     return flags
