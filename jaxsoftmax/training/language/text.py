@@ -13,8 +13,7 @@ from typing import NamedTuple
 from jaxsoftmax.training.checkpoint import CHECKPOINTS, CONFIG, LOSS_PLOT, METRICS, read_config
 from jaxsoftmax.training.errors import ProgramError, in_words
 
-TOKENIZER = "tokenizer.json"
-_OF_A_RUN = {CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT, TOKENIZER}
+_OF_A_RUN = {CONFIG, METRICS, CHECKPOINTS, LOSS_PLOT, "tokenizer.json"}
 _HELD_OUT = 0.1
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 

@@ -12,8 +12,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxsoftmax.training.errors import ProgramError
-from jaxsoftmax.training.language.text import TOKENIZER, Document  # noqa: F401 - see task
+from jaxsoftmax.training.language.text import Document
 
+TOKENIZER = "tokenizer.json"
 IGNORED = -1  # the label of a token that does not count
 _END = "<|endoftext|>"
 END = 0  # its number: before and after every document
