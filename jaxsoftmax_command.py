@@ -51,7 +51,11 @@ def leave(line: str) -> "NoReturn":
         import signal  # noqa: PLC0415
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one line, however often it is pressed
-        os.write(2, f"{line}\n".encode())
+        import select  # noqa: PLC0415
+
+        # Not into a full pipe: whoever does not read keeps nobody.
+        if sys.platform == "win32" or select.select([], [2], [], 0)[1]:
+            os.write(2, f"{line}\n".encode())
     finally:
         os._exit(130)
 

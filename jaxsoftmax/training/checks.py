@@ -37,11 +37,6 @@ def positive(name: str, number: float, *, or_zero: bool = False) -> None:
         )
 
 
-def learning_rate(rate: float) -> None:
-    """Raise a `ProgramError` if it is no size of a step."""
-    positive("learning_rate", rate)
-
-
 def seed(number: int) -> None:
     """Raise a `ProgramError` if the number seeds nothing."""
     if not 0 <= number < 2**32:

@@ -252,6 +252,10 @@ def _check_alike(command: dict[str, Any]) -> None:
 
 def _recorded(kind: Kind, folder: Path, resume: bool) -> dict[str, Any] | None:
     """The configuration of the run to resume; None where there is none."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ProgramError(f"--output {folder}: expected a name in UTF-8") from error
     if folder.exists() and not folder.is_dir():
         raise ProgramError(f"--output {folder}: expected the name of a folder; this is a file")
     if not holds_run(kind, folder):

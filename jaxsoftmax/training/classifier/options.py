@@ -33,7 +33,7 @@ class Options:
         """Raise a `ProgramError` if an option is out of its range."""
         checks.whole_number("epochs", self.epochs, 1)
         checks.whole_number("batch_size", self.batch_size, 1)
-        checks.learning_rate(self.learning_rate)
+        checks.positive("learning_rate", self.learning_rate)
         checks.one_of("optimizer", self.optimizer, [*Optimizer])
         if min(self.hidden, default=1) < 1:
             raise ProgramError(
