@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,7 +251,8 @@ class Checkpoints:
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
         try:
-            found = self._manager.restore(done, args=items)
+            with _one_error():
+                found = self._manager.restore(done, args=items)
             kept = Kept(found[_STATE], found[_POSITION][_POSITION])
             if found[_POSITION][_DIGEST] != self._digest(kept):
                 raise ValueError(f"it was damaged, or {CONFIG} or a file beside it was changed")
@@ -266,6 +268,20 @@ class Checkpoints:
         """Waits for what is being written, and releases what the manager holds."""
         with self._writing():
             self._manager.close()
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """When one array cannot be read, those read beside it find orbax's loop closed, each aloud."""
+    outer = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            outer(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = outer  # not after an error: they go on
 
 
 def _reason(error: Exception) -> str:

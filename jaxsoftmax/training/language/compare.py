@@ -121,7 +121,7 @@ def compiled(options: Options, target: str) -> Iterator[Cost]:
         text, gigabytes = program.as_text() or "", held(program)
         fits = gigabytes is None or gigabytes <= chip.gigabytes
         note = "" if fits else f"does not fit in {chip.gigabytes:g} GB"
-        yield Cost(head, gigabytes, None, account(text, chip).cycles, note)
+        yield Cost(head, gigabytes, None, account(text, chip, counted=1.0).cycles, note)
 
 
 def first_state(options: Options, optimizer: Any) -> State:
