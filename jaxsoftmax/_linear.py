@@ -322,7 +322,7 @@ def linear_log_probs(
         under 256 MiB, from 2048 to 8192, in blocks of equal size that are multiples of 256. Where
         an explicit mesh shards the classes, it counts those of one shard. Where an automatic mesh
         of D devices is set, it counts those of all devices, by default at least 128·D
-        (docs/sharding.md). Any number of classes fits.
+        (docs/guides/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 

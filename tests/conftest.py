@@ -30,8 +30,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name; of the
-# others one in RUN runs in CI, the rest is left to a run by hand.
+# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name, unless
+# it is marked `every`; of the others one in RUN runs in CI, the rest is left to a run by hand.
 FEW, SHARE, RUN = 6, 5, 6
 
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
         tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
         by_default = [case for case in cases if not case.get_closest_marker("wide")]
-        if len(by_default) > FEW:
+        if len(by_default) > FEW and not cases[0].get_closest_marker("every"):
             kept = random.Random(name).sample(range(len(by_default)), -(-len(by_default) // SHARE))
             for i in {*range(len(by_default))} - {*kept}:
                 by_default[i].add_marker(pytest.mark.wide)
