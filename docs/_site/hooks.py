@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the site changes in the documents, so that these read well on the code host too.
+
+Mathematics becomes MathML while the site is built, so that pages need no script for it. A link that
+leaves `docs/` goes to that file on the code host.
+"""
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from math_core import LatexError, LatexToMathML
+from mkdocs.plugins import get_plugin_logger
+from mkdocs.utils import get_relative_url
+
+_LOG = get_plugin_logger("site")
+_MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_TAG = re.compile(r"\\tag\{(\w+)\}")
+_CODE = re.compile(r"^( *)(```+).*?^\1\2 *$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)\s]+")
+_DOCUMENT = re.compile(r"(?<![\w/])docs/([\w/-]+\.md)\b")
+_PRIVATE = re.compile(r' title="jaxsoftmax\._[\w.]+"| \(jaxsoftmax\._[\w.]+\)(?=")')
+_to_mathml = LatexToMathML()
+
+
+def on_page_markdown(markdown, *, page, config, **_):
+    """Links that leave `docs/`."""
+    docs, root = Path(config.docs_dir), Path(config.config_file_path).parent
+    folder = posixpath.dirname(f"{docs.name}/{page.file.src_uri}")
+
+    def on_code_host(match):
+        path, _, anchor = match[0].partition("#")
+        path = posixpath.normpath(posixpath.join(folder, path))
+        if path.startswith(f"{docs.name}/"):
+            return match[0]
+        if not (root / path).exists():
+            _LOG.warning("%s links to %s, which is not there", page.file.src_uri, path)
+        return f"{config.repo_url}/blob/main/{path}" + (f"#{anchor}" if anchor else "")
+
+    parts, end = [], 0
+    for code in [*_CODE.finditer(markdown), None]:
+        prose = markdown[end : code.start() if code else None]
+        parts += [_LINK.sub(on_code_host, prose), code[0] if code else ""]
+        end = code.end() if code else end
+    return "".join(parts)
+
+
+def on_page_content(content, *, page, files, **_):
+    """Mathematics, and documents named by docstrings."""
+
+    def mathml(match):
+        latex = html.unescape(match[2])
+        number = _TAG.search(latex)
+        try:
+            made = _to_mathml.convert_with_local_state(
+                _TAG.sub("", latex), displaystyle=match[1] == "div"
+            )
+        except LatexError as error:
+            _LOG.warning("%s: %s in %s", page.file.src_uri, error, latex)
+            return match[0]
+        if match[1] == "span":
+            return made
+        # In the search it would be a string of letters. The number stays while a wide one scrolls.
+        anchor = f' id="equation-{number[1]}"' if number else ""
+        beside = f"<span>({number[1]})</span>" if number else ""
+        return f'<div class="math" data-search-exclude{anchor}><div>{made}</div>{beside}</div>'
+
+    def link(match):
+        target = files.get_file_from_path(match[1])
+        if target is None:
+            _LOG.warning("a docstring on %s names %s", page.file.src_uri, match[0])
+            return match[0]
+        return f'<a href="{get_relative_url(target.url, page.url)}">{match[0]}</a>'
+
+    if page.file.src_uri.startswith("reference/"):
+        content = _DOCUMENT.sub(link, content)
+    return _MATH.sub(mathml, content)
+
+
+def on_post_page(output, *, page, **_):
+    """No name's tooltip shows the private module that it comes from."""
+    return _PRIVATE.sub("", output) if page.file.src_uri.startswith("reference/") else output
