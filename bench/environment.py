@@ -81,6 +81,13 @@ def in_words(environment: dict[str, Any]) -> str:
     return ", ".join([*filter(None, parts), environment["date"]])
 
 
+def briefly(environment: dict[str, Any]) -> tuple[str, str]:
+    """Say where a section is from, with the versions that matter most, and the date."""
+    versions = environment["versions"]
+    named = [f"{name} {versions[name]}" for name in ("jaxsoftmax", "jax", "optax")]
+    return ", ".join([environment["device"] or "XLA for TPUs", *named]), environment["date"]
+
+
 def device_name() -> str:
     """Name the default device: `AMD EPYC, 2 cores`, `NVIDIA H200`."""
     if jax.default_backend() == "cpu":

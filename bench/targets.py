@@ -236,8 +236,13 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     return [*found[:-1], found[-1]._replace(notes=notes)]
 
 
-def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay heads out for the README: the mean over the shapes of the ratios of value and gradient.
+def heads_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay heads out for docs/benchmarks.md: the means over the shapes, then every shape."""
+    return [means(section), *in_docs(section)]
+
+
+def means(section: dict[str, Any]) -> Table:
+    """Lay out the mean over the shapes of the ratios of value and gradient.
 
     Shapes where a program does not fit into the chip's memory are left out of its mean.
     """
@@ -250,14 +255,9 @@ def in_readme(section: dict[str, Any]) -> list[Table]:
         own = [one for one in programs if one["name"] == name]
         memory = [tables.megabytes(pick(one["temp_bytes"] for one in own)) for pick in (min, max)]
         rows.append([name, *(_mean(own, target) for target in targets), " to ".join(memory)])
-    notes = (
-        f"The geometric mean over {', '.join(shapes)}, where memory is enough. {ESTIMATE}",
-        _not_counted(programs),
-        contenders.explain(row[0] for row in rows),
-        tables.origin(section),
-    )
+    note = f"The geometric mean over {', '.join(shapes)}, where memory is enough."
     headings = ["value and gradient, estimated", *targets, "temporary MB"]
-    return [Table(headings, rows, notes, words=1)]
+    return Table(headings, rows, [note], words=1)
 
 
 def _mean(programs: Sequence[dict[str, Any]], target: str) -> str:
