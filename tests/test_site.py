@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="needs pip install -e '.[docs]'"
 )
-# Addresses in the theme's scripts: the start of one; of a message; of the code host, for its count of
-# stars; of a library for diagrams. No page has the elements for which the last two are asked, and
-# every browser has what else would be loaded from the last, `ResizeObserver`.
+# Addresses in the theme's scripts: the start of one; of a message; of the code host, for its count
+# of stars; of a library for diagrams. No page has the elements for which the last two are asked,
+# and every browser has what else would be loaded from the last, `ResizeObserver`.
 INERT = {"", "bit.ly", "api.github.com", "unpkg.com"}
 WAKES = ('data-md-component="source"', 'class="mermaid"')
 FORWARD_MODE = [

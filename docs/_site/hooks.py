@@ -19,7 +19,9 @@ _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', r
 _TAG = re.compile(r"\\tag\{(\w+)\}")
 _CODE = re.compile(r"^( *)(```+).*?^\1\2 *$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)\s]+")
-_DOCUMENT = re.compile(r"(?<![\w/])docs/([\w/-]+\.md)\b")
+_DOCUMENT = re.compile(
+    r"(?<![\w/])docs/([\w/-]+\.md)\b(\s+equations?\s+(?:\(\d+\)(?:,\s+|\s+and\s+)?)+)?"
+)
 _PRIVATE = re.compile(r' title="jaxsoftmax\._[\w.]+"| \(jaxsoftmax\._[\w.]+\)(?=")')
 _to_mathml = LatexToMathML()
 
@@ -71,7 +73,9 @@ def on_page_content(content, *, page, files, **_):
         if target is None:
             _LOG.warning("a docstring on %s names %s", page.file.src_uri, match[0])
             return match[0]
-        return f'<a href="{get_relative_url(target.url, page.url)}">{match[0]}</a>'
+        url = get_relative_url(target.url, page.url)
+        equations = re.sub(r"\((\d+)\)", rf'<a href="{url}#equation-\1">(\1)</a>', match[2] or "")
+        return f'<a href="{url}">docs/{match[1]}</a>{equations}'
 
     if page.file.src_uri.startswith("reference/"):
         content = _DOCUMENT.sub(link, content)
