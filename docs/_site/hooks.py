@@ -22,6 +22,7 @@ _LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)\s]+")
 _DOCUMENT = re.compile(
     r"(?<![\w/])docs/([\w/-]+\.md)\b(\s+equations?\s+(?:\(\d+\)(?:,\s+|\s+and\s+)?)+)?"
 )
+_FLAG = re.compile(r"(?<=<code>)--[\w-]+")
 _PRIVATE = re.compile(r' title="jaxsoftmax\._[\w.]+"| \(jaxsoftmax\._[\w.]+\)(?=")')
 _to_mathml = LatexToMathML()
 
@@ -49,7 +50,7 @@ def on_page_markdown(markdown, *, page, config, **_):
 
 
 def on_page_content(content, *, page, files, **_):
-    """Mathematics, and documents named by docstrings."""
+    """Mathematics, documents named by docstrings, and flags of commands."""
 
     def mathml(match):
         latex = html.unescape(match[2])
@@ -79,6 +80,8 @@ def on_page_content(content, *, page, files, **_):
 
     if page.file.src_uri.startswith("reference/"):
         content = _DOCUMENT.sub(link, content)
+    # A browser would break lines after the first dash.
+    content = _FLAG.sub(r'<span class="flag">\g<0></span>', content)
     return _MATH.sub(mathml, content)
 
 
