@@ -24,7 +24,7 @@ _DOCUMENT = re.compile(
 )
 _FLAG = re.compile(r"(?<=<code>)--[\w-]+")
 _PRIVATE = re.compile(r' title="jaxsoftmax\._[\w.]+"| \(jaxsoftmax\._[\w.]+\)(?=")')
-_to_mathml = LatexToMathML()
+_to_mathml = LatexToMathML(fancy_error=False)
 
 
 def on_page_markdown(markdown, *, page, config, **_):
