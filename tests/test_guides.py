@@ -274,3 +274,39 @@ def test_what_k3_loses():
         kl = jaxsoftmax.softmax_kl_divergence
         np.testing.assert_allclose(jax.grad(mean_k3)(x), jax.grad(kl)(x, y), rtol=1e-9)
         assert np.abs(jax.grad(mean_k3)(x) - jax.grad(kl, argnums=1)(y, x)).max() > 0.1
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+class TestCrossEntropyOfPyTorch:
+    """With all options at once."""
+
+    z, labels = (HIDDEN @ KERNEL).reshape(-1, 40), LABELS.ravel().copy()
+    labels[:4] = -100
+    of_class = generator("recipes", "weights").uniform(0.2, 2, 40).astype(np.float32)
+
+    @pytest.fixture
+    def found(self, weighted, reduction, eval_example):
+        function = names_of("guides/migrate", eval_example)["cross_entropy"]
+        options = {"weight": self.of_class if weighted else None, "label_smoothing": 0.1}
+        with jax.numpy_dtype_promotion("standard"):
+            return np.asarray(function(self.z, self.labels, reduction=reduction, **options))
+
+    def test_by_definition(self, weighted, reduction, found):
+        w = self.of_class.astype(np.float64) if weighted else np.ones(40)
+        at, counts = np.maximum(self.labels, 0), self.labels != -100
+        target = 0.9 * np.eye(40)[at] + 0.1 / 40
+        losses = counts * -(target * w * log_softmax(self.z)).sum(-1)
+        want = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / w[at[counts]].sum()}
+        np.testing.assert_allclose(found, want[reduction], rtol=1e-5)
+
+    def test_by_pytorch(self, weighted, reduction, found):
+        torch = pytest.importorskip("torch")
+        theirs = torch.nn.functional.cross_entropy(
+            torch.tensor(self.z),
+            torch.tensor(self.labels, dtype=torch.int64),
+            weight=torch.tensor(self.of_class) if weighted else None,
+            reduction=reduction,
+            label_smoothing=0.1,
+        )
+        np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-5)
