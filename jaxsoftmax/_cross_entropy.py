@@ -284,7 +284,7 @@ def label_log_probs(
 
     Every field is differentiable in `logits`, `soft_cap` and `temperature` (predictions are
     integers), with any cotangents, in reverse mode to any order; forward mode over reverse works.
-    docs/derivation.md equations (27), (33) and (66).
+    docs/derivation.md equation (27); docs/forms.md equations (33) and (66).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

@@ -440,8 +440,8 @@ def linear_kl_divergence(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in the operands of both heads, `weights`, `temperature` and the soft caps, in
-    reverse mode, to any order; forward mode over reverse works. docs/derivation.md equations (71),
-    (74) and (75). Gradients that are not asked for are not computed.
+    reverse mode, to any order; forward mode over reverse works. docs/forms.md equations (71), (74)
+    and (75). Gradients that are not asked for are not computed.
 
     Gradients of the target's operands are rounded to the products' dtype in each chunk, before the
     loss's cotangent multiplies them, and those of its kernel and bias then added in float32: to
@@ -536,7 +536,7 @@ def linear_js_divergence(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in all that `linear_kl_divergence` is, and in `weight`, in reverse mode, to any
-    order; forward mode over reverse works. docs/derivation.md equations (79) to (82).
+    order; forward mode over reverse works. docs/forms.md equations (79) to (82).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
