@@ -113,6 +113,7 @@ def _library_modules():
             yield info.name
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", ["jaxsoftmax", *_library_modules()])
 def test_examples_in_documents(name):
     module = importlib.import_module(name)
