@@ -15,7 +15,7 @@ from mkdocs.plugins import get_plugin_logger
 from mkdocs.utils import get_relative_url
 
 _LOG = get_plugin_logger("site")
-_MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([,.;:)]*)', re.DOTALL)
 _TAG = re.compile(r"\\tag\{(\w+)\}")
 _CODE = re.compile(r"^( *)(```+).*?^\1\2 *$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)\s]+")
@@ -63,7 +63,7 @@ def on_page_content(content, *, page, files, **_):
             _LOG.warning("%s: %s in %s", page.file.src_uri, error, latex)
             return match[0]
         if match[1] == "span":
-            return made
+            return f'<span class="unbroken">{made}{match[3]}</span>' if match[3] else made
         # In the search it would be a string of letters. The number stays while a wide one scrolls.
         anchor = f' id="equation-{number[1]}"' if number else ""
         beside = f"<span>({number[1]})</span>" if number else ""
@@ -81,7 +81,7 @@ def on_page_content(content, *, page, files, **_):
     if page.file.src_uri.startswith("reference/"):
         content = _DOCUMENT.sub(link, content)
     # A browser would break lines after the first dash.
-    content = _FLAG.sub(r'<span class="flag">\g<0></span>', content)
+    content = _FLAG.sub(r'<span class="unbroken">\g<0></span>', content)
     return _MATH.sub(mathml, content)
 
 
