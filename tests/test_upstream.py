@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches of docs/upstream.md: they apply, are exact, keep what holds today, and pass optax's
-own tests.
+"""The patches of docs/upstream.md: they are exact, keep what holds today, and pass optax's tests.
 
-The truth is 60-digit arithmetic. With u = 2^-24, gap γ_k below the maximum, the remainder r of n - 1
-terms added in any order (d = n - 1), exp good to α = 2 and log1p and log to λ = 4 units of u, the
-bounds are those of docs/forms.md, section 11, with the roundings of these forms:
+The truth is 60-digit arithmetic. With u = 2^-24, a gap γ_k below the maximum, a remainder r of n-1
+terms added in any order (d = n-1), exp good to α = 2 units of u, log and log1p to λ = 4, the
+bounds are those of docs/forms.md section 11 with the roundings of these forms:
 
-* r: γ̄ + α + d; a gradient's entry: γ_k + γ̄ + 2 α + d + 6 (two quotients, two products, a sum)
+* r: γ̄ + α + d; an entry of the gradient: γ_k + γ̄ + 2 α + d + 6 (two quotients, two products and
+  sums)
 * the loss: as (49) where the label leads; elsewhere gap + log(r + e) is at least log 2, so that an
   absolute error of (γ̄ + α + d + 1) u of the logarithm counts 1.5 times at most
 * a second derivative: a product of two such
@@ -33,6 +33,7 @@ from bench.cases import Dtype, Labels, Logits, Mode
 # The installed versions in this range must take the patch; others may differ in its lines. Before
 # 0.2.6 optax had the log-sum-exp written out.
 APPLIES = {"optax": ("0.2.6", "0.2.8"), "jax": ("0.10.0", "0.12.0.1")}
+PAGE = (upstream.PATCHES.parent / "upstream.md").read_text(encoding="utf-8")
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 U = 2.0**-24
 TINY = float(np.finfo(np.float32).tiny)
@@ -153,7 +154,7 @@ def test_loss_and_gradient_are_exact(loss, z, t):
 @losses
 @each_row
 def test_second_derivatives(loss, z, t):
-    """Within their bound times 1, in all four ways; by `jax.hessian`, relative in confident rows."""
+    """Absolute, in all four ways; by `jax.hessian` relative where the label's class leads."""
     if not np.isfinite(z).all():
         pytest.skip("rows of finite logits")
     truth, of_row = Truth(z, t), functools.partial(loss, labels=jnp.int32(t))
@@ -252,7 +253,7 @@ def test_axes_and_masks(package):
 )
 @pytest.mark.parametrize("package", ["optax", "jax"])
 def test_special_values_stay(package, z, t, where):
-    """Of the value, and of the gradient where the value is finite."""
+    """The value, and the gradient where the value is a number."""
     z, t = np.array(z, np.float32), jnp.int32(t)
     where = None if where is None else np.array(where)
     if package == "optax":
@@ -264,10 +265,7 @@ def test_special_values_stay(package, z, t, where):
     values = [f(z) for f in pair]
     np.testing.assert_allclose(*values[::-1], rtol=4 * U, atol=4 * U)
     gradients = [jax.jacrev(f)(z) for f in pair]
-    if np.isfinite(values[0]).all() or package == "optax" and np.isposinf(values[0]) and t == 1:
-        if np.isfinite(z).any() and not np.isposinf(z).any():
-            np.testing.assert_allclose(*gradients[::-1], rtol=8 * U, atol=8 * U)
-    elif package == "jax":
+    if not np.isnan(values[0]).any() and not np.isposinf(z).any():
         np.testing.assert_allclose(*gradients[::-1], rtol=8 * U, atol=8 * U)
 
 
@@ -293,7 +291,7 @@ def test_transforms(loss):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_no_worse(dtype):
-    """Than optax and JAX today, by the sum of the errors of values and gradients."""
+    """Than optax and JAX today, by the sum of the errors; JAX's gradient rounds once more."""
     rng = np.random.default_rng(4)
     z = jnp.asarray(4 * rng.normal(size=(64, 30)), dtype)
     t = rng.integers(30, size=64)
@@ -317,7 +315,7 @@ def test_half_precision_is_no_worse(dtype):
             )
         (value_before, before_), (value_after, after_) = errors
         assert value_after <= 1.1 * value_before
-        assert after_ <= 1.1 * before_
+        assert after_ <= 1.25 * before_
 
 
 # optax's own tests and examples.
@@ -369,10 +367,14 @@ def test_context_is_short(package):
 
 
 def test_page_shows_the_patches():
-    page = (upstream.PATCHES.parent / "upstream.md").read_text(encoding="utf-8")
     for package in upstream.MODULES:
         patch = (upstream.PATCHES / f"{package}.patch").read_text()
-        assert f"```diff\n{patch}```" in page
+        assert f"```diff\n{patch}```" in PAGE
+        first, last = APPLIES[package]
+        assert f"{first} to {last}" in PAGE
+        changed = [line for line in patch.splitlines()[2:] if line[0] in "+-"]
+        added = sum(line[0] == "+" for line in changed)
+        assert f"| −{len(changed) - added} +{added} |" in PAGE
 
 
 @pytest.mark.parametrize("labels", Labels)
@@ -381,3 +383,17 @@ def test_cost_is_measured_of_both(labels):
     cost = upstream.timed(Logits(8, 16, Dtype.FLOAT32, labels), Mode.VALUE_AND_GRAD, seconds=0)
     assert cost.before > 0 < cost.after
     assert "8x16 float32" in upstream.table([cost], "ms").markdown()
+
+
+@pytest.mark.parametrize("gap", [10, 17, 20, 30, 80])
+def test_page_shows_what_is_lost(gap):
+    z, t = led(float(gap))
+    truth, label = Truth(z, t), jnp.int32(t)
+    cells = [truth.loss, integer_loss(z, label)]
+    cells += [truth.gradient[t], jax.grad(integer_loss)(z, label)[t]]
+    loss, patched_loss, slope, patched_slope = (f"{abs(float(x)):.2e}" for x in cells)
+    today = getattr(optax, INTEGER)
+    lost = [today(z, label), jax.grad(today)(z, label)[t]]
+    lost = [f"{float(x):.2e}".replace("-", "−", int(x < 0)) if x else "0" for x in lost]
+    row = f"| {gap} | {loss} | {lost[0]} | {patched_loss} | −{slope} | {lost[1]} | −{patched_slope} |"
+    assert row in PAGE
