@@ -118,14 +118,15 @@ class Truth:
             j = int(np.argmax(z))
             rest = [k for k in range(len(e)) if k != j]
             r = mpmath.fsum(e[k] for k in rest)
-            mean: Any = mpmath.fsum(e[k] * gap[k] for k in rest) / r if r else 0
+            mean = mpmath.fsum(e[k] * gap[k] for k in rest) / r if r else 0
             to_float = functools.partial(np.array, dtype=np.float64)
             log_total = mpmath.log1p(r)
             loss: Any = gap[t] + log_total
             self.loss = float(loss)
             self.p = to_float([float(x) for x in p])
             self.gradient = self.p.copy()
-            self.gradient[t] = -float(q[t])
+            ones: list[Any] = [a * b for a, b in zip(p, q, strict=True)]
+            np.fill_diagonal(self.hessian, [float(x) for x in ones])
             self.hessian = -np.outer(self.p, self.p)
             np.fill_diagonal(self.hessian, [float(a * b) for a, b in zip(p, q, strict=True)])
         d, mean = len(z) - 1, float(mean)
