@@ -125,10 +125,10 @@ class Truth:
             self.loss = float(loss)
             self.p = to_float([float(x) for x in p])
             self.gradient = self.p.copy()
-            ones: list[Any] = [a * b for a, b in zip(p, q, strict=True)]
-            np.fill_diagonal(self.hessian, [float(x) for x in ones])
+            left: list[Any] = q
+            self.gradient[t] = -float(left[t])
             self.hessian = -np.outer(self.p, self.p)
-            np.fill_diagonal(self.hessian, [float(a * b) for a, b in zip(p, q, strict=True)])
+            np.fill_diagonal(self.hessian, [float(a * b) for a, b in zip(p, left, strict=True)])
         d, mean = len(z) - 1, float(mean)
         gaps = to_float([float(x) for x in gap])
         self.of_loss = 1.5 * (mean + ALPHA + d + 1) + LAMBDA + 3
