@@ -47,6 +47,8 @@ def check_wheel(path: Path) -> None:
     assert {Path(name).name for name in about} >= {"METADATA", "LICENSE", "entry_points.txt"}
     for name, address in PROJECT["project"]["urls"].items():
         assert f"\nProject-URL: {name}, {address}\n" in metadata
+    assert "](https://" in metadata
+    assert not re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata.partition("\n\n")[2])
 
 
 def check_sdist(path: Path) -> None:
