@@ -17,7 +17,7 @@ import typer
 from jaxsoftmax.training.tpu import tpus
 
 ROOT = Path(__file__).resolve().parent.parent
-# What README's commands install on the oldest Python; captions of tables of another JAX say so.
+# What pip installs on the oldest Python; captions of tables of another JAX say so.
 PYTHON, JAX = "3.11", "0.10.2"
 PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "libtpu", "optax", "tokamax", "jax-cce", "torch")
 

@@ -73,7 +73,7 @@ def softmax_kl_divergence(
         logits, and `where`, are this device's part, in the order of the devices.
 
     Returns:
-      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      The divergences, with the shape of `logits` without `axis`, in float32, or float64 where an
       argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
       not count; at −inf in the target alone it adds its q_k; at −inf in `logits` alone it makes the
       divergence +inf. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are
@@ -141,7 +141,7 @@ def softmax_js_divergence(
         `softmax_kl_divergence`).
 
     Returns:
-      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      The divergences, with the shape of `logits` without `axis`, in float32, or float64 where an
       argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
       not count. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are its
       gradients.

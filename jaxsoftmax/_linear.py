@@ -327,7 +327,7 @@ def linear_log_probs(
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      `LogProbs` in float32, or float64 for float64 products: log-probabilities with the shape of
+      `LogProbs` in float32, or float64 for float64 products. Log-probabilities have the shape of
       the labels, the rest `[*tokens]`.
 
     Raises:
@@ -614,7 +614,7 @@ def linear_top_k(
       compute_dtype: the dtype of the matrix product (see `linear_loss`).
 
     Returns:
-      `TopK` of arrays `[*tokens, k]`: `log_probs` in float32 (float64 for float64 products), and
+      `TopK` of arrays `[*tokens, k]`, `log_probs` in float32 (float64 for float64 products), and
       `labels` in int32. A token with NaN or +inf among its logits, or all of them at −inf, has the
       labels of `jax.lax.top_k` (which takes NaN for the highest) and the log-probabilities NaN.
 
@@ -706,8 +706,8 @@ def linear_sample(
       compute_dtype: the dtype of the matrix product (see `linear_loss`).
 
     Returns:
-      `Sample` of arrays `[*tokens]`: `labels` in int32, and their `log_probs` in float32 (float64
-      for float64 products) in the distribution they are drawn from: with the soft cap, the
+      `Sample` of arrays `[*tokens]`, `labels` in int32, and their `log_probs` in float32 (float64
+      for float64 products) in the distribution they are drawn from, that is with the soft cap, the
       temperature and, with `top_k`, normalized over those classes. A token with NaN or +inf among
       its logits, or all of them at −inf, has no distribution: label −1, log-probability NaN.
 

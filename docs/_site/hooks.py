@@ -2,7 +2,8 @@
 """What the site changes in the documents, so that these read well on the code host too.
 
 Mathematics becomes MathML while the site is built, so that pages need no script for it. A link that
-leaves `docs/` goes to that file on the code host.
+leaves `docs/` goes to the page that shows that file, or to the file on the code host. The search
+shows the pages that say how to use the library before those that say how it came about.
 """
 
 import html
@@ -24,19 +25,39 @@ _DOCUMENT = re.compile(
 )
 _FLAG = re.compile(r"(?<=<code>)--[\w-]+")
 _PRIVATE = re.compile(r' title="jaxsoftmax\._[\w.]+"| \(jaxsoftmax\._[\w.]+\)(?=")')
+# Files of the repository that are pages here.
+_PAGES = {
+    "CHANGELOG.md": "docs/changelog.md",
+    "CONTRIBUTING.md": "docs/contributing.md",
+    "README.md": "docs/index.md",
+}
+# What the search multiplies a page's rank by.
+_BOOSTS = {
+    "reference/": 4,
+    "guides/migrate.md": 2,
+    "questions.md": 2,
+    "benchmarks.md": 0.5,
+    "derivation.md": 0.5,
+    "forms.md": 0.5,
+    "performance.md": 0.5,
+    "upstream.md": 0.5,
+}
 _to_mathml = LatexToMathML(fancy_error=False)
 
 
 def on_page_markdown(markdown, *, page, config, **_):
-    """Links that leave `docs/`."""
+    """Links that leave `docs/`, and the page's rank in the search."""
+    boost = next((b for name, b in _BOOSTS.items() if page.file.src_uri.startswith(name)), 1)
+    page.meta.setdefault("search", {"boost": boost})
     docs, root = Path(config.docs_dir), Path(config.config_file_path).parent
     folder = posixpath.dirname(f"{docs.name}/{page.file.src_uri}")
 
     def on_code_host(match):
         path, _, anchor = match[0].partition("#")
         path = posixpath.normpath(posixpath.join(folder, path))
+        path = _PAGES.get(path, path)
         if path.startswith(f"{docs.name}/"):
-            return match[0]
+            return posixpath.relpath(path, folder) + (f"#{anchor}" if anchor else "")
         if not (root / path).exists():
             _LOG.warning("%s links to %s, which is not there", page.file.src_uri, path)
         return f"{config.repo_url}/blob/main/{path}" + (f"#{anchor}" if anchor else "")
