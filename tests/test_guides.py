@@ -310,3 +310,28 @@ class TestCrossEntropyOfPyTorch:
             label_smoothing=0.1,
         )
         np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-5)
+
+    def test_other_axis(self, weighted, reduction, found, eval_example):
+        """Classes on PyTorch's axis, `[N, C, d]`."""
+        function = names_of("guides/migrate", eval_example)["cross_entropy"]
+        options = {"weight": self.of_class if weighted else None, "label_smoothing": 0.1}
+        z, labels = self.z.reshape(12, 3, 40).swapaxes(1, 2), self.labels.reshape(12, 3)
+        with jax.numpy_dtype_promotion("standard"):
+            moved = function(z, labels, reduction=reduction, axis=1, **options)
+        np.testing.assert_allclose(np.ravel(moved), np.ravel(found), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40)])
+def test_kl_div_of_pytorch(shape):
+    """What the guide writes for its reductions."""
+    torch = pytest.importorskip("torch")
+    q, p = (generator("recipes", name).standard_normal(shape).astype(np.float32) for name in "qp")
+    ours = jaxsoftmax.softmax_kl_divergence(q, p)
+    log_q, log_p = (torch.log_softmax(torch.tensor(x), -1) for x in (q, p))
+    for reduction, found in (
+        ("batchmean", ours.sum() / shape[0]),
+        ("sum", ours.sum()),
+        ("mean", ours.mean() / 40),
+    ):
+        theirs = torch.nn.functional.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+        assert float(found) == pytest.approx(float(theirs), rel=1e-5)

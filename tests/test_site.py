@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation site: built without a warning, whole, and alone with its own files."""
 
+import html
 import importlib.util
 import inspect
 import json
@@ -114,6 +115,9 @@ def test_the_search_finds_functions(site):
     found = {entry["location"] for entry in index["docs"]}
     for name in jaxsoftmax.__all__:
         assert any(location.endswith(f"#jaxsoftmax.{name}") for location in found), name
+    text = " ".join(html.unescape(entry["text"]) for entry in index["docs"])
+    words = {*re.split(index["config"]["separator"], re.sub(r"<[^>]*>", "", text))}
+    assert {"batchmean", "CrossEntropyLoss", "jvp", "kl_div", "softmax_cross_entropy"} <= words
 
 
 def test_every_public_name_has_an_entry(site, pages):
