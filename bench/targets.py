@@ -65,8 +65,8 @@ CASES = {
     Op.DIVERGENCE: DIVERGENCES,
     Op.LINEAR_DIVERGENCE: TWO_HEADS,
 }
-# In the figure: the programs that `figures.STYLES` does not have. Others are in the tables alone, and
-# so is "jaxsoftmax, recompute": on TPUs it is the program of "jaxsoftmax".
+# In the figure: the programs that `figures.STYLES` does not have. Others are in the tables alone,
+# and so is "jaxsoftmax, recompute": on TPUs it is the program of "jaxsoftmax".
 OTHER_STYLES = {
     "jaxsoftmax, in forward": {"color": "#0072b2", "marker": "P"},
     "three products": {"color": figures.FAINT, "marker": "*"},
@@ -278,7 +278,6 @@ def figure(section: dict[str, Any]) -> Figure:
     targets = list(dict.fromkeys(one["target"] for one in programs))
     drawn = Figure(figsize=(9, 7.4), layout="constrained")
     panels = drawn.subplots(2, -(-len(targets) // 2), sharex=True, sharey=True, squeeze=False)
-    drawn_alone = (figures.STYLES | OTHER_STYLES).items()
     known = (figures.STYLES | OTHER_STYLES).items()
     styles = {name: style for name, style in known if name not in NOT_DRAWN}
     for target, axes in zip(targets, panels.flat, strict=False):

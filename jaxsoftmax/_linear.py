@@ -75,7 +75,8 @@ def linear_loss(
         weights are differentiated.
       reduction: "mean" is Σ weights·loss / Σ weights (0 if every weight is 0), "sum", or None for
         the weighted losses `[*tokens]`.
-      denominator: a scalar that replaces Σ weights in the mean.
+      denominator: a scalar that replaces Σ weights in the mean. Where nothing counts the mean is 0,
+        whatever it is.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes of `kernel`
         and `bias`: `loss_fn` gets this device's part of the logits and must return the losses of
         whole rows, as the package's losses with this `axis_name` do.
@@ -207,7 +208,8 @@ def linear_softmax_cross_entropy(
       reduction: "mean" is Σ weights·loss / Σ weights·class_weights[label], both over the tokens
         that are not ignored (0 if every term of the divisor is 0); "sum"; or None for the weighted
         losses `[*tokens]`.
-      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count. Where
+        nothing counts the mean is 0, whatever it is.
       gradients: "in_forward" computes the gradient in the forward pass, as `linear_loss` does:
         faster on CPUs and GPUs, for a reduced loss only. "recompute" works on blocks of the
         vocabulary and recomputes their logits in the backward pass, as `linear_log_probs` does: one
@@ -418,7 +420,8 @@ def linear_kl_divergence(
         chunks without a token that counts are not computed.
       reduction: "mean" is Σ weights·divergence / Σ weights over the tokens that are included (0 if
         there is none), "sum", or None for the weighted divergences `[*tokens]`.
-      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count. Where
+        nothing counts the mean is 0, whatever it is.
       temperature: divides both (capped) logits; positive. Multiply the divergence by
         `temperature**2` to keep the size of the gradients.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
@@ -517,7 +520,7 @@ def linear_js_divergence(
       weights: `[*tokens]`, the factor of each divergence (see `linear_kl_divergence`).
       where: `[*tokens]`, boolean: the tokens to include (see `linear_kl_divergence`).
       reduction: "mean", "sum" or None (see `linear_kl_divergence`).
-      denominator: a scalar that replaces the mean's divisor.
+      denominator: a scalar that replaces the mean's divisor. Where nothing counts the mean is 0.
       temperature: divides both (capped) logits; positive.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       target_soft_cap: the same of the target's logits.

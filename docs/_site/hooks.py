@@ -55,6 +55,8 @@ def on_page_markdown(markdown, *, page, config, **_):
     def on_code_host(match):
         path, _, anchor = match[0].partition("#")
         path = posixpath.normpath(posixpath.join(folder, path))
+        if path.startswith("../../"):  # beside its files, as a link on the code host has it
+            return config.repo_url + path.removeprefix("../..")
         path = _PAGES.get(path, path)
         if path.startswith(f"{docs.name}/"):
             return posixpath.relpath(path, folder) + (f"#{anchor}" if anchor else "")
