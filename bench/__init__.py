@@ -24,6 +24,7 @@ be printed again from a committed file.
     targets.py calibration.py
                     speed --target and --calibrate
     sharding.py     memory --mesh
+    summary.py      README's tables: a few rows of those of all devices
     report.py       tables and figures of README and docs, from the committed files
 
 What a program takes on a TPU by its compiler's account is `jaxsoftmax.training.tpu`.

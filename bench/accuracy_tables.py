@@ -11,15 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench import contenders, figures, tables
+from bench import contenders, environment, figures, tables
 from bench.tables import Table
 
 DIGITS = 80  # of the truth
 
 # The measured leads that the tables show, and the lead at which offsets are compared: small enough
 # that every contender has some digits right without an offset.
-README_LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
+LEADS = (0.0, 5.0, 10.0, 15.0, 17.0, 20.0, 30.0, 50.0, 80.0)
 TABLE_LEADS = (0.0, 10.0, 17.0, 30.0, 80.0)
+README_LEADS = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0)
+IN_README = (contenders.OURS, contenders.BASELINE, "jax.nn")
 LEAD_OF_OFFSETS = 5.0
 
 QUANTITIES = {
@@ -59,18 +61,25 @@ def _place_of_offsets(section: dict[str, Any]) -> int:
     return section["leads"].index(LEAD_OF_OFFSETS) if LEAD_OF_OFFSETS in section["leads"] else 0
 
 
-def _errors(section: dict[str, Any], dtype: str, offset: float, *notes: str) -> Table:
+def _errors(
+    section: dict[str, Any],
+    dtype: str,
+    offset: float,
+    *notes: str,
+    quantities: Sequence[str] = tuple(QUANTITIES),
+    leads: Sequence[float] = LEADS,
+) -> Table:
     """The largest errors of one dtype and offset, by quantity and contender."""
-    shown = _shown(section, README_LEADS)
+    shown = _shown(section, leads)
     first, *others = (f"{section['leads'][place]:g}" for place in shown)
     series = _of(section, dtype=dtype, offset=offset)
     rows = [
         [
-            words if one is series[0] else "",
+            QUANTITIES[quantity] if one is series[0] else "",
             one["name"],
             *(percent(one[quantity]["max"][place]) for place in shown),
         ]
-        for quantity, words in QUANTITIES.items()
+        for quantity in quantities
         for one in series
     ]
     title = f"{dtype}, {section['labels']} labels, offset {offset:g}"
@@ -97,13 +106,16 @@ def in_terminal(section: dict[str, Any]) -> list[Table]:
 
 
 def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay out the errors in float32 without an offset."""
-    notes = f"{TRUTH}, in float32. {_drawn(section)}. {END}", tables.origin(section)
-    return [_errors(section, "float32", 0.0, *notes)]
+    """Lay out for the README a few of the errors in float32."""
+    words, date = environment.briefly(section["environment"])
+    note = f"{TRUTH}, in float32, by the nats that the label's logit leads by. {END}"
+    few = section | {"series": [one for one in section["series"] if one["name"] in IN_README]}
+    both = {"quantities": ("loss", "target"), "leads": README_LEADS}
+    return [_errors(few, "float32", 0.0, f"{note} {words}, {date}.", **both)]
 
 
 def in_docs(section: dict[str, Any]) -> list[Table]:
-    """Lay out largest and median errors in every dtype, by lead and by offset."""
+    """Lay out the errors in float32, then largest and median ones, by lead and by offset."""
 
     def cell(one: dict[str, Any], quantity: str, place: int) -> str:
         largest, median = (percent(one[quantity][which][place]) for which in ("max", "median"))
@@ -124,6 +136,7 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     leads, common = section["leads"], _place_of_offsets(section)
     shown = _shown(section, TABLE_LEADS)
     return [
+        _errors(section, "float32", 0.0, "Largest relative error, in float32."),
         table(
             [(f"lead {leads[place]:g}", 0.0, place) for place in shown],
             f"{TRUTH}, and the median where it differs. {_drawn(section)}, then rounded to the "

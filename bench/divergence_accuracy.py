@@ -28,7 +28,7 @@ QUANTITIES = {
     "by_target": "KL's gradient by the target",
     "js": "JS",
 }
-IN_README = IN_FIGURE = ("kl", "by_logits")
+IN_FIGURE = ("kl", "by_logits")
 
 
 def measure(
@@ -200,20 +200,6 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
         tables.origin(section),
     )
     return [*found[:-1], found[-1]._replace(notes=notes)]
-
-
-def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay out the largest errors of KL and its gradient by the logits in float32."""
-
-    def cell(one: dict[str, Any], place: int) -> str:
-        return percent(one["max"][place]) + _mark(one, place)
-
-    notes = (
-        f"{TRUTH}, in float32. {_drawn(section)}. {_meaning(section)}",
-        _explained(section),
-        tables.origin(section),
-    )
-    return [_table(section, "float32", IN_README, cell)._replace(notes=notes, title="")]
 
 
 def _table(section: dict[str, Any], dtype: str, quantities: Sequence[str], cell: Any) -> Table:

@@ -17,7 +17,7 @@ import typer
 from jaxsoftmax.training.tpu import tpus
 
 ROOT = Path(__file__).resolve().parent.parent
-# What README's commands install on the oldest Python; captions of tables of another JAX say so.
+# What pip installs on the oldest Python; captions of tables of another JAX say so.
 PYTHON, JAX = "3.11", "0.10.2"
 PACKAGES = ("jaxsoftmax", "jax", "jaxlib", "libtpu", "optax", "tokamax", "jax-cce", "torch")
 
@@ -79,6 +79,13 @@ def in_words(environment: dict[str, Any]) -> str:
     versions = [f"{name} {number}" for name, number in environment["versions"].items() if number]
     parts = [environment["device"], *versions, f"Python {environment['python']}"]
     return ", ".join([*filter(None, parts), environment["date"]])
+
+
+def briefly(environment: dict[str, Any]) -> tuple[str, str]:
+    """Say where a section is from, with the versions that matter most, and the date."""
+    versions = environment["versions"]
+    named = [f"{name} {versions[name]}" for name in ("jaxsoftmax", "jax", "optax")]
+    return ", ".join([environment["device"] or "XLA for TPUs", *named]), environment["date"]
 
 
 def device_name() -> str:

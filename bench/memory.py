@@ -203,12 +203,6 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     return [*found[:-1], found[-1]._replace(notes=[tables.origin(section)])]
 
 
-def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the README: this machine and one TPU."""
-    two = _only(section, HERE, "v5e")
-    return [_table("temporary MB", "temp_bytes", two, tables.origin(section))]
-
-
 def peaks_in_docs(section: dict[str, Any]) -> list[Table]:
     """Lay a section of --peak out for the terminal and docs/benchmarks.md."""
     return [_table("peak resident MB", "bytes", section, PEAK, tables.origin(section))]

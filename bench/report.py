@@ -19,14 +19,16 @@ from bench import (
     results,
     sharding,
     speed_tables,
+    summary,
     targets,
 )
-from bench.cases import Labels, Op
+from bench.cases import Dtype, Labels, Op
+from bench.summary import Row
 from bench.tables import Table, say
 from jaxsoftmax.training.tpu import cycles
 
 README = environment.ROOT / "README.md"
-SHARDING = environment.ROOT / "docs" / "sharding.md"
+SHARDING = environment.ROOT / "docs" / "guides" / "sharding.md"
 BENCHMARKS = environment.ROOT / "docs" / "benchmarks.md"
 FIGURES_FOLDER = environment.ROOT / "docs" / "figures"
 
@@ -48,51 +50,98 @@ DIVERGENCES_ON_TPUS = f"speed --op divergence{ON_TPUS.removeprefix('speed')}"
 TWO_HEADS_ON_TPUS = f"speed --op linear-divergence{ON_TPUS.removeprefix('speed')}"
 ESTIMATES = {op: targets.KEY.format(op) for op in Op}
 
-# A document's blocks by command: the section of a results file, and the function that lays it out.
-# Other sections (other labels, other dtypes) stay in the files.
-Blocks = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
+Files = Sequence[dict[str, Any]]  # the sections of each device's results file
+# What stands in a block, of all files. Other sections (other labels, dtypes) stay in the files.
+Block = Callable[[Files], str]
+Blocks = dict[str, Block]
+
+
+Layouts = dict[str, tuple[str, Callable[[dict[str, Any]], Iterable[Table]]]]
+
+
+def _of_commands(layouts: Layouts) -> Blocks:
+    """Blocks by command: the section of a results file, and the function that lays it out."""
+    return {name: _of_devices(name, *layout) for name, layout in layouts.items()}
+
+
+def _of_devices(name: str, key: str, lay_out: Callable[[dict[str, Any]], Iterable[Table]]) -> Block:
+    """The tables of every device whose file has the section."""
+
+    def block(files: Files) -> str:
+        sections, parts = sections_of(files, key, name), []
+        for section in sections:
+            if len(sections) > 1:
+                parts.append(f"**{section['environment']['device']}**")
+            parts += [table.markdown() for table in lay_out(section)]
+        return "\n\n".join(parts)
+
+    return block
+
+
+# README's rows: heads whose memory and time are shown, and logits whose time is.
+OF_LLAMA = "4096x4096x128256", Dtype.BFLOAT16
+HEADS = (
+    Row("speed/linear", "2048x768x50257", Dtype.FLOAT32, "cpu"),
+    Row("speed/linear", "2048x512x131072", Dtype.BFLOAT16, "cpu"),
+    Row("speed/linear", "2048x512x131072", Dtype.BFLOAT16, "gpu"),
+    Row(SPEED_OF_MODELS, *OF_LLAMA, "gpu"),
+    Row(ESTIMATES[Op.LINEAR], "8192x2304x256000", Dtype.BFLOAT16, "v5e"),
+    Row(ESTIMATES[Op.LINEAR], *OF_LLAMA, "v5p"),
+)
+LOGITS_AND_HEADS = (
+    Row("speed/integer", "4096x50257", Dtype.FLOAT32, "cpu"),
+    HEADS[0],
+    Row("speed/integer", "4096x50257", Dtype.FLOAT32, "gpu"),
+    HEADS[3],
+    Row(ESTIMATES[Op.LOGITS], "4096x128256", Dtype.BFLOAT16, "v5p"),
+    HEADS[5],
+)
+
 DOCUMENTS: dict[Path, Blocks] = {
-    README: {
-        "accuracy": (ACCURACY, accuracy_tables.in_readme),
-        "accuracy --op divergence": (OF_DIVERGENCES, divergence_accuracy.in_readme),
-        "speed": ("speed/integer", speed_tables.ratios),
-        "speed --op linear": ("speed/linear", speed_tables.over_baseline),
-        SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_readme),
-        HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_readme),
-        "memory": (memory.KEY, memory.in_readme),
+    README: _of_commands({"accuracy": (ACCURACY, accuracy_tables.in_readme)})
+    | {
+        "memory of heads": lambda files: summary.memory(files, HEADS).markdown(),
+        "time": lambda files: summary.time(files, LOGITS_AND_HEADS).markdown(),
     },
-    SHARDING: {
-        key: (key, sharding.in_docs)
-        for key in (
-            "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
-            "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
-            "memory --mesh v5p:4x4x4/data=16,vocab=4 "
-            "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
-            "memory --mesh v5p:8x8x8/data=64,vocab=8 "
-            "--tokens 1048576 --hidden 8192 --vocab 262144 --dtype bfloat16",
-        )
-    },
-    BENCHMARKS: {
-        "speed": ("speed/integer", speed_tables.details),
-        "speed --confident": ("speed/confident", speed_tables.ratios),
-        SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
-        "speed --op linear": ("speed/linear", speed_tables.details),
-        SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.details),
-        SPEED_OF_MODELS: (SPEED_OF_MODELS, speed_tables.details),
-        SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_docs),
-        "speed --op divergence": ("speed/divergence", speed_tables.of_divergences),
-        "speed --op linear-divergence": ("speed/linear-divergence", speed_tables.of_divergences),
-        DIVERGENCES_ON_TPUS: (ESTIMATES[Op.DIVERGENCE], targets.in_docs),
-        TWO_HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR_DIVERGENCE], targets.in_docs),
-        HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.in_docs),
-        ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
-        "speed --calibrate": (calibration.KEY, calibration.in_docs),
-        "memory": (memory.KEY, memory.in_docs),
-        MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
-        "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
-        "accuracy": (ACCURACY, accuracy_tables.in_docs),
-        "accuracy --op divergence": (OF_DIVERGENCES, divergence_accuracy.in_docs),
-    },
+    SHARDING: _of_commands(
+        {
+            key: (key, sharding.in_docs)
+            for key in (
+                "memory --mesh v5e:2x4/data=4,vocab=2 --mesh v5e:4x4/data=4,vocab=4 "
+                "--tokens 8192 --hidden 1024 --vocab 131072 --dtype bfloat16",
+                "memory --mesh v5p:4x4x4/data=16,vocab=4 "
+                "--tokens 1048576 --hidden 8192 --vocab 1048576 --dtype bfloat16",
+                "memory --mesh v5p:8x8x8/data=64,vocab=8 "
+                "--tokens 1048576 --hidden 8192 --vocab 262144 --dtype bfloat16",
+            )
+        }
+    ),
+    BENCHMARKS: _of_commands(
+        {
+            "speed": ("speed/integer", speed_tables.logits_in_docs),
+            "speed --confident": ("speed/confident", speed_tables.ratios),
+            SPEED_OF_LLAMA: (SPEED_OF_LLAMA, speed_tables.ratios),
+            "speed --op linear": ("speed/linear", speed_tables.heads_in_docs),
+            SPEED_BY_MODEL: (SPEED_BY_MODEL, speed_tables.heads_in_docs),
+            SPEED_OF_MODELS: (SPEED_OF_MODELS, speed_tables.heads_in_docs),
+            SPEED_OF_IGNORED: (SPEED_OF_IGNORED, speed_tables.ignored_in_docs),
+            "speed --op divergence": ("speed/divergence", speed_tables.of_divergences),
+            "speed --op linear-divergence": (
+                "speed/linear-divergence",
+                speed_tables.of_divergences,
+            ),
+            DIVERGENCES_ON_TPUS: (ESTIMATES[Op.DIVERGENCE], targets.in_docs),
+            TWO_HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR_DIVERGENCE], targets.in_docs),
+            HEADS_ON_TPUS: (ESTIMATES[Op.LINEAR], targets.heads_in_docs),
+            ON_TPUS: (ESTIMATES[Op.LOGITS], targets.in_docs),
+            "speed --calibrate": (calibration.KEY, calibration.in_docs),
+            "memory": (memory.KEY, memory.in_docs),
+            MEMORY_BY_MODEL: (MEMORY_BY_MODEL, memory.in_docs),
+            "memory --peak": (memory.PEAK_KEY, memory.peaks_in_docs),
+            "accuracy": (ACCURACY, accuracy_tables.in_docs),
+            "accuracy --op divergence": (OF_DIVERGENCES, divergence_accuracy.in_docs),
+        }
+    ),
 }
 
 # The figures of docs/figures by name: the section, and the function that draws it.
@@ -139,7 +188,7 @@ def command(
         draw(files)
 
 
-def draw(files: Sequence[dict[str, Any]]) -> None:
+def draw(files: Files) -> None:
     """Draw every figure, of the first device that has its section, as PNG and as SVG."""
     for stem, (key, figure) in FIGURES.items():
         section = sections_of(files, key, key)[0]
@@ -156,28 +205,26 @@ def committed() -> list[dict[str, Any]]:
     return [results.load(path) for path in sorted(results.COMMITTED.glob("*.json"))]
 
 
-def render(text: str, files: Sequence[dict[str, Any]], blocks: Blocks) -> str:
-    """Replace every block of a document by the section of each device that has it.
+def render(text: str, files: Files, blocks: Blocks) -> str:
+    """Replace every block of a document.
 
-    A block without a line stays so until a file has its section.
+    A block without a line stays so until the files have what it shows.
 
     Raises:
-        ValueError: no file has a block's section, or a marker is not there exactly once.
+        ValueError: no file has what a block shows, or a marker is not there exactly once.
     """
-    for name, (key, lay_out) in blocks.items():
-        if replace(text, name, None) == text and not any(key in file for file in files):
-            continue
-        sections = sections_of(files, key, name)
-        parts = []
-        for section in sections:
-            if len(sections) > 1:
-                parts.append(f"**{section['environment']['device']}**")
-            parts += [table.markdown() for table in lay_out(section)]
-        text = replace(text, name, "\n\n".join(parts))
+    for name, block in blocks.items():
+        try:
+            content = block(files)
+        except ValueError:
+            if replace(text, name, None) != text:
+                raise
+        else:
+            text = replace(text, name, content)
     return text
 
 
-def sections_of(files: Sequence[dict[str, Any]], key: str, name: str) -> list[dict[str, Any]]:
+def sections_of(files: Files, key: str, name: str) -> list[dict[str, Any]]:
     """Find the section that a command measures in the files of all devices.
 
     Raises:

@@ -146,7 +146,7 @@ def _kernel_bytes(part: Head) -> int:
 
 
 def in_docs(section: dict[str, Any]) -> list[Table]:
-    """Lay a section out for the terminal and docs/sharding.md."""
+    """Lay a section out for the terminal and docs/guides/sharding.md."""
     rows = [
         [
             part["devices"],

@@ -11,7 +11,7 @@ from bench.cases import BYTES_MODEL, Labels, Mode, Op
 from bench.tables import Table
 
 OURS, BASELINE = contenders.OURS, contenders.BASELINE
-IN_README = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
+IN_RATIOS = (Mode.FORWARD, Mode.VALUE_AND_GRAD)
 
 
 def in_terminal(section: dict[str, Any]) -> list[Table]:
@@ -79,7 +79,7 @@ def _summary(section: dict[str, Any]) -> Table:
 
 
 def ratios(section: dict[str, Any]) -> list[Table]:
-    """Lay logits out for the README: only the ratios, with the geometric means below each dtype."""
+    """Lay out the ratios of logits, with the geometric means below each dtype."""
     found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for case in section["cases"]:
         row = found.setdefault((case["shape"], case["dtype"]), {})
@@ -93,7 +93,7 @@ def ratios(section: dict[str, Any]) -> list[Table]:
     names = [entry.name for entry in contenders.LOGITS[Labels(section["labels"])]]
     columns = [
         (mode.value, name)
-        for mode in IN_README
+        for mode in IN_RATIOS
         for name in names
         if name != OURS and (mode, name) in measured
     ]
@@ -108,8 +108,8 @@ def ratios(section: dict[str, Any]) -> list[Table]:
     return [Table(headings, rows, [explained, tables.origin(section)])]
 
 
-def over_baseline(section: dict[str, Any]) -> list[Table]:
-    """Lay heads out for the README: time of value and gradient over optax's, temporary memory."""
+def over_baseline(section: dict[str, Any]) -> Table:
+    """Lay out heads: time of value and gradient over optax's, temporary memory."""
 
     def cell(row: dict[str, Any], case: dict[str, Any]) -> str:
         if BASELINE not in case:
@@ -120,33 +120,22 @@ def over_baseline(section: dict[str, Any]) -> list[Table]:
 
     cases = _with_gradients(section)
     headings = ["value and gradient", *(f"{case['shape']} {case['dtype']}" for case in cases)]
-    notes = contenders.explain(contenders.names(cases)), tables.origin(section)
-    return [Table(headings, tables.by_contender(cases, cell), notes, words=1)]
-
-
-def ignored_in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay out for the README what heads take whose tokens are ignored, over those without."""
-    return _of_ignored(section, whole=False)
+    note = f"Each cell: the time over that of {BASELINE}, temporary memory."
+    return Table(headings, tables.by_contender(cases, cell), [note], words=1)
 
 
 def ignored_in_docs(section: dict[str, Any]) -> list[Table]:
-    """Lay out for the terminal and docs/benchmarks.md what heads take whose tokens are ignored."""
-    return _of_ignored(section, whole=True)
-
-
-def _of_ignored(section: dict[str, Any], *, whole: bool) -> list[Table]:
-    """With the times, or the cycles of an estimate, if it is `whole`."""
-
-    def taken(row: dict[str, Any]) -> str:
-        if "cycles" in row:
-            return f"{row['cycles'] / 1e6:.3g}, "
-        return f"{milliseconds(row['median_s'])} ± {_spread(row)}, "
+    """Lay out what heads take whose tokens are ignored, with what it is over those without."""
 
     def cell(row: dict[str, Any], _: dict[str, Any]) -> str:
         if "error" in row:
             return row["error"]
-        first = taken(row) if whole else ""
-        return f"{first}{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
+        first = (
+            f"{row['cycles'] / 1e6:.3g}"
+            if "cycles" in row
+            else f"{milliseconds(row['median_s'])} ± {_spread(row)}"
+        )
+        return f"{first}, {row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
 
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for case in section["cases"]:
@@ -162,7 +151,7 @@ def _of_ignored(section: dict[str, Any], *, whole: bool) -> list[Table]:
     runs = section["environment"]["device"]
     first = "the median in ms, the quartile farther from it, " if runs else "Mcycles, "
     notes = (
-        f"Each cell: {first if whole else ''}{'the time' if runs else 'the cycles'} of value and "
+        f"Each cell: {first}{'the time' if runs else 'the cycles'} of value and "
         f"gradient over that without ignore_index (of {BASELINE}: over that of {OURS}), temporary "
         "memory. The ignored tokens are chosen at random.",
         "" if runs else "Not a measured time: the cycles that XLA for TPUs plans with.",
@@ -170,6 +159,16 @@ def _of_ignored(section: dict[str, Any], *, whole: bool) -> list[Table]:
         tables.origin(section),
     )
     return [Table(["head", "by", *next(iter(groups.values()))], rows, notes)]
+
+
+def logits_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay logits out for docs/benchmarks.md: the ratios, then every median."""
+    return [ratios(section)[0]._replace(notes=()), *details(section)]
+
+
+def heads_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay heads out for docs/benchmarks.md: over optax's, then every median."""
+    return [over_baseline(section), *details(section)]
 
 
 def details(section: dict[str, Any]) -> list[Table]:

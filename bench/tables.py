@@ -133,7 +133,7 @@ def origin(section: dict[str, Any]) -> str:
     line = f"{how[0]} by `{section['command']}` {how[1]} {where}."
     if section["environment"]["versions"]["jax"] != environment.JAX:
         line += (
-            f" README's commands install jax {environment.JAX} on Python {environment.PYTHON}; "
+            f" On Python {environment.PYTHON}, pip installs jax {environment.JAX}: "
             "there the numbers may differ."
         )
     return line

@@ -65,7 +65,13 @@ CASES = {
     Op.DIVERGENCE: DIVERGENCES,
     Op.LINEAR_DIVERGENCE: TWO_HEADS,
 }
-FLOOR = {"color": figures.FAINT, "marker": "*"}  # in the figure: the three products
+# In the figure: the programs that `figures.STYLES` does not have. Others are in the tables alone,
+# and so is "jaxsoftmax, recompute": on TPUs it is the program of "jaxsoftmax".
+OTHER_STYLES = {
+    "jaxsoftmax, in forward": {"color": "#0072b2", "marker": "P"},
+    "three products": {"color": figures.FAINT, "marker": "*"},
+}
+NOT_DRAWN = {"jaxsoftmax, recompute"}
 SHOWN = 8  # instructions of a program
 ESTIMATE = (
     "Not a measured time: the cycles that XLA for TPUs plans with, over those of optax. Of heads "
@@ -236,8 +242,13 @@ def in_docs(section: dict[str, Any]) -> list[Table]:
     return [*found[:-1], found[-1]._replace(notes=notes)]
 
 
-def in_readme(section: dict[str, Any]) -> list[Table]:
-    """Lay heads out for the README: the mean over the shapes of the ratios of value and gradient.
+def heads_in_docs(section: dict[str, Any]) -> list[Table]:
+    """Lay heads out for docs/benchmarks.md: the means over the shapes, then every shape."""
+    return [means(section), *in_docs(section)]
+
+
+def means(section: dict[str, Any]) -> Table:
+    """Lay out the mean over the shapes of the ratios of value and gradient.
 
     Shapes where a program does not fit into the chip's memory are left out of its mean.
     """
@@ -250,14 +261,9 @@ def in_readme(section: dict[str, Any]) -> list[Table]:
         own = [one for one in programs if one["name"] == name]
         memory = [tables.megabytes(pick(one["temp_bytes"] for one in own)) for pick in (min, max)]
         rows.append([name, *(_mean(own, target) for target in targets), " to ".join(memory)])
-    notes = (
-        f"The geometric mean over {', '.join(shapes)}, where memory is enough. {ESTIMATE}",
-        _not_counted(programs),
-        contenders.explain(row[0] for row in rows),
-        tables.origin(section),
-    )
+    note = f"The geometric mean over {', '.join(shapes)}, where memory is enough."
     headings = ["value and gradient, estimated", *targets, "temporary MB"]
-    return [Table(headings, rows, notes, words=1)]
+    return Table(headings, rows, [note], words=1)
 
 
 def _mean(programs: Sequence[dict[str, Any]], target: str) -> str:
@@ -272,6 +278,8 @@ def figure(section: dict[str, Any]) -> Figure:
     targets = list(dict.fromkeys(one["target"] for one in programs))
     drawn = Figure(figsize=(9, 7.4), layout="constrained")
     panels = drawn.subplots(2, -(-len(targets) // 2), sharex=True, sharey=True, squeeze=False)
+    known = (figures.STYLES | OTHER_STYLES).items()
+    styles = {name: style for name, style in known if name not in NOT_DRAWN}
     for target, axes in zip(targets, panels.flat, strict=False):
         figures.dress(axes)
         axes.set_title(target, loc="left", fontweight="bold")
@@ -283,8 +291,9 @@ def figure(section: dict[str, Any]) -> Figure:
                 point = max(one["temp_bytes"] / 1e6, 1), one["ratio"]
                 points.setdefault(one["name"], []).append(point)
         for name, found in points.items():
-            style = figures.STYLES.get(name, FLOOR) | {"linestyle": "none", "markersize": 7}
-            axes.plot(*zip(*found, strict=True), label=name, **style)
+            if name in styles:
+                marks = {"linestyle": "none", "markersize": 7, "markeredgewidth": 1}
+                axes.plot(*zip(*found, strict=True), label=name, **styles[name] | marks)
     for axes in panels[-1]:
         axes.set_xlabel("temporary MB, at least 1")
     for axes in panels[:, 0]:

@@ -73,7 +73,7 @@ def softmax_cross_entropy_with_integer_labels(
         devices; labels are global class numbers.
 
     Returns:
-      The losses, with the shape of `labels`: float32, or float64 for float64 logits. A row that
+      The losses, with the shape of `labels`, in float32, or float64 for float64 logits. A row that
       holds +inf or NaN, or nothing but −inf, has a NaN loss and gradient.
 
     Raises:
@@ -174,7 +174,7 @@ def softmax_cross_entropy(
         `labels` and a class mask `where` are this device's part, in the order of the devices.
 
     Returns:
-      The losses, with the shape of `logits` without `axis`: float32, or float64 where logits
+      The losses, with the shape of `logits` without `axis`, in float32, or float64 where logits
       or labels are float64. A row that holds +inf or NaN, or nothing but −inf, has a NaN loss
       and gradient.
 
@@ -284,7 +284,7 @@ def label_log_probs(
 
     Every field is differentiable in `logits`, `soft_cap` and `temperature` (predictions are
     integers), with any cotangents, in reverse mode to any order; forward mode over reverse works.
-    docs/derivation.md equations (27), (33) and (66).
+    docs/derivation.md equation (27); docs/forms.md equations (33) and (66).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

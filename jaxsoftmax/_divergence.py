@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divergences of two softmaxes, exact however close they are: each function, then its one rule.
 
-With q = softmax(z) of the logits z and p = softmax(t) of the target t (docs/derivation.md, §16):
+With q = softmax(z) of the logits z and p = softmax(t) of the target t (docs/forms.md, section 16):
 
     δ_k = log q_k − log p_k            from z − t, never from two log-probabilities
     KL  = Σ_k p_k (e^δ_k − 1 − δ_k)    every term ≥ 0: nothing cancels
@@ -73,7 +73,7 @@ def softmax_kl_divergence(
         logits, and `where`, are this device's part, in the order of the devices.
 
     Returns:
-      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      The divergences, with the shape of `logits` without `axis`, in float32, or float64 where an
       argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
       not count; at −inf in the target alone it adds its q_k; at −inf in `logits` alone it makes the
       divergence +inf. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are
@@ -87,7 +87,7 @@ def softmax_kl_divergence(
     Differentiable in both logits, `temperature` and `soft_cap`, in reverse mode, to any order;
     forward mode over reverse works. The gradients are `q − p` by `logits` and `p_k (δ̄ − δ_k)` by
     the target, with `δ = log q − log p` and `δ̄ = Σ p δ`; an infinite divergence has an infinite
-    gradient by the target. docs/derivation.md equations (71), (74) and (75).
+    gradient by the target. docs/forms.md equations (71), (74) and (75).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -141,7 +141,7 @@ def softmax_js_divergence(
         `softmax_kl_divergence`).
 
     Returns:
-      The divergences, with the shape of `logits` without `axis`: float32, or float64 where an
+      The divergences, with the shape of `logits` without `axis`, in float32, or float64 where an
       argument is. Never negative; exactly 0 for equal logits. A class at −inf in both logits does
       not count. A row where either holds +inf or NaN, or nothing but −inf, is NaN, and so are its
       gradients.
@@ -152,7 +152,7 @@ def softmax_js_divergence(
         its value is known: options may be traced).
 
     Differentiable in both logits, `weight`, `temperature` and `soft_cap`, in reverse mode, to any
-    order; forward mode over reverse works. docs/derivation.md equations (79) to (82).
+    order; forward mode over reverse works. docs/forms.md equations (79) to (82).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax

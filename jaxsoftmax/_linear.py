@@ -75,7 +75,8 @@ def linear_loss(
         weights are differentiated.
       reduction: "mean" is Σ weights·loss / Σ weights (0 if every weight is 0), "sum", or None for
         the weighted losses `[*tokens]`.
-      denominator: a scalar that replaces Σ weights in the mean.
+      denominator: a scalar that replaces Σ weights in the mean. Where nothing counts the mean is 0,
+        whatever it is.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes) that shards the classes of `kernel`
         and `bias`: `loss_fn` gets this device's part of the logits and must return the losses of
         whole rows, as the package's losses with this `axis_name` do.
@@ -207,7 +208,8 @@ def linear_softmax_cross_entropy(
       reduction: "mean" is Σ weights·loss / Σ weights·class_weights[label], both over the tokens
         that are not ignored (0 if every term of the divisor is 0); "sum"; or None for the weighted
         losses `[*tokens]`.
-      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count. Where
+        nothing counts the mean is 0, whatever it is.
       gradients: "in_forward" computes the gradient in the forward pass, as `linear_loss` does:
         faster on CPUs and GPUs, for a reduced loss only. "recompute" works on blocks of the
         vocabulary and recomputes their logits in the backward pass, as `linear_log_probs` does: one
@@ -322,12 +324,12 @@ def linear_log_probs(
         under 256 MiB, from 2048 to 8192, in blocks of equal size that are multiples of 256. Where
         an explicit mesh shards the classes, it counts those of one shard. Where an automatic mesh
         of D devices is set, it counts those of all devices, by default at least 128·D
-        (docs/sharding.md). Any number of classes fits.
+        (docs/guides/sharding.md). Any number of classes fits.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       compute_dtype: the dtype of the matrix products (see `linear_loss`).
 
     Returns:
-      `LogProbs` in float32, or float64 for float64 products: log-probabilities with the shape of
+      `LogProbs` in float32, or float64 for float64 products. Log-probabilities have the shape of
       the labels, the rest `[*tokens]`.
 
     Raises:
@@ -418,7 +420,8 @@ def linear_kl_divergence(
         chunks without a token that counts are not computed.
       reduction: "mean" is Σ weights·divergence / Σ weights over the tokens that are included (0 if
         there is none), "sum", or None for the weighted divergences `[*tokens]`.
-      denominator: a scalar that replaces the mean's divisor, such as a global token count.
+      denominator: a scalar that replaces the mean's divisor, such as a global token count. Where
+        nothing counts the mean is 0, whatever it is.
       temperature: divides both (capped) logits; positive. Multiply the divergence by
         `temperature**2` to keep the size of the gradients.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
@@ -440,8 +443,8 @@ def linear_kl_divergence(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in the operands of both heads, `weights`, `temperature` and the soft caps, in
-    reverse mode, to any order; forward mode over reverse works. docs/derivation.md equations (71),
-    (74) and (75). Gradients that are not asked for are not computed.
+    reverse mode, to any order; forward mode over reverse works. docs/forms.md equations (71), (74)
+    and (75). Gradients that are not asked for are not computed.
 
     Gradients of the target's operands are rounded to the products' dtype in each chunk, before the
     loss's cotangent multiplies them, and those of its kernel and bias then added in float32: to
@@ -517,7 +520,7 @@ def linear_js_divergence(
       weights: `[*tokens]`, the factor of each divergence (see `linear_kl_divergence`).
       where: `[*tokens]`, boolean: the tokens to include (see `linear_kl_divergence`).
       reduction: "mean", "sum" or None (see `linear_kl_divergence`).
-      denominator: a scalar that replaces the mean's divisor.
+      denominator: a scalar that replaces the mean's divisor. Where nothing counts the mean is 0.
       temperature: divides both (capped) logits; positive.
       soft_cap: replaces the logits by `soft_cap · tanh(logits / soft_cap)`; positive.
       target_soft_cap: the same of the target's logits.
@@ -536,7 +539,7 @@ def linear_js_divergence(
       ValueError: an argument of the wrong shape or value.
 
     Differentiable in all that `linear_kl_divergence` is, and in `weight`, in reverse mode, to any
-    order; forward mode over reverse works. docs/derivation.md equations (79) to (82).
+    order; forward mode over reverse works. docs/forms.md equations (79) to (82).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -614,7 +617,7 @@ def linear_top_k(
       compute_dtype: the dtype of the matrix product (see `linear_loss`).
 
     Returns:
-      `TopK` of arrays `[*tokens, k]`: `log_probs` in float32 (float64 for float64 products), and
+      `TopK` of arrays `[*tokens, k]`, `log_probs` in float32 (float64 for float64 products), and
       `labels` in int32. A token with NaN or +inf among its logits, or all of them at −inf, has the
       labels of `jax.lax.top_k` (which takes NaN for the highest) and the log-probabilities NaN.
 
@@ -706,8 +709,8 @@ def linear_sample(
       compute_dtype: the dtype of the matrix product (see `linear_loss`).
 
     Returns:
-      `Sample` of arrays `[*tokens]`: `labels` in int32, and their `log_probs` in float32 (float64
-      for float64 products) in the distribution they are drawn from: with the soft cap, the
+      `Sample` of arrays `[*tokens]`, `labels` in int32, and their `log_probs` in float32 (float64
+      for float64 products) in the distribution they are drawn from, that is with the soft cap, the
       temperature and, with `top_k`, normalized over those classes. A token with NaN or +inf among
       its logits, or all of them at −inf, has no distribution: label −1, log-probability NaN.
 

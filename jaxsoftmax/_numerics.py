@@ -22,7 +22,7 @@ import jax.numpy as jnp
 Elementwise = Callable[..., jax.Array]
 
 # A row is measured from its label only if r is less than this: log1p(r), the loss, below 16.64
-# (docs/derivation.md, section 13).
+# (docs/forms.md, section 13).
 NEAR = 2.0**24
 # The shift, with r = 0, of a row that has no label and is asked for nothing but its loss: every
 # exponential is 0, sums of its gaps over the classes and the square of its lse are finite.

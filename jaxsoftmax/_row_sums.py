@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from . import _cpu
@@ -27,7 +26,7 @@ from ._numerics import (
     selected,
     upcast,
 )
-from ._sharding import gathered, is_local
+from ._sharding import Primitive, gathered, is_local
 
 
 def shift_and_remainder(

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ._sharding import aligned
+from ._sharding import Primitive, aligned
 
 _forward_mode = ContextVar("jaxsoftmax.forward_mode", default=False)
 

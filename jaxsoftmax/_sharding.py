@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+# `jax.extend.core.Primitive`. That module imports Pallas, and takes as long as all of ours.
+Primitive = type(lax.add_p)
 # One axis of a mesh, or several, of which the first varies slowest.
 AxisName = str | tuple[str, ...]
 

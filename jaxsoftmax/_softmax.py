@@ -51,7 +51,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Fl
 
     Differentiable in `x` in reverse mode, to any order; forward mode over reverse works.
     For a cotangent g the gradient is `ŷ_i (g_i − Σ_k g_k ŷ_k)`. A reference value, subtracted from
-    g first, keeps it accurate where the model is confident: docs/derivation.md equation (31).
+    g first, keeps it accurate where the model is confident: docs/forms.md equation (31).
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax
@@ -239,7 +239,7 @@ _row_logsumexp = rule(_row_logsumexp_fwd, _row_logsumexp_bwd)
 
 # S = b_j + Σ_{k≠j} b_k e_k with x_j the largest x where b ≠ 0. With σ = sign b_j and
 # q = (|b_j| − 1) + σ Σ_{k≠j} b_k e_k, |S| = |1 + q|: log1p(q) keeps the digits that log|S| loses
-# near 1; where q < −1/2, log|S| keeps those that q loses (docs/derivation.md, equation 40).
+# near 1; where q < −1/2, log|S| keeps those that q loses (docs/forms.md, equation 40).
 def _weighted_logsumexp_fwd(x, b):
     live = b != 0
     z, w = upcast(x), upcast(b)

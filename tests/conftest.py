@@ -30,23 +30,26 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name; of the
-# others one in RUN runs in CI, the rest is left to a run by hand.
-FEW, SHARE, RUN = 6, 5, 6
+# Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name, unless
+# it is marked `every`; of the others one in RUN runs in CI, the rest is left to a run by hand. In CI
+# the default is for the oldest JAX, and the newest runs the others.
+FEW, SHARE, RUN = 6, 5, 10
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The other cases are `wide`: .ci/run runs them, but for those that are `rare`."""
+    """Those by default are `drawn`; the others are `wide`, and those not for CI also `rare`."""
     tests = collections.defaultdict(list)
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
         by_default = [case for case in cases if not case.get_closest_marker("wide")]
-        if len(by_default) > FEW:
+        if len(by_default) > FEW and not cases[0].get_closest_marker("every"):
             kept = random.Random(name).sample(range(len(by_default)), -(-len(by_default) // SHARE))
             for i in {*range(len(by_default))} - {*kept}:
                 by_default[i].add_marker(pytest.mark.wide)
+            for i in kept:
+                by_default[i].add_marker(pytest.mark.drawn)
         if len(cases) > FEW:
             wide = [case for case in cases if case.get_closest_marker("wide")]
             for case in random.Random(name).sample(wide, len(wide) - -(-len(wide) // RUN)):

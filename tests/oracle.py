@@ -3,7 +3,7 @@
 
 `truth` has two engines that share nothing with the library: up to 1000 classes mpmath at 80
 digits evaluates the definitions literally; above, NumPy in long double sums "all others" instead
-of subtracting. Next to each quantity stands the error that docs/derivation.md section 11 allows a
+of subtracting. Next to each quantity stands the error that docs/forms.md section 11 allows a
 computation in the given accumulation dtype, so that a test has no tolerance of its own.
 
 Everything else (losses, gradients) is combined from these in long double, in forms that do not

@@ -39,6 +39,7 @@ from bench import (
     sharding,
     speed,
     speed_tables,
+    summary,
     tables,
     targets,
     timing,
@@ -58,6 +59,7 @@ from bench.cases import (
     TwoLogits,
     choose,
 )
+from bench.summary import Row
 from bench.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,10 +252,13 @@ def test_accuracy_prints_every_lead_and_keeps_other_sections(bench, tmp_path):
     for words in ("lead 1 ", " 30 ", "loss", "gradient, target", "gradient, others", "100 %"):
         assert words in done.stdout
     section["series"] = [one | {"offset": 0.0} for one in section["series"]]
-    (table,) = accuracy_tables.in_readme(section)
-    assert table.headings == ["relative error of", "by", "lead 1", "30"]
+    (short,) = accuracy_tables.in_readme(section)
+    table, *_, last = accuracy_tables.in_docs(section)
+    assert short.headings == table.headings == ["relative error of", "by", "lead 1", "30"]
     assert len(table.rows) == 3 * len(section["series"])
-    origin = table.notes[-1]
+    assert short.rows == [row for row in table.rows if row[1] != "torch"][:6]
+    assert short.notes[0].endswith(f"{', '.join(environment.briefly(section['environment']))}.")
+    origin = last.notes[-1]
     assert origin.startswith(f"Measured by `{section['command']}` on ")
     for version in ("jaxsoftmax", "jax", "optax"):
         assert f"{version} {section['environment']['versions'][version]}" in origin
@@ -961,7 +966,7 @@ def test_the_speed_table_holds_every_ratio(sections):
     """Those of the contenders that JAX compiles, in the README's modes, whatever else was there."""
     section = sections["speed/integer"]
     named = {entry.name for entry in contenders.LOGITS[INTEGER]}
-    (table,) = speed_tables.ratios(section)
+    table, _ = speed_tables.logits_in_docs(section)
     found = {
         (shape, dtype, heading): cell
         for shape, dtype, *cells in table.rows
@@ -983,7 +988,10 @@ def test_the_speed_table_holds_every_ratio(sections):
     }
     assert {shape for shape, *_ in found} == {"4x8", "2x5", "**geometric mean**"}
     assert [row[1] for row in table.rows] == ["float32"] * 3 + ["bfloat16"] * 2
-    explained, origin = table.notes
+    assert not table.notes
+    (again,) = speed_tables.ratios(section)
+    assert (again.headings, again.rows) == (table.headings, table.rows)
+    explained, origin = again.notes
     assert explained.startswith("optax: ")
     where = environment.in_words(section["environment"])
     assert origin.startswith(f"Measured by `python -m bench speed` on {where}.")
@@ -991,8 +999,9 @@ def test_the_speed_table_holds_every_ratio(sections):
 
 def test_the_tables_of_the_heads_hold_every_contender(sections):
     timed, compiled = sections["speed/linear"], sections["memory"]
-    (summary,) = speed_tables.over_baseline(timed)
-    for section, (table,) in ((timed, [summary]), (compiled, memory.in_readme(compiled))):
+    ratios, detailed = speed_tables.heads_in_docs(timed)
+    assert [detailed] == speed_tables.details(timed)
+    for section, table in ((timed, ratios), (compiled, memory.in_docs(compiled)[0])):
         shown = [case for case in section["cases"] if case.get("mode") in (None, "value-and-grad")]
         assert [row[0] for row in table.rows] == names_of(shown[0])
         assert all(len(row) == 1 + len(shown) for row in table.rows)
@@ -1002,7 +1011,7 @@ def test_the_tables_of_the_heads_hold_every_contender(sections):
     by_name = {row["name"]: row for row in gradients["contenders"]}
     ratio = by_name["jaxsoftmax"]["median_s"] / by_name["optax"]["median_s"]
     megabytes = tables.megabytes(by_name["jaxsoftmax"]["temp_bytes"])
-    assert summary.markdown().count(f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |") == 1
+    assert ratios.markdown().count(f"| jaxsoftmax | {ratio:.2f}, {megabytes} MB |") == 1
 
 
 def test_the_detailed_tables_hold_every_median_and_the_roof(sections):
@@ -1061,24 +1070,19 @@ def test_ignored_tokens_are_timed_by_their_fraction(bench, monkeypatch, tmp_path
 
 def test_the_tables_of_ignored_tokens(sections):
     section = sections[report.SPEED_OF_IGNORED]
-    (short,), (full,) = (
-        lay_out(section)
-        for lay_out in (speed_tables.ignored_in_readme, speed_tables.ignored_in_docs)
-    )
-    columns = ["no ignore_index", "0 % ignored", "50 % ignored"]
-    assert short.headings == full.headings == ["head", "by", *columns]
-    assert [row[:2] for row in short.rows] == [
+    (table,) = speed_tables.ignored_in_docs(section)
+    assert table.headings == ["head", "by", "no ignore_index", "0 % ignored", "50 % ignored"]
+    assert [row[:2] for row in table.rows] == [
         ["8x4x16 float32", "jaxsoftmax"],
         *(["", name] for name in ("jaxsoftmax, recompute", "optax")),
     ]
     for place, case in enumerate(section["cases"]):
-        for row, *both in zip(case["contenders"], short.rows, full.rows, strict=False):
-            shown = f"{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
-            assert both[0][2 + place] == shown
+        for row, shown in zip(case["contenders"], table.rows, strict=False):
+            over = f"{row['of_base']:.2f}, {tables.megabytes(row['temp_bytes'])} MB"
             taken = f"{speed_tables.milliseconds(row['median_s'])} ± "
-            assert both[1][2 + place].startswith(taken)
-            assert both[1][2 + place].endswith(shown)
-    assert short.rows[-1][2] == "–"
+            assert shown[2 + place].startswith(taken)
+            assert shown[2 + place].endswith(over)
+    assert table.rows[-1][2] == "–"
 
 
 def test_the_table_of_ignored_tokens_by_an_account():
@@ -1131,7 +1135,8 @@ def test_the_tables_of_estimates(sections):
     *_, table = targets.in_docs(section)
     assert table.rows[0] == ["jaxsoftmax", "0.75, 2 MB", "3.00†, 9 MB"]
     assert targets.NOT_COUNTED in table.notes
-    (short,) = targets.in_readme(section)
+    short, *others = targets.heads_in_docs(section)
+    assert others == targets.in_docs(section)
     assert short.headings == ["value and gradient, estimated", "v5e", "v6e", "temporary MB"]
     assert short.rows[:2] == [
         ["jaxsoftmax", "0.75", "1.50†", "2 to 9"],
@@ -1146,7 +1151,7 @@ def test_the_tables_of_estimates(sections):
         ["optax", "1.00, 8 MB", "no memory"],
     ]
     assert table.rows[-1] == ["the products at v6e's peak", "0.25", "1 Mcycles"]
-    (short,) = targets.in_readme(section)
+    short = targets.means(section)
     assert short.rows[0] == ["jaxsoftmax", "0.75", "0.75", "2 to 9"]
 
     of_heads = TwoHeads(4, 3, 5, BFLOAT16, Divergence.KL)
@@ -1198,7 +1203,7 @@ def test_the_account_is_as_good_as_is_said():
         assert all(0.75 <= float(ratio) <= 1.25 for three in both for ratio in three)
 
 
-def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
+def test_captions_name_a_jax_that_pip_does_not_install():
     if platform.python_version().startswith(f"{environment.PYTHON}."):
         # With a newer one, the tables are to be measured again.
         assert jax.__version_info__ <= tuple(map(int, environment.JAX.split(".")))
@@ -1211,7 +1216,7 @@ def test_captions_name_a_jax_that_the_commands_of_the_readme_do_not_install():
     assert len(captions) > 10
     for line in captions:
         others = f" jax {environment.JAX}," not in line
-        assert (f"README's commands install jax {environment.JAX} on Python" in line) == others
+        assert (f"pip installs jax {environment.JAX}:" in line) == others
 
 
 @pytest.mark.parametrize(
@@ -1260,14 +1265,72 @@ def test_the_committed_accuracy_is_that_of_the_code(tmp_path, key, command, alon
 
 
 def test_every_figure_shown_is_drawn_by_a_command():
-    drawn = {f"{stem}.png" for stem in report.FIGURES} | {
-        "half_precision_training.png",
-        "distillation.png",
-        "language_model.png",
+    by_examples = {"half_precision_training", "distillation", "language_model"}
+    without_numbers = {"modules", "call_of_a_head", "call_of_a_loss"}
+    for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        shown = re.findall(r"figures/(\w+)\.", document.read_text(encoding="utf-8"))
+        assert {*shown} <= {*report.FIGURES} | by_examples | without_numbers, document
+
+
+FEW = (
+    Row("speed/linear", "8x4x16", FLOAT32, "cpu"),
+    Row("speed/integer", "4x8", BFLOAT16, "cpu"),
+    Row("cycles/linear", "4x3x5", BFLOAT16, "v6e"),
+)
+
+
+def test_the_summaries_show_the_rows_asked_for(sections):
+    """Of sections in files of several devices, a contender that was not measured as –."""
+    timed, integer, estimates = (json.loads(json.dumps(sections[row.section])) for row in FEW)
+    estimates["cases"][-1]["contenders"][0]["notes"] = ["a loop"]
+    timed["environment"] |= {"date": "2026-01-02"}
+    on_gpu = timed | {"environment": timed["environment"] | {"platform": "gpu", "device": "GPU 1"}}
+    files = [
+        {"speed/linear": on_gpu},
+        {"speed/linear": timed, "speed/integer": integer},
+        {"cycles/linear": estimates},
+    ]
+    gpu = FEW[0]._replace(platform="gpu")
+
+    table = summary.time(files, [*FEW, gpu])
+    assert table.headings == ["time ÷ optax's", *summary.COLUMNS]
+    rows = {where: dict(zip(summary.COLUMNS, cells, strict=True)) for where, *cells in table.rows}
+    assert [*rows] == [
+        "CPU, head 8x4x16 float32",
+        "CPU, logits 4x8 bfloat16",
+        "TPU v6e, head 4x3x5 bfloat16",
+        "GPU 1, head 8x4x16 float32",
+    ]
+    on_cpu, logits, on_tpu, again = rows.values()
+    assert on_cpu == again
+    (case,) = (
+        case
+        for case in timed["cases"]
+        if (case["shape"], case["mode"]) == ("8x4x16", "value-and-grad")
+    )
+    medians = {row["name"]: row["median_s"] for row in case["contenders"]}
+    assert on_cpu == {
+        name: f"{medians[name] / medians['optax']:.2f}" if name in medians else "–"
+        for name in summary.COLUMNS
     }
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        shown = re.findall(r"figures/([\w.]+)", document.read_text(encoding="utf-8"))
-        assert set(shown) <= drawn, document
+    assert logits["optax"] == "1.00"
+    assert logits["tokamax"] == "–"
+    assert on_tpu == dict.fromkeys(summary.COLUMNS, "–") | {
+        "jaxsoftmax": "0.75†",
+        "optax": "1.00",
+        "tokamax": "1.25",
+    }
+    (note,) = table.notes
+    assert targets.NOT_COUNTED in note
+    words, today = environment.briefly(integer["environment"])
+    assert f"{words}, 2026-01-02 and {today}; XLA for TPUs, jaxsoftmax " in note
+    assert note.count("GPU 1, jaxsoftmax ") == 1
+    assert targets.NOT_COUNTED not in summary.time(files, FEW[:1]).notes[0]
+
+    table = summary.memory(files, FEW[-1:])
+    assert table.rows == [["TPU v6e, head 4x3x5 bfloat16", "2", "–", "8", "–", "0", "–"]]
+    with pytest.raises(ValueError, match="no 8x4x17 float32 on gpu in speed/linear"):
+        summary.memory(files, [gpu._replace(shape="8x4x17")])
 
 
 def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkeypatch):
@@ -1275,6 +1338,8 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "DOCUMENTS", {readme: report.DOCUMENTS[report.README]})
     monkeypatch.setattr(report, "FIGURES", {})
+    monkeypatch.setattr(report, "HEADS", FEW[::2])
+    monkeypatch.setattr(report, "LOGITS_AND_HEADS", FEW)
     monkeypatch.setattr(results, "COMMITTED", tmp_path)
     for name, section in sections.items():
         results.save(tmp_path / "a.json", name, section)
@@ -1284,8 +1349,8 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
         return re.split(r"(?s)(?<=<!-- bench report: ).*?(?=<!-- /bench report: )", text)
 
     before = outside()
-    assert len(before) == 8
-    readme.write_text(report.replace(readme.read_text("utf-8"), "speed", "stale"), "utf-8")
+    assert len(before) == 4
+    readme.write_text(report.replace(readme.read_text("utf-8"), "time", "stale"), "utf-8")
     with pytest.raises(typer.Exit, match="1"):
         report.command(check=True)
     assert "stale" in readme.read_text("utf-8")
@@ -1295,22 +1360,36 @@ def test_report_writes_the_readme_between_the_markers(sections, tmp_path, monkey
     report.command(check=True)
 
 
+def test_the_readme_is_short():
+    """One that is read: three tables of at most six rows."""
+    text = report.README.read_text(encoding="utf-8")
+    shown = re.findall(r"(?s)<!-- bench report: .*?<!-- /bench report", text)
+    rows = [re.findall(r"^\| (?!---)", block, re.MULTILINE) for block in shown]
+    assert [len(of_block) - 1 for of_block in rows] == [6, 6, 6]
+    assert len(text.splitlines()) <= 180
+
+
 def test_every_device_has_its_block_and_a_missing_section_is_named(sections):
-    readme = report.README.read_text(encoding="utf-8")
+    ignored = report.SPEED_OF_IGNORED
+    names = "accuracy", "speed", "speed --op linear", "memory", report.HEADS_ON_TPUS, ignored
+    blocks = {name: report.DOCUMENTS[report.BENCHMARKS][name] for name in names}
+    stale = "\n".join(
+        f"<!-- bench report: {name} -->\nstale\n<!-- /bench report: {name} -->" for name in names
+    )
     one, other = sections, {}
     for name, section in one.items():
         if section["environment"]["device"]:  # of the estimates there is one section
             other[name] = section | {"environment": section["environment"] | {"device": "Another"}}
     device = one["speed/integer"]["environment"]["device"]
-    render = functools.partial(report.render, blocks=report.DOCUMENTS[report.README])
-    both = render(readme, [one, other])
-    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 6
-    alone = render(readme, [one, {}])
-    assert "\n**" not in alone.partition("<!-- bench report: speed")[2].partition("<!-- /")[0]
+    render = functools.partial(report.render, blocks=blocks)
+    both = render(stale, [one, other])
+    assert "stale" not in both
+    assert both.count(f"\n**{device}**\n") == both.count("\n**Another**\n") == 5
+    alone = render(stale, [one, {}])
+    assert "\n**" not in alone
     assert render(both, [one]) == alone
     with pytest.raises(ValueError, match=r"accuracy/integer.*python -m bench accuracy"):
-        render(readme, [{"speed/integer": one["speed/integer"]}])
-    ignored = report.SPEED_OF_IGNORED
+        render(stale, [{"speed/integer": one["speed/integer"]}])
     without = [{name: section for name, section in one.items() if name != ignored}]
     with pytest.raises(ValueError, match=f"no {ignored} in bench/results"):
         render(both, without)
@@ -1343,7 +1422,11 @@ def test_figures_draw_every_contender(sections):
     for axes in panels[:2]:
         points = {line.get_label(): np.ravel(line.get_xydata()) for line in axes.lines[1:]}
         # Memory, no less than 1 MB, and cycles over those of optax.
-        expected = {name: (max(mb, 1), taken / 4) for name, (taken, mb) in CONTENDERS.items()}
+        expected = {
+            name: (max(mb, 1), taken / 4)
+            for name, (taken, mb) in CONTENDERS.items()
+            if name not in targets.NOT_DRAWN
+        }
         assert {name: tuple(point) for name, point in points.items()} == expected
     section = sections["accuracy/integer"]
     by_lead, by_offset = accuracy_tables.figure(section), accuracy_tables.figure_of_offsets(section)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every numbered equation of docs/derivation.md, under its number.
+"""Every numbered equation of docs/derivation.md and docs/forms.md, under its number.
 
 An equation's left-hand side is taken from the definitions (1) and (2) in 540-digit arithmetic,
 its derivatives as central differences with a step of 1e-130 (an error of order 1e-260), and its
@@ -31,7 +31,9 @@ import pytest
 from assertions import assert_within
 from oracle import wide
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "derivation.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+# The second goes on with the equations and sections that the first leaves to it.
+PAGES = [(DOCS / name).read_text(encoding="utf-8") for name in ("derivation.md", "forms.md")]
 EQUATIONS: dict[int, str] = {}  # the digest of each equation that has a test
 STEP = mpmath.mpf(10) ** -130
 FLOOR = 1e-240  # what a difference may leave of a derivative that is 0
@@ -58,15 +60,27 @@ def _digest(latex: str) -> str:
 
 
 def test_every_displayed_equation_is_numbered_and_tested_as_displayed():
-    blocks = re.findall(r"^\$\$\n(.*?)\n\$\$$", DOCUMENT, re.DOTALL | re.MULTILINE)
-    tagged = [re.fullmatch(r"(.*)\\tag\{(\d+)\}", block, re.DOTALL) for block in blocks]
-    assert len(blocks) * 2 == DOCUMENT.count("$$")
-    assert all(tagged), "an equation without a number"
-    shown = {int(match[2]): _digest(match[1]) for match in tagged if match}
-    assert list(shown) == list(range(1, len(blocks) + 1))
+    """With one numbering through both pages, in the order of each."""
+    shown = {}
+    for page in PAGES:
+        blocks = re.findall(r"^\$\$\n(.*?)\n\$\$$", page, re.DOTALL | re.MULTILINE)
+        tagged = [re.fullmatch(r"(.*)\\tag\{(\d+)\}", block, re.DOTALL) for block in blocks]
+        assert len(blocks) * 2 == page.count("$$")
+        assert all(tagged), "an equation without a number"
+        of_page = {int(match[2]): _digest(match[1]) for match in tagged if match}
+        assert list(of_page) == sorted(of_page)
+        assert not shown.keys() & of_page.keys(), "two equations of a number"
+        shown |= of_page
+    assert sorted(shown) == list(range(1, len(shown) + 1))
     changed = {n: digest for n, digest in shown.items() if EQUATIONS.get(n) != digest}
     assert not changed, "adapt the tests of these equations, then their digests"
     assert set(EQUATIONS) == set(shown)
+
+
+def test_sections_are_numbered_through_both_pages():
+    sections = [list(map(int, re.findall(r"^## (\d+)\. ", page, re.MULTILINE))) for page in PAGES]
+    assert all(numbers == sorted(numbers) for numbers in sections)
+    assert sorted(sections[0] + sections[1]) == list(range(1, 17))
 
 
 # The truth: definitions (1) and (2), in 540 digits.
@@ -1427,6 +1441,106 @@ def test_the_edges_of_the_divergences():
     assert max(others) < -(10**3)
 
 
+# The example with three classes, and the batch.
+
+
+def _example() -> str:
+    return PAGES[0].partition("### An example with three classes\n")[2].partition("\n### ")[0]
+
+
+def _four(*numbers) -> list[str]:
+    """To four decimals, as the page writes them."""
+    return [f"{float(x):.4f}".replace("-", "−") for x in numbers]
+
+
+def test_the_example_with_three_classes():
+    """Every number that the text prints, from the definitions; and no other is printed."""
+    text, o = _example(), _mp((2, 1, -1))
+    exps, p, y = [mpmath.exp(x) for x in o], _softmax(o), _mp((1, 0, 0))
+    gradient = _gradient(lambda o: _loss(o, y), o)
+    after = [x - g for x, g in zip(o, gradient, strict=True)]
+    columns = [_four(*x) for x in (exps, p, gradient, after, _softmax(after))]
+    numbers = {x for column in columns for x in column}
+    for k, of_class in enumerate(zip(*columns, strict=True)):
+        e_k, p_k, g_k, after_k, p_after = of_class
+        o_k = ("2", "1", "−1")[k]
+        row = f"| {k + 1} | {o_k} | {e_k} | {p_k} | {y[k]:.0f} | {g_k} | {after_k} | {p_after} |"
+        row = row.replace(f"{y[k]:.0f}", str(int(y[k])))
+        assert row in text, row
+    for i, row in enumerate(_gradient(_softmax, o)):
+        assert f"| {i + 1} | {' | '.join(_four(*row))} |" in text
+        numbers |= {*_four(*row)}
+    second = _mp((0, 1, 0))
+    other = _four(*_gradient(lambda o: _loss(o, second), o))
+    total, *losses = _four(mpmath.fsum(exps), _loss(o, y), _loss(after, y), _loss(o, second))
+    flat = " ".join(text.split())
+    for said in (
+        f"{', '.join(columns[0][:2])} and {columns[0][2]}, their sum $S$ is {total}",
+        f"The loss is $-\\log {columns[1][0]} = {losses[0]}$",
+        f"pulled up by {columns[2][0][1:]}; the other two are pushed down by {columns[2][1]} and "
+        f"{columns[2][2]}",
+        f"gives the last two columns and a loss of {losses[1]}",
+        f"the loss would be {losses[2]} and the gradient ({', '.join(other)})",
+    ):
+        assert said in flat, said
+    assert columns[2][0] == "−" + _four(gradient[1] + gradient[2])[0]
+    numbers |= {total, *losses, *other, columns[2][0][1:]}
+
+    sure = _mp((20, 1, -1))
+    r = mpmath.exp(-19) + mpmath.exp(-21)
+    (label, *_), loss = _gradient(lambda o: _loss(o, y), sure), _loss(sure, y)
+    shown = [f"{float(x):.3e}".replace("-6", "−6") for x in (loss, label, r)]
+    assert shown == ["6.361e-09", "−6.361e-09", "6.361e-09"]
+    assert f"The loss is {shown[0]}, and the label's entry of the gradient {shown[1]}." in flat
+    assert f"$e^{{1 - 20}} + e^{{-1 - 20}}$, or {shown[2]}" in flat
+    nearest = np.float32(float(_softmax(sure)[0]))
+    assert nearest == 1
+    assert np.log(nearest) == nearest - np.float32(1) == 0
+    assert {*re.findall(r"−?\d+\.\d+(?:e-\d+)?", text)} == numbers | {*shown}
+
+
+def test_what_the_text_says_the_gradient_means():
+    """The forces add up to 0; none is larger than 1; 1 − ŷ is left at the label."""
+    for case in MILD.values():
+        for one_hot in case.one_hots:
+            gradient = np.array(one_hot.true_gradient, dtype=float)
+            assert abs(gradient.sum()) < 1e-12
+            assert (abs(gradient) <= 1).all()
+            t = int(np.argmax(one_hot.y))
+            np.testing.assert_allclose(-gradient[t], 1 - float(one_hot.true_p[t]), atol=1e-12)
+
+
+def test_the_gradients_of_a_batch():
+    """Of the mean loss of a head, by central differences; the shapes of the table."""
+    rng = np.random.default_rng(5)
+    tokens, width, classes = 3, 2, 4
+    h, w, b = (
+        rng.normal(size=(tokens, width)),
+        rng.normal(size=(width, classes)),
+        rng.normal(size=4),
+    )
+    y = np.eye(classes)[[1, 3, 1]]
+
+    def mean(h, w, b):
+        rows = [[_inner(r, column) + c for column, c in zip(w.T, b, strict=True)] for r in h]
+        return mpmath.fsum(_loss(o, t) for o, t in zip(rows, y, strict=True)) / tokens
+
+    given = [np.vectorize(mpmath.mpf, otypes=[object])(array) for array in (h, w, b)]
+    o = h @ w + b
+    p = np.exp(o) / np.exp(o).sum(axis=1, keepdims=True)
+    g = (p - y) / tokens
+    for place, formula in enumerate((g @ w.T, h.T @ g, g.sum(axis=0))):
+        assert formula.shape == given[place].shape
+        for index in np.ndindex(formula.shape):
+            ends = []
+            for by in (STEP, -STEP):
+                moved = [array.copy() for array in given]
+                moved[place][index] += by
+                ends.append(mean(*moved))
+            slope = float((ends[0] - ends[1]) / (2 * STEP))
+            assert abs(formula[index] - slope) <= 200 * U * (1 + abs(slope))
+
+
 # What the document computes in passing.
 
 
@@ -1441,7 +1555,7 @@ def test_the_table_of_what_the_usual_form_loses():
         usual = float(np.float32(float(1 / (1 + r))) - np.float32(1))
         lost = f"{float(1 - usual / truth):.1%}" if usual else "100%"
         row = f"| {gap} | {_shown(float(truth))} | {_shown(usual)} | {lost.replace('%', ' %')} |"
-        assert row in DOCUMENT, row
+        assert row in PAGES[0], row
         z = np.zeros(10, np.float32)
         z[3] = gap
         # (46), but an integer gap is exact: alpha + d + 2.

@@ -4,7 +4,7 @@
 A line of FUNCTIONS is a function of logits (`cases.functions_of`), or a head that has exactly those
 logits, with its truth. A head's hidden states are the identity, so that its product is exact, its
 kernel is the logits, and d_kernel is the gradient with respect to the logits; a class at −inf is a
-bias of −inf. Every mode must be within the bound of docs/derivation.md section 11 of the definition
+bias of −inf. Every mode must be within the bound of docs/forms.md section 11 of the definition
 at 80 digits (tests/oracle.py), so no two modes differ by more than twice that.
 
 A bad row is NaN, and every other row is what it is without it. Below are infinities, NaN, labels

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import termios
@@ -16,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from pages import names_of
 from programs import (
     ROOT,
     SLOW,
@@ -277,14 +277,8 @@ def test_compare_heads_on_a_tpu(capsys):
     assert shown.count("Mcycles") == 3
 
 
-def test_the_code_of_its_page(run, capsys):
-    page = (ROOT / "docs" / "language-model.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
-    names = {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for block in blocks:
-            exec(block, names)
-    assert capsys.readouterr().out == "()\n"
+def test_the_code_of_its_page(run, eval_example):
+    names = names_of("guides/language-model", eval_example)
     found = jax.tree.leaves(names["parameters"](run, 4))
     kept = {leaf.tobytes() for leaf in parameters(run, 4)}
     assert len(found) > 5

@@ -3,7 +3,7 @@
 
 Logits are multiples of 1/64 with |z| ≤ 32, so float32 holds them, their gaps and their shifts
 exactly; the products of the heads, of small multiples of 1/8 over H = 3, are exact too. What is
-left of docs/derivation.md section 11 is, in units of u = 2^-24 and to first order, with C terms
+left of docs/forms.md section 11 is, in units of u = 2^-24 and to first order, with C terms
 added in any order: exp 2, log1p 4, C for a sum, 1 for each other operation. So every loss, every
 probability and every term of a gradient is known to `units(C) = C + 16` (48), and each block of
 the vocabulary merged adds 5. Two results of the same thing differ by at most twice that.

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
 
 
 class Closed:
@@ -22,7 +21,7 @@ class Closed:
     """
 
     def __init__(self, traced: Any, at: Sequence[int]):
-        self._jaxpr = core.ClosedJaxpr(traced.jaxpr, [None] * len(traced.consts))
+        self._jaxpr = _core().ClosedJaxpr(traced.jaxpr, [None] * len(traced.consts))
         self._at = tuple(at)
         self._key = (_key(self._jaxpr, {}), self._at)
         self._hash = hash(self._key)
@@ -31,6 +30,7 @@ class Closed:
 
     def __call__(self, consts: Any, *args: Any) -> Any:
         """The function's one result, for these constants and arguments."""
+        core = _core()
         closed = core.ClosedJaxpr(self._jaxpr.jaxpr, [consts[i] for i in self._at])
         return core.jaxpr_as_fun(closed)(*args)[0]
 
@@ -67,7 +67,7 @@ def _key(jaxpr: Any, seen: dict[int, int]) -> Hashable:
     numbers: dict[int, int] = {}
 
     def atom(v):
-        if isinstance(v, core.Literal):
+        if isinstance(v, _core().Literal):
             return (v.aval, _data(v.val, seen))
         return numbers.setdefault(id(v), len(numbers))
 
@@ -86,6 +86,7 @@ def _key(jaxpr: Any, seen: dict[int, int]) -> Hashable:
 
 
 def _data(value: Any, seen: dict[int, int]) -> Hashable:
+    core = _core()
     if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
         return _key(value, seen)
     if isinstance(value, (tuple, list)):
@@ -100,6 +101,13 @@ def _data(value: Any, seen: dict[int, int]) -> Hashable:
     except TypeError:
         return _Same(value)
     return value
+
+
+def _core() -> Any:
+    """JAX's module of jaxprs, when it is needed: it imports Pallas, which takes as long as ours."""
+    from jax.extend import core  # noqa: PLC0415
+
+    return core
 
 
 class _Same:

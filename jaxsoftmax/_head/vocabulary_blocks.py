@@ -159,7 +159,7 @@ def _from_few(plan, operands, c, of_label):
     """The sums of each shard's classes, measured from the label or the first few classes.
 
     With c the highest of those but the label, s = Σ_{k≠t} exp(z_k − c) and z_t come from one pass,
-    which needs no block of logits after its sum: docs/derivation.md, section 14. And which rows are
+    which needs no block of logits after its sum: docs/forms.md, section 14. And which rows are
     to be measured again: those of which c is far below the maximum.
     """
     sums = _summed_at(plan, operands, c, beside_label=True)
