@@ -31,8 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # Of a test with more cases than FEW, one in SHARE runs by default, drawn by the test's name, unless
-# it is marked `every`; of the others one in RUN runs in CI, the rest is left to a run by hand. In CI
-# the default is for the oldest JAX, and the newest runs the others.
+# it is marked `every`; of the others one in RUN runs in CI, the rest is left to a run by hand. What
+# is drawn runs in CI on the oldest JAX, the others on the newest.
 FEW, SHARE, RUN = 6, 5, 10
 
 
