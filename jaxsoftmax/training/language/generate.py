@@ -59,7 +59,7 @@ class Writer(NamedTuple):
     def of_run(cls, run: Path, which: str) -> "Writer":
         """From the folder of a run."""
         trained = read_run(run, which)
-        return cls(trained.options, trained.params, trained.tokenizer)
+        return cls(trained.options, jax.device_put(trained.params), trained.tokenizer)
 
     def after(
         self, prompt: str, *, count: int, temperature: float, top_k: int | None, seed: int
