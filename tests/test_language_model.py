@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import termios
@@ -32,7 +33,7 @@ from programs import (
 
 from jaxsoftmax.training import cli
 from jaxsoftmax.training.errors import ProgramError
-from jaxsoftmax.training.language import batches, step, text, tokens
+from jaxsoftmax.training.language import batches, model, step, text, tokens
 from jaxsoftmax.training.language.generate import Writer, next_token
 from jaxsoftmax.training.language.text import Document
 from jaxsoftmax.training.language.tokens import END, IGNORED, Tokens
@@ -233,9 +234,15 @@ def test_output_that_has_no_such_characters_or_no_reader(run):
 
 
 def test_memory_that_is_not_enough(tmp_path, capsys, monkeypatch):
-    """Petabytes of a model; a head that does not fit beside two that do."""
+    """For the model, as a device says it; for one head of three."""
     output = ("--output", tmp_path / "run")
-    assert train(*output, *SMALL, "--width", 2**22) == 1
+
+    def exhausted(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "drawn", exhausted)
+        assert train(*output, *SMALL) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of memory" in line
     assert all(option in line for option in ("--accumulate", "--remat", "--head recompute"))

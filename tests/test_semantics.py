@@ -8,7 +8,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,22 @@ def gradient(function, x):
 def test_every_row_has_its_test():
     questions = re.findall(r"^\| (.+?) \| ", PAGE.read_text("utf-8"), re.M)
     assert set(questions) - {"question", "---"} == set(ROWS)
+
+
+@row("a mask of tokens in a head")
+def test_a_mask_of_tokens_in_a_head():
+    hidden, kernel = X, jnp.eye(4, dtype=jnp.float32)
+    with pytest.raises(TypeError, match="where"):
+        cast(Any, head)(hidden, kernel, LABELS, where=np.array([True, False]))
+    weighted = head(hidden, kernel, LABELS, weights=np.array([1.0, 0.0], np.float32))
+    ignored = head(hidden, kernel, np.array([3, -1]), ignore_index=-1)
+    np.testing.assert_allclose([weighted, ignored], truth()[0], rtol=ULPS)
+    where = np.array([True, False])
+    log_probs = jaxsoftmax.linear_log_probs(hidden, kernel, LABELS, where=where).log_probs
+    np.testing.assert_allclose(log_probs, [-truth()[0], 0], rtol=ULPS)
+    both = head_kl(hidden, kernel, hidden[::-1], kernel, where=where, reduction=None)
+    assert both[0] > 0
+    assert both[1] == 0
 
 
 @row("dtypes")
