@@ -191,6 +191,16 @@ def test_evaluate_and_generate(run, capsys):
     assert all(written.startswith("The loss") for written in texts)
 
 
+def endless(run: Path) -> subprocess.Popen[bytes]:
+    """Text of so many tokens that it does not end by itself."""
+    return subprocess.Popen(
+        command("generate", run, "--tokens", 1_000_000, "--temperature", 1000),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def test_generate_writes_as_it_goes(run):
     """In whole characters, compiled once for all lengths, and Ctrl-C ends it between two tokens."""
     writer = Writer.of_run(run, "best")
@@ -201,12 +211,7 @@ def test_generate_writes_as_it_goes(run):
     assert not any(part.endswith("\ufffd") for part in parts[:-1])
     assert "".join([*writer.after("a", count=30, **how)][:-1]) in "".join(parts)
     assert next_token._cache_size() == programs + 1  # pyright: ignore[reportAttributeAccessIssue]
-    with subprocess.Popen(
-        command("generate", run, "--tokens", 1_000_000, "--temperature", 1000),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    with endless(run) as process:
         assert process.stdout
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)
@@ -220,12 +225,7 @@ def test_output_that_has_no_such_characters_or_no_reader(run):
     ascii_only = environment() | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(line, env=ascii_only, capture_output=True, timeout=SLOW, check=True)
     assert done.stdout.startswith(b"\\xfc")
-    with subprocess.Popen(
-        command("generate", run, "--tokens", 1_000_000, "--temperature", 1000),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    with endless(run) as process:
         assert process.stdout
         process.stdout.close()
         assert process.wait(SLOW) == 1

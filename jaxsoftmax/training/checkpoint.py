@@ -44,12 +44,13 @@ def alone(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ProgramError(
+                f"{folder}: another run writes there now; choose another folder with --output"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise ProgramError(
-            f"{folder}: another run writes there now; choose another folder with --output"
-        ) from error
     finally:
         os.close(descriptor)
 
